@@ -1,0 +1,193 @@
+//! Where the work runs. A backend gets checked arguments only: `penalty.rs` has compared every
+//! shape, dtype, stride and alignment before a backend sees a pointer.
+
+pub(crate) mod cpu;
+pub(crate) mod reference;
+
+use crate::tensor::DType;
+
+/// Encoder rows of one latent set with the gate that the plan's activation chose, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a> {
+    pub d_in: usize,
+    /// [K, d_in] with `weight_stride` elements from row to row.
+    pub weight: &'a [f32],
+    pub weight_stride: usize,
+    /// [K]
+    pub bias: &'a [f32],
+    /// [K] or absent: pre = scale · (weight · h) + bias.
+    pub scale: Option<&'a [f32]>,
+    pub gate: Gate<'a>,
+    /// [K]: s_k · w_k.
+    pub sign_weight: &'a [f32],
+}
+
+impl Rows<'_> {
+    /// K
+    pub fn count(&self) -> usize {
+        self.bias.len()
+    }
+
+    pub fn row(&self, k: usize) -> &[f32] {
+        &self.weight[k * self.weight_stride..][..self.d_in]
+    }
+}
+
+/// From pre-activation to latent. NaN passes every gate.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Gate<'a> {
+    /// z = pre
+    Open,
+    /// z = pre <= 0 ? 0 : pre
+    Relu,
+    /// z = pre <= th ? 0 : pre
+    Threshold(&'a [f32]),
+    /// z = (weight · h + bias <= 0 or pre <= 0) ? 0 : pre
+    Gated(&'a [f32]),
+}
+
+/// Rows of a matrix in caller memory: unit stride inside a row, aligned to the element.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix {
+    pub data: *mut u8,
+    pub dtype: DType,
+    /// Elements from row to row.
+    pub row_stride: usize,
+}
+
+impl Matrix {
+    /// # Safety
+    /// Row `t` must exist.
+    pub unsafe fn row(&self, t: usize) -> *mut u8 {
+        // SAFETY: the caller's promise; the view's extent was checked against overflow.
+        unsafe { self.data.add(t * self.row_stride * self.dtype.size()) }
+    }
+}
+
+/// One value per token; absent means every token counts once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mask {
+    pub data: *const u8,
+    /// U8, Bool (non-zero counts once) or F32 (the value is the token's share).
+    pub dtype: DType,
+    pub stride: usize,
+}
+
+impl Mask {
+    /// # Safety
+    /// Token `t` must exist.
+    pub unsafe fn get(&self, t: usize) -> f32 {
+        let at = t * self.stride;
+        // SAFETY: the caller's promise; alignment was checked.
+        unsafe {
+            match self.dtype {
+                DType::F32 => *self.data.cast::<f32>().add(at),
+                _ => (*self.data.add(at) != 0) as u8 as f32,
+            }
+        }
+    }
+}
+
+/// An output of one or more numbers, F32 or F64.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    pub data: *mut u8,
+    pub dtype: DType,
+    pub stride: usize,
+}
+
+impl Output {
+    /// # Safety
+    /// Element `i` must exist.
+    pub unsafe fn set(&self, i: usize, value: f64) {
+        // SAFETY: the caller's promise; alignment was checked.
+        unsafe {
+            match self.dtype {
+                DType::F64 => *self.data.cast::<f64>().add(i * self.stride) = value,
+                _ => *self.data.cast::<f32>().add(i * self.stride) = value as f32,
+            }
+        }
+    }
+}
+
+/// dH: overwritten, or added to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grad {
+    pub rows: Matrix,
+    pub accumulate: bool,
+    /// Host factor times the factor that is read when the work runs.
+    pub scale: f64,
+    pub scale_tensor: Option<*const f32>,
+}
+
+impl Grad {
+    /// # Safety
+    /// The scale tensor must be readable now.
+    pub unsafe fn factor(&self) -> f64 {
+        // SAFETY: the caller's promise.
+        self.scale * self.scale_tensor.map_or(1.0, |p| unsafe { *p } as f64)
+    }
+}
+
+/// z of every token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EncodeCall {
+    pub tokens: usize,
+    pub hidden: Matrix,
+    pub latents: Matrix,
+}
+
+/// Loss, and with `grad` also dH in the same pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PenaltyCall {
+    pub tokens: usize,
+    pub hidden: Matrix,
+    pub reference: Matrix,
+    pub mask: Option<Mask>,
+    pub coef: Option<Matrix>,
+    pub loss_sum: Option<Output>,
+    pub token_count: Option<Output>,
+    pub latent_loss: Option<Output>,
+    pub grad: Option<Grad>,
+    pub workspace: Workspace,
+}
+
+/// dH from the coefficients that forward saved.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BackwardCall {
+    pub tokens: usize,
+    pub coef: Matrix,
+    pub grad: Grad,
+}
+
+/// Scratch memory of at least `workspace_size` bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Workspace {
+    pub data: *mut u8,
+    pub size: usize,
+}
+
+/// The three run calls on checked arguments.
+///
+/// # Safety
+/// Every pointer in a call must be valid for its shape until the call returns, and outputs must
+/// not overlap anything else in it.
+pub(crate) trait Backend: Send + Sync {
+    /// Names the numbers: two backends with one name give the same z, bit for bit.
+    fn numerics(&self) -> String;
+
+    /// Worker threads of a run call.
+    fn num_threads(&self) -> usize;
+
+    /// Whether hidden, latents, reference and coef may be F64.
+    fn takes_f64(&self) -> bool {
+        false
+    }
+
+    /// Bytes of scratch that `penalty` needs for this many tokens.
+    fn workspace_size(&self, tokens: usize) -> usize;
+
+    unsafe fn encode(&self, call: &EncodeCall);
+    unsafe fn penalty(&self, call: &PenaltyCall);
+    unsafe fn backward(&self, call: &BackwardCall);
+}

@@ -1,0 +1,24 @@
+use super::{blockem_status, check_out, guard};
+use crate::capi::tensor::{BLOCKEM_DEVICE_CPU, BLOCKEM_DEVICE_CUDA};
+use crate::error::bail;
+
+/// Writes how many devices of a type this library can use: 1 for BLOCKEM_DEVICE_CPU; for
+/// BLOCKEM_DEVICE_CUDA 0 where there is no driver or no CUDA backend, which is not an error.
+/// Errors: NULL_POINTER, INVALID_ARGUMENT (unknown device type). Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_device_count(
+    device_type: i32,
+    count: *mut i32,
+) -> blockem_status {
+    guard(|| {
+        check_out("count", count)?;
+        let found = match device_type {
+            BLOCKEM_DEVICE_CPU => 1,
+            BLOCKEM_DEVICE_CUDA => 0,
+            other => bail!(InvalidArgument, "there is no device type {other}"),
+        };
+        // SAFETY: non-null and aligned.
+        unsafe { *count = found };
+        Ok(())
+    })
+}

@@ -1,0 +1,186 @@
+use std::ffi::c_void;
+
+use super::plan::blockem_plan;
+use super::tensor::blockem_tensor;
+use super::{blockem_status, check_stream, guard, handle, read_struct, versioned};
+use crate::error::{Result, bail};
+use crate::penalty::{EncodeArgs, PenaltyArgs};
+
+/// Arguments of blockem_encode.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct blockem_encode_args {
+    /// sizeof(blockem_encode_args), set by BLOCKEM_ENCODE_ARGS_INIT.
+    pub struct_size: usize,
+    /// [T, d] F32, F16 or BF16; rows may be strided.
+    pub hidden: blockem_tensor,
+    /// [T, K] F32, written.
+    pub latents: blockem_tensor,
+}
+versioned!(blockem_encode_args, first_size = 192, last = latents: blockem_tensor);
+
+/// Arguments of blockem_penalty_forward, blockem_penalty_backward and blockem_penalty. All tensors
+/// belong to the caller, live on the plan's device and are only touched until the call's work is
+/// done. Rows may be strided; the elements of a row are adjacent. Outputs overlap nothing else.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct blockem_penalty_args {
+    /// sizeof(blockem_penalty_args), set by BLOCKEM_PENALTY_ARGS_INIT.
+    pub struct_size: usize,
+    /// [T, d] F32, F16 or BF16.
+    pub hidden: blockem_tensor,
+    /// [T, K] F32: z of the base model's hidden states.
+    pub reference: blockem_tensor,
+    /// [T] U8, BOOL or F32 m_t; absent means 1 for each token.
+    pub mask: blockem_tensor,
+    /// [T, K] F32 coef[t,k] = m_t 2 w_k s_k relu(s_k (z - zref)) act'(pre): written by forward
+    /// (optional), read by backward, written by blockem_penalty (optional).
+    pub coef: blockem_tensor,
+    /// [1] F32 or F64, optional.
+    pub loss_sum: blockem_tensor,
+    /// [1] F32 or F64, optional: sum_t m_t.
+    pub token_count: blockem_tensor,
+    /// [K] F32 or F64, optional: the share of each latent in loss_sum.
+    pub latent_loss: blockem_tensor,
+    /// [T, d] F32 or hidden's dtype: written by backward and by blockem_penalty.
+    pub grad_hidden: blockem_tensor,
+    /// 0 overwrites grad_hidden; 1 adds to it: reads, adds in f32, rounds once.
+    pub accumulate: i32,
+    /// Zero.
+    pub reserved: i32,
+    /// Multiplies the gradient; BLOCKEM_PENALTY_ARGS_INIT sets 1.
+    pub scale: f64,
+    /// [1] F32, optional: multiplies scale, read when the work runs (upstream gradient, lambda,
+    /// 1/count).
+    pub scale_tensor: blockem_tensor,
+    /// Scratch memory on the plan's device, starting at a multiple of 64 bytes.
+    pub workspace: *mut c_void,
+    /// Its bytes; at least what blockem_plan_workspace_size says, for forward and
+    /// blockem_penalty.
+    pub workspace_size: usize,
+}
+versioned!(blockem_penalty_args, first_size = 904, last = workspace_size: usize);
+
+/// z[t,k] = act(W_k . h_t + b_k): references for later calls.
+/// A token's z has the same bits whatever T, its place, the other latents, the strides, the number
+/// of threads and the entry point (encode, forward, blockem_penalty, raw).
+/// stream: NULL on the CPU, where the call returns when the work is done.
+/// Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH, OVERLAP,
+/// INVALID_ARGUMENT. Thread-safe: no allocation, no lock held across calls.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_encode(
+    plan: *const blockem_plan,
+    args: *const blockem_encode_args,
+    stream: *mut c_void,
+) -> blockem_status {
+    guard(|| {
+        // SAFETY: a live handle and a sized struct, or NULL; tensors as their comments say.
+        unsafe {
+            let plan = &handle("plan", plan)?.0;
+            let args = read_struct("args", args)?;
+            check_stream(plan.device(), stream)?;
+            plan.encode(&mut EncodeArgs {
+                hidden: args.hidden.required("hidden")?,
+                latents: args.latents.required_mut("latents")?,
+            })
+        }
+    })
+}
+
+/// loss_sum = sum_t m_t sum_k w_k relu(s_k (z[t,k] - zref[t,k]))^2, token_count = sum_t m_t, and
+/// the coefficients that the backward call needs. BLOCK-EM's penalty is loss_sum / token_count
+/// (arXiv 2602.00767, L_block); it is returned in two parts because a mean of means is wrong under
+/// gradient accumulation and data parallelism.
+/// Reads hidden, reference, mask; writes coef, loss_sum, token_count, latent_loss where given.
+/// NaN in hidden or reference of a token with m_t != 0 gives a NaN loss. A mask of zeros gives 0, 0.
+/// stream, errors, thread-safety: as blockem_encode; also WORKSPACE_TOO_SMALL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_penalty_forward(
+    plan: *const blockem_plan,
+    args: *const blockem_penalty_args,
+    stream: *mut c_void,
+) -> blockem_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe {
+        run(plan, args, stream, |plan, args| plan.forward(args))
+    })
+}
+
+/// grad_hidden[t,:] (+)= scale * sum_k coef[t,k] W_k.
+/// Reads coef, scale_tensor; writes or adds to grad_hidden. hidden may be absent. A token without a
+/// coefficient other than 0 gets a row of zeros, and is left untouched when accumulating.
+/// stream, errors, thread-safety: as blockem_encode. Needs no workspace.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_penalty_backward(
+    plan: *const blockem_plan,
+    args: *const blockem_penalty_args,
+    stream: *mut c_void,
+) -> blockem_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe {
+        run(plan, args, stream, |plan, args| plan.backward(args))
+    })
+}
+
+/// Forward and backward in one pass over hidden: same bits as the two calls.
+/// stream, errors, thread-safety: as blockem_encode; also WORKSPACE_TOO_SMALL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_penalty(
+    plan: *const blockem_plan,
+    args: *const blockem_penalty_args,
+    stream: *mut c_void,
+) -> blockem_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe {
+        run(plan, args, stream, |plan, args| plan.penalty(args))
+    })
+}
+
+/// # Safety
+/// A live handle and a sized struct, or NULL; tensors as their comments say.
+unsafe fn run(
+    plan: *const blockem_plan,
+    args: *const blockem_penalty_args,
+    stream: *mut c_void,
+    work: impl FnOnce(&crate::plan::Plan, &mut PenaltyArgs<'_>) -> Result<()>,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let plan = &handle("plan", plan)?.0;
+        let args = read_struct("args", args)?;
+        check_stream(plan.device(), stream)?;
+        work(plan, &mut penalty_args(&args)?)
+    }
+}
+
+/// # Safety
+/// Tensors and workspace must be valid for what they say, for 'a.
+pub(super) unsafe fn penalty_args<'a>(args: &blockem_penalty_args) -> Result<PenaltyArgs<'a>> {
+    if !matches!(args.accumulate, 0 | 1) || args.reserved != 0 {
+        bail!(InvalidArgument, "accumulate must be 0 or 1 and reserved 0");
+    }
+    if args.workspace_size > isize::MAX as usize {
+        bail!(InvalidArgument, "workspace_size is larger than memory");
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        Ok(PenaltyArgs {
+            hidden: args.hidden.optional("hidden")?,
+            reference: args.reference.optional("reference")?,
+            mask: args.mask.optional("mask")?,
+            coef: args.coef.optional_mut("coef")?,
+            loss_sum: args.loss_sum.optional_mut("loss_sum")?,
+            token_count: args.token_count.optional_mut("token_count")?,
+            latent_loss: args.latent_loss.optional_mut("latent_loss")?,
+            grad_hidden: args.grad_hidden.optional_mut("grad_hidden")?,
+            accumulate: args.accumulate == 1,
+            scale: args.scale,
+            scale_tensor: args.scale_tensor.optional("scale_tensor")?,
+            workspace: if args.workspace.is_null() {
+                &mut []
+            } else {
+                std::slice::from_raw_parts_mut(args.workspace.cast::<u8>(), args.workspace_size)
+            },
+        })
+    }
+}

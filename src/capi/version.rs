@@ -1,0 +1,59 @@
+use std::ffi::c_char;
+
+use super::{blockem_status, guard, versioned, write_struct};
+use crate::backend::cpu;
+
+/// What this build of the library is. Filled by blockem_build_info_get.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct blockem_build_info {
+    /// sizeof(blockem_build_info), set by BLOCKEM_BUILD_INFO_INIT.
+    pub struct_size: usize,
+    /// As blockem_version().
+    pub version: u32,
+    /// 1 when the build has a CUDA backend.
+    pub has_cuda: i32,
+    /// The instruction set that the CPU backend uses on this machine; a static string.
+    pub cpu_isa: *const c_char,
+}
+versioned!(blockem_build_info, first_size = 24, last = cpu_isa: *const c_char);
+
+/// major << 16 | minor << 8 | patch of the library that runs. Thread-safe.
+#[unsafe(no_mangle)]
+pub extern "C" fn blockem_version() -> u32 {
+    const fn number(text: &str) -> u32 {
+        let (bytes, mut i, mut n) = (text.as_bytes(), 0, 0);
+        while i < bytes.len() {
+            n = n * 10 + (bytes[i] - b'0') as u32;
+            i += 1;
+        }
+        n
+    }
+    const {
+        number(env!("CARGO_PKG_VERSION_MAJOR")) << 16
+            | number(env!("CARGO_PKG_VERSION_MINOR")) << 8
+            | number(env!("CARGO_PKG_VERSION_PATCH"))
+    }
+}
+
+/// The version as text, such as "0.1.0"; a static string. Thread-safe.
+#[unsafe(no_mangle)]
+pub extern "C" fn blockem_version_string() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// Describes this build.
+/// Errors: NULL_POINTER, STRUCT_SIZE. Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_build_info_get(info: *mut blockem_build_info) -> blockem_status {
+    guard(|| {
+        let value = blockem_build_info {
+            struct_size: size_of::<blockem_build_info>(),
+            version: blockem_version(),
+            has_cuda: 0,
+            cpu_isa: cpu::isa_name().as_ptr(),
+        };
+        // SAFETY: the caller's struct has the bytes that its struct_size says.
+        unsafe { write_struct("info", info, &value) }
+    })
+}

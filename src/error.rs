@@ -1,0 +1,136 @@
+//! Status codes and the one error type.
+
+use std::fmt;
+
+/// What went wrong, as it crosses the C boundary. Numbers are never reused: 1xx the caller,
+/// 2xx data, 3xx device, 9xx this library.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Status {
+    Ok = 0,
+    InvalidArgument = 100,
+    NullPointer = 101,
+    StructSize = 102,
+    Shape = 103,
+    Dtype = 104,
+    Layout = 105,
+    DeviceMismatch = 106,
+    WorkspaceTooSmall = 107,
+    LatentRange = 108,
+    Unsupported = 109,
+    LatentDuplicate = 110,
+    Overlap = 111,
+    Io = 200,
+    Format = 201,
+    TensorMissing = 202,
+    RecipeIncomplete = 203,
+    UnsafePickle = 204,
+    NonFinite = 205,
+    // 206 CACHE_STALE and 207 MASK_EMPTY come with the reference cache and the text masks.
+    ProvenanceMismatch = 208,
+    CudaUnavailable = 300,
+    // 301 to 306: CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED.
+    Panic = 900,
+    Internal = 901,
+}
+
+impl Status {
+    pub const ALL: [Status; 23] = [
+        Status::Ok,
+        Status::InvalidArgument,
+        Status::NullPointer,
+        Status::StructSize,
+        Status::Shape,
+        Status::Dtype,
+        Status::Layout,
+        Status::DeviceMismatch,
+        Status::WorkspaceTooSmall,
+        Status::LatentRange,
+        Status::Unsupported,
+        Status::LatentDuplicate,
+        Status::Overlap,
+        Status::Io,
+        Status::Format,
+        Status::TensorMissing,
+        Status::RecipeIncomplete,
+        Status::UnsafePickle,
+        Status::NonFinite,
+        Status::ProvenanceMismatch,
+        Status::CudaUnavailable,
+        Status::Panic,
+        Status::Internal,
+    ];
+
+    pub fn code(self) -> i32 {
+        self as i32
+    }
+
+    pub fn from_code(code: i32) -> Option<Status> {
+        Status::ALL.into_iter().find(|s| s.code() == code)
+    }
+
+    /// The name in the header, without its prefix.
+    pub fn name(self) -> &'static str {
+        match self {
+            Status::Ok => "OK",
+            Status::InvalidArgument => "INVALID_ARGUMENT",
+            Status::NullPointer => "NULL_POINTER",
+            Status::StructSize => "STRUCT_SIZE",
+            Status::Shape => "SHAPE",
+            Status::Dtype => "DTYPE",
+            Status::Layout => "LAYOUT",
+            Status::DeviceMismatch => "DEVICE_MISMATCH",
+            Status::WorkspaceTooSmall => "WORKSPACE_TOO_SMALL",
+            Status::LatentRange => "LATENT_RANGE",
+            Status::Unsupported => "UNSUPPORTED",
+            Status::LatentDuplicate => "LATENT_DUPLICATE",
+            Status::Overlap => "OVERLAP",
+            Status::Io => "IO",
+            Status::Format => "FORMAT",
+            Status::TensorMissing => "TENSOR_MISSING",
+            Status::RecipeIncomplete => "RECIPE_INCOMPLETE",
+            Status::UnsafePickle => "UNSAFE_PICKLE",
+            Status::NonFinite => "NON_FINITE",
+            Status::ProvenanceMismatch => "PROVENANCE_MISMATCH",
+            Status::CudaUnavailable => "CUDA_UNAVAILABLE",
+            Status::Panic => "PANIC",
+            Status::Internal => "INTERNAL",
+        }
+    }
+}
+
+/// A status with one clear sentence: what, where, and the remedy.
+#[derive(Clone, Debug)]
+pub struct Error {
+    pub status: Status,
+    pub message: String,
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub fn new(status: Status, message: impl Into<String>) -> Error {
+        Error { status, message: message.into() }
+    }
+
+    /// An operating-system error on a named file.
+    pub fn io(path: &std::path::Path, what: &str, err: &std::io::Error) -> Error {
+        Error::new(Status::Io, format!("{}: cannot {what}: {err}", path.display()))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// `bail!(Shape, "hidden has {} columns", d)` returns that error.
+macro_rules! bail {
+    ($status:ident, $($text:tt)*) => {
+        return Err($crate::error::Error::new($crate::error::Status::$status, format!($($text)*)))
+    };
+}
+pub(crate) use bail;

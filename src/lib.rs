@@ -1,0 +1,18 @@
+//! BLOCK-EM's latent penalty and its gradient, for any trainer.
+//!
+//! The penalty is a pure function of arrays ([`penalty`]); everything else prepares its inputs:
+//! [`sae`] reads dictionaries, [`latents`] holds the blocked sets, [`plan`] joins the two on a
+//! device. Only the C ABI (`include/blockem.h`, generated from [`capi`]) is promised stable.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+#![warn(clippy::undocumented_unsafe_blocks)]
+
+mod backend;
+pub mod capi;
+pub mod error;
+pub mod latents;
+mod output;
+pub mod penalty;
+pub mod plan;
+pub mod sae;
+pub mod tensor;

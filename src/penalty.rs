@@ -1,0 +1,559 @@
+//! The penalty: what is computed, and the checks between the caller and a backend.
+//!
+//! For tokens t with mask m_t, blocked latents k with sign s_k and weight w_k:
+//!
+//! ```text
+//! z[t,k]    = act(W_k · h_t + b_k)
+//! loss_sum  = Σ_t m_t Σ_k w_k · relu(s_k (z[t,k] − zref[t,k]))²
+//! count     = Σ_t m_t
+//! coef[t,k] = m_t · 2 w_k s_k relu(s_k (z − zref)) · act'(pre)
+//! dH[t,:] (+)= scale · Σ_k coef[t,k] · W_k
+//! ```
+//!
+//! This is L_block of BLOCK-EM (arXiv 2602.00767) before its mean over tokens: a trainer minimises
+//! SFT + λ · loss_sum / count. NaN reaches the loss; a token with m_t = 0 contributes nothing, even
+//! if its h is NaN.
+
+use crate::backend::cpu::Cpu;
+use crate::backend::{
+    Backend, BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows,
+    Workspace, reference,
+};
+use crate::error::{Result, bail};
+use crate::plan::{BackendKind, Plan, resolve_backend};
+use crate::tensor::{DType, Device, Tensor, TensorMut};
+
+/// Arguments of [`Plan::encode`].
+#[derive(Debug)]
+pub struct EncodeArgs<'a> {
+    /// [T, d] F32, F16 or BF16.
+    pub hidden: Tensor<'a>,
+    /// [T, K] F32, written.
+    pub latents: TensorMut<'a>,
+}
+
+/// Arguments of [`Plan::forward`], [`Plan::backward`] and [`Plan::penalty`].
+#[derive(Debug)]
+pub struct PenaltyArgs<'a> {
+    /// [T, d] F32, F16 or BF16. Read by forward and penalty.
+    pub hidden: Option<Tensor<'a>>,
+    /// [T, K] F32: z of the base model. Read by forward and penalty.
+    pub reference: Option<Tensor<'a>>,
+    /// [T] U8, Bool or F32; absent means that every token counts once.
+    pub mask: Option<Tensor<'a>>,
+    /// [T, K] F32: written by forward and (if given) penalty, read by backward.
+    pub coef: Option<TensorMut<'a>>,
+    /// [1] F32 or F64.
+    pub loss_sum: Option<TensorMut<'a>>,
+    /// [1] F32 or F64.
+    pub token_count: Option<TensorMut<'a>>,
+    /// [K] F32 or F64: the share of each latent in loss_sum.
+    pub latent_loss: Option<TensorMut<'a>>,
+    /// [T, d] F32 or hidden's dtype. Written by backward and penalty.
+    pub grad_hidden: Option<TensorMut<'a>>,
+    /// Add to grad_hidden instead of overwriting it.
+    pub accumulate: bool,
+    /// Multiplies dH.
+    pub scale: f64,
+    /// [1] F32: multiplies dH too, read when the work runs.
+    pub scale_tensor: Option<Tensor<'a>>,
+    /// At least [`Plan::workspace_size`] bytes for forward and penalty.
+    pub workspace: &'a mut [u8],
+}
+
+impl Default for PenaltyArgs<'_> {
+    fn default() -> Self {
+        PenaltyArgs {
+            hidden: None,
+            reference: None,
+            mask: None,
+            coef: None,
+            loss_sum: None,
+            token_count: None,
+            latent_loss: None,
+            grad_hidden: None,
+            accumulate: false,
+            scale: 1.0,
+            scale_tensor: None,
+            workspace: &mut [],
+        }
+    }
+}
+
+/// Rows of a handle-free call.
+#[derive(Debug)]
+pub struct RawRows<'a> {
+    /// [K, d] F32, unit stride inside a row.
+    pub weight: Tensor<'a>,
+    /// [K] F32, contiguous, as are all below.
+    pub bias: Tensor<'a>,
+    /// [K] F32: s_k · w_k.
+    pub sign_weight: Tensor<'a>,
+    pub kind: RawActivation,
+    /// [K] F32, JumpReLU only.
+    pub threshold: Option<Tensor<'a>>,
+    /// [K] F32, gated only.
+    pub gate_bias: Option<Tensor<'a>>,
+    /// [K] F32: pre = gate_scale · (weight · h) + bias; absent means 1.
+    pub gate_scale: Option<Tensor<'a>>,
+}
+
+/// The gate of a handle-free call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum RawActivation {
+    Relu = 0,
+    JumpRelu = 1,
+    Gated = 2,
+    // 3 is TopK, which needs the whole dictionary.
+    Preactivation = 4,
+}
+
+impl RawActivation {
+    pub fn from_code(code: i32) -> Option<RawActivation> {
+        use RawActivation::*;
+        [Relu, JumpRelu, Gated, Preactivation].into_iter().find(|a| *a as i32 == code)
+    }
+}
+
+impl Plan {
+    /// z of every token: references for later calls.
+    pub fn encode(&self, args: &mut EncodeArgs<'_>) -> Result<()> {
+        let shape = self.shape();
+        let call = shape.encode_call(args)?;
+        // SAFETY: `encode_call` checked every view against the plan.
+        unsafe { self.backend.encode(&call) };
+        Ok(())
+    }
+
+    /// loss_sum, count, coefficients for [`Plan::backward`], per-latent sums.
+    pub fn forward(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
+        let call = self.shape().penalty_call(args, false)?;
+        let call = with_workspace(call, args.workspace, self.workspace_size(call.tokens))?;
+        // SAFETY: `penalty_call` checked every view against the plan.
+        unsafe { self.backend.penalty(&call) };
+        Ok(())
+    }
+
+    /// dH from the coefficients that forward saved.
+    pub fn backward(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
+        let call = self.shape().backward_call(args)?;
+        // SAFETY: `backward_call` checked every view against the plan.
+        unsafe { self.backend.backward(&call) };
+        Ok(())
+    }
+
+    /// Forward and backward in one pass over hidden.
+    pub fn penalty(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
+        let call = self.shape().penalty_call(args, true)?;
+        let call = with_workspace(call, args.workspace, self.workspace_size(call.tokens))?;
+        // SAFETY: `penalty_call` checked every view against the plan.
+        unsafe { self.backend.penalty(&call) };
+        Ok(())
+    }
+
+    fn shape(&self) -> CallShape {
+        CallShape {
+            d_in: self.d_in(),
+            num_latents: self.num_latents(),
+            device: self.device(),
+            takes_f64: self.backend.takes_f64(),
+        }
+    }
+}
+
+/// Forward without handles: every array is an argument. Same bits as a plan of the same rows.
+/// An empty workspace is allocated for the call.
+pub fn raw_forward(
+    rows: &RawRows<'_>,
+    args: &mut PenaltyArgs<'_>,
+    backend: BackendKind,
+    num_threads: usize,
+) -> Result<()> {
+    let (rows, shape) = raw_shape(rows, backend)?;
+    let mut call = shape.penalty_call(args, args.grad_hidden.is_some())?;
+    if shape.takes_f64 {
+        // SAFETY: `penalty_call` checked every view against the rows.
+        unsafe { reference::penalty(&rows, &call) };
+        return Ok(());
+    }
+    let needed = Cpu::raw_workspace_size(rows.count(), rows.d_in, call.tokens, num_threads);
+    let mut own = Vec::new();
+    call = with_workspace(call, or_allocate(args.workspace, &mut own, needed), needed)?;
+    // SAFETY: as above.
+    unsafe { Cpu::raw_penalty(&rows, &call, num_threads) };
+    Ok(())
+}
+
+/// Backward without handles; see [`raw_forward`].
+pub fn raw_backward(
+    rows: &RawRows<'_>,
+    args: &mut PenaltyArgs<'_>,
+    backend: BackendKind,
+    num_threads: usize,
+) -> Result<()> {
+    let (rows, shape) = raw_shape(rows, backend)?;
+    let call = shape.backward_call(args)?;
+    if shape.takes_f64 {
+        // SAFETY: `backward_call` checked every view against the rows.
+        unsafe { reference::backward(&rows, &call) };
+        return Ok(());
+    }
+    let needed = Cpu::raw_workspace_size(rows.count(), rows.d_in, call.tokens, num_threads);
+    let mut own = Vec::new();
+    let scratch = or_allocate(args.workspace, &mut own, needed);
+    check_workspace(scratch, needed)?;
+    let workspace = Workspace { data: scratch.as_mut_ptr(), size: scratch.len() };
+    // SAFETY: as above.
+    unsafe { Cpu::raw_backward(&rows, &call, workspace, num_threads) };
+    Ok(())
+}
+
+/// Bytes of scratch that the raw calls need.
+pub fn raw_workspace_size(
+    num_latents: usize,
+    d_in: usize,
+    tokens: usize,
+    backend: BackendKind,
+    num_threads: usize,
+) -> usize {
+    match backend {
+        BackendKind::Reference => 0,
+        _ => Cpu::raw_workspace_size(num_latents, d_in, tokens, num_threads),
+    }
+}
+
+fn raw_shape<'a>(raw: &RawRows<'a>, backend: BackendKind) -> Result<(Rows<'a>, CallShape)> {
+    let device = raw.weight.device;
+    let kind = resolve_backend(device, backend)?;
+    let &[num_latents, d_in] = raw.weight.shape() else {
+        bail!(Shape, "weight must be [K, d], not {:?}", raw.weight.shape());
+    };
+    if num_latents == 0 || d_in == 0 {
+        bail!(Shape, "weight must have at least one row and one column, not {num_latents} x {d_in}");
+    }
+    let takes_f64 = kind == BackendKind::Reference;
+    let shape = CallShape { d_in, num_latents, device, takes_f64 };
+    let weight = shape.matrix("weight", &raw.weight, num_latents, d_in, &[DType::F32])?;
+    let vector = |name, tensor: &Tensor<'a>| shape.floats(name, tensor);
+    let optional = |name, tensor: &Option<Tensor<'a>>| {
+        tensor.as_ref().map(|tensor| vector(name, tensor)).transpose()
+    };
+    let (threshold, gate_bias) =
+        (optional("threshold", &raw.threshold)?, optional("gate_bias", &raw.gate_bias)?);
+    let gate = match (raw.kind, threshold, gate_bias) {
+        (RawActivation::Preactivation, None, None) => Gate::Open,
+        (RawActivation::Relu, None, None) => Gate::Relu,
+        (RawActivation::JumpRelu, Some(th), None) => Gate::Threshold(th),
+        (RawActivation::Gated, None, Some(bias)) => Gate::Gated(bias),
+        _ => bail!(
+            InvalidArgument,
+            "jumprelu takes threshold, gated takes gate_bias, and no other activation takes either"
+        ),
+    };
+    let rows = Rows {
+        d_in,
+        // SAFETY: `matrix` checked the view: rows of d elements, row_stride apart, aligned.
+        weight: unsafe {
+            let reach = (num_latents - 1) * weight.row_stride + d_in;
+            std::slice::from_raw_parts(weight.data.cast::<f32>(), reach)
+        },
+        weight_stride: weight.row_stride,
+        bias: vector("bias", &raw.bias)?,
+        scale: optional("gate_scale", &raw.gate_scale)?,
+        gate,
+        sign_weight: vector("sign_weight", &raw.sign_weight)?,
+    };
+    Ok((rows, shape))
+}
+
+fn or_allocate<'a>(given: &'a mut [u8], own: &'a mut Vec<u8>, needed: usize) -> &'a mut [u8] {
+    if given.is_empty() {
+        own.resize(needed + WORKSPACE_ALIGN, 0);
+        let skip = own.as_ptr().align_offset(WORKSPACE_ALIGN);
+        &mut own[skip..]
+    } else {
+        given
+    }
+}
+
+/// Workspaces must start at a multiple of this.
+pub const WORKSPACE_ALIGN: usize = 64;
+
+fn check_workspace(workspace: &[u8], needed: usize) -> Result<()> {
+    if workspace.len() < needed {
+        bail!(
+            WorkspaceTooSmall,
+            "the workspace has {} bytes, the call needs {needed}; ask the workspace_size function",
+            workspace.len()
+        );
+    }
+    if needed > 0 && workspace.as_ptr().align_offset(WORKSPACE_ALIGN) != 0 {
+        bail!(Layout, "the workspace must start at a multiple of {WORKSPACE_ALIGN} bytes");
+    }
+    Ok(())
+}
+
+fn with_workspace(call: PenaltyCall, space: &mut [u8], needed: usize) -> Result<PenaltyCall> {
+    check_workspace(space, needed)?;
+    let workspace = Workspace { data: space.as_mut_ptr(), size: space.len() };
+    Ok(PenaltyCall { workspace, ..call })
+}
+
+/// What every view of a call is compared with.
+struct CallShape {
+    d_in: usize,
+    num_latents: usize,
+    device: Device,
+    takes_f64: bool,
+}
+
+impl CallShape {
+    fn encode_call(&self, args: &EncodeArgs<'_>) -> Result<EncodeCall> {
+        let (tokens, hidden) = self.hidden(&args.hidden)?;
+        let out = args.latents.view();
+        let latents = self.matrix("latents", out, tokens, self.num_latents, self.values())?;
+        check_rows_apart("latents", out)?;
+        check_no_overlap(&[("latents", out)], &[("hidden", &args.hidden)])?;
+        Ok(EncodeCall { tokens, hidden, latents })
+    }
+
+    fn penalty_call(&self, args: &PenaltyArgs<'_>, with_grad: bool) -> Result<PenaltyCall> {
+        let (tokens, hidden) = self.hidden(required("hidden", &args.hidden)?)?;
+        let reference = required("reference", &args.reference)?;
+        let reference =
+            self.matrix("reference", reference, tokens, self.num_latents, self.values())?;
+        let mask = match &args.mask {
+            Some(mask) => Some(self.mask(mask, tokens)?),
+            None => None,
+        };
+        let coef = match &args.coef {
+            Some(coef) => Some(self.coef(coef, tokens)?),
+            None => None,
+        };
+        let grad = if with_grad { Some(self.grad(args, tokens, Some(hidden.dtype))?) } else { None };
+        check_overlaps(args, with_grad)?;
+        Ok(PenaltyCall {
+            tokens,
+            hidden,
+            reference,
+            mask,
+            coef,
+            loss_sum: self.output("loss_sum", &args.loss_sum, 1)?,
+            token_count: self.output("token_count", &args.token_count, 1)?,
+            latent_loss: self.output("latent_loss", &args.latent_loss, self.num_latents)?,
+            grad,
+            workspace: Workspace { data: std::ptr::null_mut(), size: 0 },
+        })
+    }
+
+    fn backward_call(&self, args: &PenaltyArgs<'_>) -> Result<BackwardCall> {
+        let coef = required("coef", &args.coef)?;
+        let tokens = coef.view().shape().first().copied().unwrap_or(0);
+        let hidden = args.hidden.as_ref().map(|hidden| self.hidden(hidden)).transpose()?;
+        if hidden.is_some_and(|(rows, _)| rows != tokens) {
+            bail!(Shape, "hidden and coef must have the same number of tokens");
+        }
+        let coef = self.coef(coef, tokens)?;
+        let grad = self.grad(args, tokens, hidden.map(|(_, hidden)| hidden.dtype))?;
+        check_overlaps(args, true)?;
+        Ok(BackwardCall { tokens, coef, grad })
+    }
+
+    fn hidden(&self, tensor: &Tensor<'_>) -> Result<(usize, Matrix)> {
+        let tokens = tensor.shape().first().copied().unwrap_or(0);
+        Ok((tokens, self.matrix("hidden", tensor, tokens, self.d_in, self.reals())?))
+    }
+
+    fn coef(&self, tensor: &TensorMut<'_>, tokens: usize) -> Result<Matrix> {
+        check_rows_apart("coef", tensor.view())?;
+        self.matrix("coef", tensor.view(), tokens, self.num_latents, self.values())
+    }
+
+    fn grad(&self, args: &PenaltyArgs<'_>, tokens: usize, hidden: Option<DType>) -> Result<Grad> {
+        let tensor = required("grad_hidden", &args.grad_hidden)?.view();
+        let rows = self.matrix("grad_hidden", tensor, tokens, self.d_in, self.reals())?;
+        check_rows_apart("grad_hidden", tensor)?;
+        if hidden.is_some_and(|hidden| rows.dtype != DType::F32 && rows.dtype != hidden) {
+            bail!(
+                Dtype,
+                "grad_hidden is {}; it must be float32 or hidden's own dtype",
+                rows.dtype.name()
+            );
+        }
+        let scale_tensor = match &args.scale_tensor {
+            Some(tensor) => Some(self.floats_of("scale_tensor", tensor, 1)?.cast()),
+            None => None,
+        };
+        Ok(Grad { rows, accumulate: args.accumulate, scale: args.scale, scale_tensor })
+    }
+
+    fn mask(&self, tensor: &Tensor<'_>, tokens: usize) -> Result<Mask> {
+        self.vector("mask", tensor, tokens, &[DType::U8, DType::Bool, DType::F32])?;
+        Ok(Mask { data: tensor.data, dtype: tensor.dtype, stride: last_stride(tensor) })
+    }
+
+    fn output(&self, name: &str, out: &Option<TensorMut<'_>>, len: usize) -> Result<Option<Output>> {
+        let Some(out) = out else { return Ok(None) };
+        let view = out.view();
+        self.vector(name, view, len, &[DType::F32, DType::F64])?;
+        check_rows_apart(name, view)?;
+        Ok(Some(Output { data: out.data_mut(), dtype: view.dtype, stride: last_stride(view) }))
+    }
+
+    /// K contiguous floats on the host.
+    fn floats<'a>(&self, name: &str, tensor: &Tensor<'a>) -> Result<&'a [f32]> {
+        let data = self.floats_of(name, tensor, self.num_latents)?;
+        // SAFETY: K contiguous, aligned floats, readable for the tensor's lifetime.
+        Ok(unsafe { std::slice::from_raw_parts(data.cast::<f32>(), self.num_latents) })
+    }
+
+    fn floats_of(&self, name: &str, tensor: &Tensor<'_>, len: usize) -> Result<*const u8> {
+        self.vector(name, tensor, len, &[DType::F32])?;
+        if len > 1 && last_stride(tensor) != 1 {
+            bail!(Layout, "{name} must be contiguous");
+        }
+        Ok(tensor.data)
+    }
+
+    fn vector(&self, name: &str, tensor: &Tensor<'_>, len: usize, dtypes: &[DType]) -> Result<()> {
+        let scalar = len == 1 && tensor.shape().is_empty();
+        if !scalar && tensor.shape() != [len] {
+            bail!(Shape, "{name} must be [{len}], not {:?}", tensor.shape());
+        }
+        self.check_memory(name, tensor, dtypes)
+    }
+
+    fn matrix(
+        &self,
+        name: &str,
+        tensor: &Tensor<'_>,
+        rows: usize,
+        cols: usize,
+        dtypes: &[DType],
+    ) -> Result<Matrix> {
+        if tensor.shape() != [rows, cols] {
+            bail!(Shape, "{name} must be [{rows}, {cols}], not {:?}", tensor.shape());
+        }
+        self.check_memory(name, tensor, dtypes)?;
+        if cols > 1 && tensor.stride()[1] != 1 {
+            bail!(Layout, "the elements of a row of {name} must be adjacent (last stride 1)");
+        }
+        Ok(Matrix {
+            data: tensor.data.cast_mut(),
+            dtype: tensor.dtype,
+            row_stride: tensor.stride()[0],
+        })
+    }
+
+    fn check_memory(&self, name: &str, tensor: &Tensor<'_>, dtypes: &[DType]) -> Result<()> {
+        if !dtypes.contains(&tensor.dtype) {
+            let accepted: Vec<&str> = dtypes.iter().map(|d| d.name()).collect();
+            bail!(Dtype, "{name} is {}; it must be {}", tensor.dtype.name(), accepted.join(" or "));
+        }
+        if tensor.device != self.device {
+            bail!(DeviceMismatch, "{name} is on {:?}, the call runs on {:?}", tensor.device, self.device);
+        }
+        let empty = tensor.shape().contains(&0);
+        if tensor.data.is_null() && !empty {
+            bail!(NullPointer, "{name} has no data");
+        }
+        if !(tensor.data as usize).is_multiple_of(tensor.dtype.size()) {
+            bail!(Layout, "{name} is not aligned to its {}-byte elements", tensor.dtype.size());
+        }
+        Ok(())
+    }
+
+    /// Dtypes of hidden states and their gradient.
+    fn reals(&self) -> &'static [DType] {
+        let all = &[DType::F32, DType::F16, DType::BF16, DType::F64];
+        if self.takes_f64 { all } else { &all[..3] }
+    }
+
+    /// Dtypes of [T, K] arrays.
+    fn values(&self) -> &'static [DType] {
+        let all = &[DType::F32, DType::F64];
+        if self.takes_f64 { all } else { &all[..1] }
+    }
+}
+
+fn required<'b, T>(name: &str, value: &'b Option<T>) -> Result<&'b T> {
+    match value {
+        Some(value) => Ok(value),
+        None => bail!(NullPointer, "{name} is required by this call"),
+    }
+}
+
+fn last_stride(tensor: &Tensor<'_>) -> usize {
+    tensor.stride().last().copied().unwrap_or(1)
+}
+
+/// No two elements of an output may share memory.
+fn check_rows_apart(name: &str, tensor: &Tensor<'_>) -> Result<()> {
+    let row = tensor.shape().get(1).copied().unwrap_or(1);
+    let many = tensor.shape().first().is_some_and(|rows| *rows > 1);
+    if many && tensor.stride()[0] < row {
+        bail!(Layout, "the rows of {name} overlap: its row stride is smaller than a row");
+    }
+    Ok(())
+}
+
+fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool) -> Result<()> {
+    let grad = if with_grad { args.grad_hidden.as_ref() } else { None };
+    let outputs: [(&str, Option<&TensorMut<'_>>); 5] = [
+        ("coef", args.coef.as_ref()),
+        ("loss_sum", args.loss_sum.as_ref()),
+        ("token_count", args.token_count.as_ref()),
+        ("latent_loss", args.latent_loss.as_ref()),
+        ("grad_hidden", grad),
+    ];
+    let inputs = [
+        ("hidden", args.hidden.as_ref()),
+        ("reference", args.reference.as_ref()),
+        ("mask", args.mask.as_ref()),
+        ("scale_tensor", args.scale_tensor.as_ref()),
+    ];
+    let outputs = outputs.map(|(name, tensor)| (name, tensor.map(|t| t.view())));
+    for (i, (name, out)) in outputs.iter().enumerate() {
+        let Some(out) = out else { continue };
+        for (other, tensor) in outputs[..i].iter().chain(&inputs) {
+            if let Some(tensor) = tensor {
+                check_apart(name, out, other, tensor)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_no_overlap(outs: &[(&str, &Tensor<'_>)], inputs: &[(&str, &Tensor<'_>)]) -> Result<()> {
+    for (name, out) in outs {
+        for (other, tensor) in inputs {
+            check_apart(name, out, other, tensor)?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses shared memory; two column ranges of one larger matrix are apart.
+fn check_apart(name: &str, a: &Tensor<'_>, other: &str, b: &Tensor<'_>) -> Result<()> {
+    let (span_a, span_b) = (a.span(), b.span());
+    if span_a.is_empty() || span_b.is_empty() {
+        return Ok(());
+    }
+    let meet = span_a.start < span_b.end && span_b.start < span_a.end;
+    if meet && !interleaved(a, b) {
+        bail!(Overlap, "{name} shares memory with {other}");
+    }
+    Ok(())
+}
+
+fn interleaved(a: &Tensor<'_>, b: &Tensor<'_>) -> bool {
+    let (&[_, cols_a], &[_, cols_b]) = (a.shape(), b.shape()) else { return false };
+    let pitch = a.stride()[0] * a.dtype.size();
+    if pitch == 0 || pitch != b.stride()[0] * b.dtype.size() {
+        return false;
+    }
+    let (row_a, row_b) = (cols_a * a.dtype.size(), cols_b * b.dtype.size());
+    let offset = (b.data as usize as isize - a.data as usize as isize).rem_euclid(pitch as isize);
+    offset as usize >= row_a && offset as usize + row_b <= pitch
+}

@@ -1,0 +1,319 @@
+//! Plans: the rows of one latent set, gathered from one SAE, ready on one device.
+
+use sha2::{Digest, Sha256};
+
+use crate::backend::cpu::Cpu;
+use crate::backend::reference::Reference;
+use crate::backend::{Backend, Gate, Rows};
+use crate::error::{Result, bail};
+use crate::latents::Latents;
+use crate::sae::{Architecture, EncoderRows, Sae};
+use crate::tensor::Device;
+
+/// From pre-activation to latent: the file's rule, or one of the two that BLOCK-EM's users choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Activation {
+    /// The rule of the file, as its owner's library loads it.
+    #[default]
+    Native = 0,
+    /// relu of the pre-activation: no threshold, no top-k. What BLOCK-EM's authors use.
+    DenseRelu = 1,
+    /// The pre-activation itself: no gate, so no dead zone.
+    Preactivation = 2,
+}
+
+impl Activation {
+    pub fn from_code(code: i32) -> Option<Activation> {
+        use Activation::*;
+        [Native, DenseRelu, Preactivation].into_iter().find(|a| *a as i32 == code)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Activation::Native => "native",
+            Activation::DenseRelu => "dense_relu",
+            Activation::Preactivation => "preactivation",
+        }
+    }
+}
+
+/// Who computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(i32)]
+pub enum BackendKind {
+    /// The device's own.
+    #[default]
+    Auto = 0,
+    Cpu = 1,
+    Cuda = 2,
+    /// The f64 oracle; also takes f64 tensors. Slow.
+    Reference = 3,
+}
+
+impl BackendKind {
+    pub fn from_code(code: i32) -> Option<BackendKind> {
+        use BackendKind::*;
+        [Auto, Cpu, Cuda, Reference].into_iter().find(|b| *b as i32 == code)
+    }
+}
+
+/// How a plan is made.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanOptions {
+    pub device: Device,
+    pub backend: BackendKind,
+    pub activation: Activation,
+    /// CPU worker threads of a run call; 0 means one for each available core.
+    pub num_threads: usize,
+}
+
+impl Default for PlanOptions {
+    fn default() -> PlanOptions {
+        PlanOptions {
+            device: Device::Cpu,
+            backend: BackendKind::Auto,
+            activation: Activation::Native,
+            num_threads: 0,
+        }
+    }
+}
+
+/// SAE × latent set × device. Never changes after creation: any thread may use it.
+pub struct Plan {
+    pub(crate) backend: Box<dyn Backend>,
+    kind: BackendKind,
+    device: Device,
+    activation: Activation,
+    d_in: usize,
+    d_sae: usize,
+    num_latents: usize,
+    num_positive: usize,
+    layer: Option<i64>,
+    identity: String,
+}
+
+impl Plan {
+    pub fn new(sae: &Sae, latents: &Latents, options: &PlanOptions) -> Result<Plan> {
+        let kind = resolve_backend(options.device, options.backend)?;
+        latents.check_against(sae)?;
+        refuse_native_topk(sae, options.activation)?;
+        let encoder = sae.gather(latents.ids())?;
+        let identity = identity(sae, latents.ids(), &encoder, options.activation);
+        check_provenance(latents, &identity, options.activation)?;
+        let rows = LatentRows::new(encoder, latents, sae.recipe().architecture, options.activation);
+        let backend: Box<dyn Backend> = match kind {
+            BackendKind::Reference => Box::new(Reference::new(rows)),
+            _ => Box::new(Cpu::new(&rows.borrow(), options.num_threads)),
+        };
+        Ok(Plan {
+            backend,
+            kind,
+            device: options.device,
+            activation: options.activation,
+            d_in: sae.recipe().d_in,
+            d_sae: sae.recipe().d_sae,
+            num_latents: latents.len(),
+            num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
+            layer: sae.recipe().layer,
+            identity,
+        })
+    }
+
+    pub fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    pub fn d_sae(&self) -> usize {
+        self.d_sae
+    }
+
+    /// K
+    pub fn num_latents(&self) -> usize {
+        self.num_latents
+    }
+
+    /// How many of them have sign +1.
+    pub fn num_positive(&self) -> usize {
+        self.num_positive
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub fn backend(&self) -> BackendKind {
+        self.kind
+    }
+
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    pub fn layer(&self) -> Option<i64> {
+        self.layer
+    }
+
+    /// Worker threads of a run call.
+    pub fn num_threads(&self) -> usize {
+        self.backend.num_threads()
+    }
+
+    /// sha256 of all that z depends on: rows, recipe, activation, d, F. Signs and weights are not
+    /// in it, since they do not change z.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Names the arithmetic: equal names give equal z, bit for bit.
+    pub fn numerics(&self) -> String {
+        self.backend.numerics()
+    }
+
+    /// Bytes of scratch that the penalty calls need for so many tokens.
+    pub fn workspace_size(&self, tokens: usize) -> usize {
+        self.backend.workspace_size(tokens)
+    }
+}
+
+/// The backend that serves a device, or why none does.
+pub(crate) fn resolve_backend(device: Device, backend: BackendKind) -> Result<BackendKind> {
+    match (device, backend) {
+        (Device::Cuda(_), _) | (_, BackendKind::Cuda) => {
+            bail!(CudaUnavailable, "this build has no CUDA backend; use the device CPU")
+        }
+        (Device::Cpu, BackendKind::Auto) => Ok(BackendKind::Cpu),
+        (Device::Cpu, chosen) => Ok(chosen),
+    }
+}
+
+/// A top-k over the blocked rows alone would be another function than the SAE's.
+fn refuse_native_topk(sae: &Sae, activation: Activation) -> Result<()> {
+    if sae.recipe().architecture == Architecture::TopK && activation == Activation::Native {
+        bail!(
+            Unsupported,
+            "the activation 'native' of a topk SAE needs every latent of the dictionary, which \
+             this version does not compute; use 'dense_relu' (what BLOCK-EM's authors use) or \
+             'preactivation'"
+        );
+    }
+    Ok(())
+}
+
+fn check_provenance(latents: &Latents, identity: &str, activation: Activation) -> Result<()> {
+    let Some(made_for) = latents.provenance() else { return Ok(()) };
+    if made_for.activation != activation.name() {
+        bail!(
+            ProvenanceMismatch,
+            "the latent set was saved for the activation '{}', the plan asks for '{}'; make the \
+             plan with the former, or remove the key \"blockem\" from the file",
+            made_for.activation,
+            activation.name()
+        );
+    }
+    if made_for.identity != identity {
+        bail!(
+            ProvenanceMismatch,
+            "the latent set was saved for another SAE (identity {}, this one gives {identity}); \
+             open the SAE it belongs to, or remove the key \"blockem\" from the file",
+            made_for.identity
+        );
+    }
+    Ok(())
+}
+
+fn identity(sae: &Sae, ids: &[u64], rows: &EncoderRows, activation: Activation) -> String {
+    let recipe = sae.recipe();
+    let mut hash = Sha256::new();
+    let mut text = |s: &str| {
+        hash.update((s.len() as u64).to_le_bytes());
+        hash.update(s.as_bytes());
+    };
+    text("blockem identity 1");
+    text(recipe.architecture.name());
+    text(activation.name());
+    text(recipe.hook.as_deref().unwrap_or(""));
+    for n in [recipe.d_in as u64, recipe.d_sae as u64, ids.len() as u64].iter().chain(ids) {
+        hash.update(n.to_le_bytes());
+    }
+    let gate = rows.gate.as_ref();
+    let arrays = [
+        Some(&rows.weight),
+        Some(&rows.bias),
+        rows.threshold.as_ref(),
+        gate.map(|g| &g.bias),
+        gate.map(|g| &g.scale),
+    ];
+    for array in arrays {
+        hash.update([array.is_some() as u8]);
+        for value in array.into_iter().flatten() {
+            hash.update(value.to_le_bytes());
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Rows with the gate that the activation chose, and the signs and weights of the set.
+pub(crate) struct LatentRows {
+    d_in: usize,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    scale: Option<Vec<f32>>,
+    gate: OwnedGate,
+    sign_weight: Vec<f32>,
+}
+
+enum OwnedGate {
+    Open,
+    Relu,
+    Threshold(Vec<f32>),
+    Gated(Vec<f32>),
+}
+
+impl LatentRows {
+    fn new(
+        rows: EncoderRows,
+        latents: &Latents,
+        architecture: Architecture,
+        activation: Activation,
+    ) -> LatentRows {
+        let zeros = vec![0.0; rows.bias.len()];
+        let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
+        let gate = match (activation, architecture) {
+            (Activation::Preactivation, _) => OwnedGate::Open,
+            (Activation::Native, Architecture::JumpRelu) => {
+                OwnedGate::Threshold(rows.threshold.unwrap_or(zeros))
+            }
+            (Activation::Native, Architecture::Gated) => {
+                OwnedGate::Gated(gate_bias.unwrap_or(zeros))
+            }
+            _ => OwnedGate::Relu,
+        };
+        let signed = latents.signs().iter().zip(latents.weights());
+        LatentRows {
+            d_in: rows.d_in,
+            weight: rows.weight,
+            bias: rows.bias,
+            scale,
+            gate,
+            sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),
+        }
+    }
+
+    pub fn borrow(&self) -> Rows<'_> {
+        Rows {
+            d_in: self.d_in,
+            weight: &self.weight,
+            weight_stride: self.d_in,
+            bias: &self.bias,
+            scale: self.scale.as_deref(),
+            gate: match &self.gate {
+                OwnedGate::Open => Gate::Open,
+                OwnedGate::Relu => Gate::Relu,
+                OwnedGate::Threshold(th) => Gate::Threshold(th),
+                OwnedGate::Gated(bias) => Gate::Gated(bias),
+            },
+            sign_weight: &self.sign_weight,
+        }
+    }
+}
