@@ -311,9 +311,9 @@ typedef struct blockem_build_info {
    */
   int32_t has_cuda;
   /**
-   * The instruction set that the CPU backend uses on this machine; a static string.
+   * The instruction set that the CPU backend uses on this machine, such as "avx512".
    */
-  const char *cpu_isa;
+  char cpu_isa[32];
 } blockem_build_info;
 
 /**
@@ -1133,7 +1133,7 @@ blockem_status blockem_penalty(const struct blockem_plan *plan,
 
 /* Initial values: every field at its default, struct_size set. */
 #define BLOCKEM_TENSOR_INIT { NULL, 0, 0, 0, 0, { 0, 0, 0, 0 }, { 0, 0, 0, 0 } }
-#define BLOCKEM_BUILD_INFO_INIT { sizeof(blockem_build_info), 0, 0, NULL }
+#define BLOCKEM_BUILD_INFO_INIT { sizeof(blockem_build_info), 0, 0, { 0 } }
 #define BLOCKEM_SAE_OPTIONS_INIT { sizeof(blockem_sae_options), NULL, 0.0 }
 #define BLOCKEM_SAE_DESC_INIT \
   { sizeof(blockem_sae_desc), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \

@@ -12,7 +12,7 @@ use super::{
     read_text, status, versioned, write_struct, write_text,
 };
 use crate::error::{Result, bail};
-use crate::sae::{Architecture, EncoderLayout, Sae, SaeOptions, SaeTensors};
+use crate::sae::{Architecture, Layout, Sae, SaeOptions, SaeTensors};
 
 /// [d, F] or [F, d], told from the shape; an error where d = F.
 pub const BLOCKEM_ENCODER_LAYOUT_AUTO: i32 = 0;
@@ -255,26 +255,27 @@ unsafe fn sae_tensors<'a>(desc: &blockem_sae_desc) -> Result<SaeTensors<'a>> {
     // SAFETY: the caller's promise.
     unsafe {
         Ok(SaeTensors {
-            encoder_weight: desc.encoder_weight.required("encoder_weight")?,
-            encoder_bias: desc.encoder_bias.optional("encoder_bias")?,
-            decoder_bias: desc.decoder_bias.optional("decoder_bias")?,
-            decoder_weight: desc.decoder_weight.optional("decoder_weight")?,
-            threshold: desc.threshold.optional("threshold")?,
-            gate_bias: desc.gate_bias.optional("gate_bias")?,
-            magnitude_bias: desc.magnitude_bias.optional("magnitude_bias")?,
-            magnitude_log_scale: desc.magnitude_log_scale.optional("magnitude_log_scale")?,
+            architecture: architecture(desc.activation_kind)?,
             d_in: size("d_in", desc.d_in)?,
             d_sae: size("d_sae", desc.d_sae)?,
             k: (k > 0).then_some(k),
-            architecture: architecture(desc.activation_kind)?,
+            encoder: desc.encoder_weight.required("encoder_weight")?,
             encoder_layout: encoder_layout(desc.encoder_layout)?,
-            apply_b_dec_to_input: flag("apply_b_dec_to_input", desc.apply_b_dec_to_input)?,
-            rescale_acts_by_decoder_norm: flag(
+            b_enc: desc.encoder_bias.optional("encoder_bias")?,
+            b_dec: desc.decoder_bias.optional("decoder_bias")?,
+            threshold: desc.threshold.optional("threshold")?,
+            b_gate: desc.gate_bias.optional("gate_bias")?,
+            b_mag: desc.magnitude_bias.optional("magnitude_bias")?,
+            r_mag: desc.magnitude_log_scale.optional("magnitude_log_scale")?,
+            decoder: desc.decoder_weight.optional("decoder_weight")?,
+            apply_b_dec: flag("apply_b_dec_to_input", desc.apply_b_dec_to_input)?,
+            fold_decoder_norm: flag(
                 "rescale_acts_by_decoder_norm",
                 desc.rescale_acts_by_decoder_norm,
             )?,
-            input_scale: given_scale(desc.input_scale)?,
-            hook_name: read_text("hook_name", desc.hook_name)?.map(str::to_owned),
+            scale: given_scale(desc.input_scale)?.unwrap_or(1.0),
+            hook: read_text("hook_name", desc.hook_name)?.map(str::to_owned),
+            model: None,
         })
     }
 }
@@ -289,11 +290,11 @@ fn architecture(kind: i32) -> Result<Architecture> {
     }
 }
 
-fn encoder_layout(layout: i32) -> Result<EncoderLayout> {
+fn encoder_layout(layout: i32) -> Result<Option<Layout>> {
     match layout {
-        BLOCKEM_ENCODER_LAYOUT_AUTO => Ok(EncoderLayout::Auto),
-        BLOCKEM_ENCODER_LAYOUT_D_F => Ok(EncoderLayout::DF),
-        BLOCKEM_ENCODER_LAYOUT_F_D => Ok(EncoderLayout::FD),
+        BLOCKEM_ENCODER_LAYOUT_AUTO => Ok(None),
+        BLOCKEM_ENCODER_LAYOUT_D_F => Ok(Some(Layout::InputMajor)),
+        BLOCKEM_ENCODER_LAYOUT_F_D => Ok(Some(Layout::LatentMajor)),
         other => bail!(InvalidArgument, "there is no encoder layout {other}"),
     }
 }

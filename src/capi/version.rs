@@ -1,6 +1,6 @@
 use std::ffi::c_char;
 
-use super::{blockem_status, guard, versioned, write_struct};
+use super::{blockem_status, fixed_text, guard, versioned, write_struct};
 use crate::backend::cpu;
 
 /// What this build of the library is. Filled by blockem_build_info_get.
@@ -13,10 +13,10 @@ pub struct blockem_build_info {
     pub version: u32,
     /// 1 when the build has a CUDA backend.
     pub has_cuda: i32,
-    /// The instruction set that the CPU backend uses on this machine; a static string.
-    pub cpu_isa: *const c_char,
+    /// The instruction set that the CPU backend uses on this machine, such as "avx512".
+    pub cpu_isa: [c_char; 32],
 }
-versioned!(blockem_build_info, first_size = 24, last = cpu_isa: *const c_char);
+versioned!(blockem_build_info, first_size = 48, last = cpu_isa: [c_char; 32]);
 
 /// major << 16 | minor << 8 | patch of the library that runs. Thread-safe.
 #[unsafe(no_mangle)]
@@ -51,7 +51,7 @@ pub unsafe extern "C" fn blockem_build_info_get(info: *mut blockem_build_info) -
             struct_size: size_of::<blockem_build_info>(),
             version: blockem_version(),
             has_cuda: 0,
-            cpu_isa: cpu::isa_name().as_ptr(),
+            cpu_isa: fixed_text(cpu::isa_name()),
         };
         // SAFETY: the caller's struct has the bytes that its struct_size says.
         unsafe { write_struct("info", info, &value) }
