@@ -1,0 +1,228 @@
+//! The arrays of one checkpoint and the one fold that turns them into the internal form.
+//!
+//! For latent k with encoder row W_k, bias b_k, decoder row D_k, input scale s:
+//!
+//!     u_k = f_k · ((s·h − b_dec)·W_k + b_k)          f_k = ‖D_k‖/s if decoder norms are folded, else 1
+//!         = (f_k·s·W_k)·h + f_k·(b_k − b_dec·W_k)    b_dec only where it is subtracted
+//!
+//! Every fold is computed in f64 and rounded to f32 once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::error::{Result, Status, bail};
+
+use super::array::{Array, Matrix};
+use super::file::DataFile;
+use super::{EncoderRows, GateRows, Recipe};
+
+/// The arrays that a format found; the recipe says how they combine.
+pub(super) struct Checkpoint {
+    pub w_enc: Matrix,
+    /// Of a gated SAE the magnitude bias.
+    pub b_enc: Array,
+    pub threshold: Option<Array>,
+    pub gate: Option<GateArrays>,
+    pub b_dec: Option<Array>,
+    pub w_dec: Option<Matrix>,
+    /// The dictionary's latents that a partial file holds; without it, all of them in order.
+    pub stored: Option<StoredLatents>,
+}
+
+/// Gated only: on where x·W + b_gate > 0; the magnitude is e^r_mag (x·W) + b_enc.
+pub(super) struct GateArrays {
+    pub b_gate: Array,
+    pub r_mag: Array,
+}
+
+/// Which latents of the dictionary a partial file holds, and in which row.
+pub(super) struct StoredLatents {
+    pub d_sae: usize,
+    pub ids: Vec<u64>,
+    row_of: HashMap<u64, usize>,
+}
+
+impl StoredLatents {
+    pub fn new(source: &Array, d_sae: usize) -> Result<StoredLatents> {
+        let mut ids = Vec::new();
+        let mut row_of = HashMap::new();
+        for (row, id) in source.integers()?.into_iter().enumerate() {
+            let Some(valid) = u64::try_from(id).ok().filter(|id| *id < d_sae as u64) else {
+                let text = format!("holds the id {id}, but the dictionary has {d_sae} latents");
+                return Err(source.fault(Status::LatentRange, text));
+            };
+            if row_of.insert(valid, row).is_some() {
+                let text = format!("holds the id {id} twice");
+                return Err(source.fault(Status::LatentDuplicate, text));
+            }
+            ids.push(valid);
+        }
+        Ok(StoredLatents { d_sae, ids, row_of })
+    }
+}
+
+impl Checkpoint {
+    /// Checks every array's type and shape against the encoder's.
+    pub fn check(&self) -> Result<()> {
+        let (latents, inputs) = (self.w_enc.latents(), self.w_enc.inputs());
+        let encoder = self.w_enc.array();
+        encoder.expect_float()?;
+        if latents == 0 || inputs == 0 {
+            let text = format!("has the shape {:?}: there is nothing in it", encoder.shape());
+            return Err(encoder.fault(Status::Shape, text));
+        }
+        if let Some(stored) = self.stored.as_ref().filter(|s| s.ids.len() != latents) {
+            let text = format!("has rows for {latents} latents, latent_ids {}", stored.ids.len());
+            return Err(encoder.fault(Status::Shape, text));
+        }
+        for array in self.latent_vectors() {
+            array.expect_float()?;
+            array.expect_shape(&[latents], "one value per latent of the encoder")?;
+        }
+        if let Some(b_dec) = &self.b_dec {
+            b_dec.expect_float()?;
+            b_dec.expect_shape(&[inputs], "one value per input of the encoder")?;
+        }
+        if let Some(w_dec) = &self.w_dec {
+            w_dec.array().expect_float()?;
+            let shape = w_dec.layout().shape(latents, inputs);
+            w_dec.array().expect_shape(&shape, "the encoder's latents and inputs")?;
+        }
+        Ok(())
+    }
+
+    /// The file that holds the arrays, unless the caller gave them.
+    pub fn file(&self) -> Option<&Arc<DataFile>> {
+        self.w_enc.array().file()
+    }
+
+    /// Folded rows of the given latents, in their order.
+    pub fn gather(&self, recipe: &Recipe, ids: &[u64]) -> Result<EncoderRows> {
+        let rows = self.rows_of(ids)?;
+        let d = self.w_enc.inputs();
+        let raw = self.w_enc.gather(&rows)?;
+        let bias = self.b_enc.pick(&rows)?;
+        let b_dec = self.subtracted(recipe)?;
+        let factor = self.factors(recipe, ids, &rows)?;
+        let gate = match &self.gate {
+            Some(gate) => Some((gate.b_gate.pick(&rows)?, gate.r_mag.pick(&rows)?)),
+            None => None,
+        };
+
+        let mut out = EncoderRows {
+            d_in: d,
+            weight: Vec::with_capacity(ids.len() * d),
+            bias: Vec::with_capacity(ids.len()),
+            threshold: self.picked_thresholds(&rows)?,
+            gate: gate.is_some().then(GateRows::default),
+        };
+        let mut row = Vec::with_capacity(d);
+        for (k, bytes) in raw.chunks_exact(d * self.w_enc.array().dtype().size()).enumerate() {
+            self.w_enc.decode_row(ids[k], bytes, &mut row)?;
+            let shift: f64 = b_dec.iter().zip(&row).map(|(b, w)| b * w).sum();
+            let f = factor[k];
+            for w in &row {
+                out.weight.push(self.rounded(ids[k], f * recipe.scale * w)?);
+            }
+            let Some((b_gate, r_mag)) = &gate else {
+                out.bias.push(self.rounded(ids[k], f * (bias[k] - shift))?);
+                continue;
+            };
+            let magnitude = r_mag[k].exp();
+            out.bias.push(self.rounded(ids[k], bias[k] - magnitude * shift)?);
+            if let Some(rows) = &mut out.gate {
+                rows.bias.push(self.rounded(ids[k], b_gate[k] - shift)?);
+                rows.scale.push(self.rounded(ids[k], magnitude)?);
+            }
+        }
+        Ok(out)
+    }
+
+    /// All stored thresholds as the file states them.
+    pub fn thresholds(&self) -> Result<Option<Vec<f32>>> {
+        let Some(array) = &self.threshold else { return Ok(None) };
+        let all = array.vector()?.into_iter().enumerate();
+        all.map(|(i, v)| Ok(array.finite(v, || format!("[{i}]"))? as f32))
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+
+    /// Where the given latents lie in the arrays.
+    pub fn rows_of(&self, ids: &[u64]) -> Result<Vec<usize>> {
+        let Some(stored) = &self.stored else {
+            return Ok(ids.iter().map(|id| *id as usize).collect());
+        };
+        let find = |id: &u64| match stored.row_of.get(id) {
+            Some(row) => Ok(*row),
+            None => bail!(
+                LatentRange,
+                "{}: latent {id} is not in this partial file, which holds {}; convert the whole \
+                 dictionary, or with this latent among --latents",
+                self.w_enc.array().label(),
+                list_ids(&stored.ids)
+            ),
+        };
+        ids.iter().map(find).collect()
+    }
+
+    /// b_dec if the recipe subtracts it, else nothing.
+    fn subtracted(&self, recipe: &Recipe) -> Result<Vec<f64>> {
+        match &self.b_dec {
+            Some(b_dec) if recipe.b_dec_subtracted => {
+                b_dec.pick(&(0..recipe.d_in).collect::<Vec<_>>())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// f_k. As in SAELens the decoder is divided by the input scale before its norms are taken.
+    fn factors(&self, recipe: &Recipe, ids: &[u64], rows: &[usize]) -> Result<Vec<f64>> {
+        let w_dec = match &self.w_dec {
+            Some(w_dec) if recipe.decoder_norm_folded => w_dec,
+            _ => return Ok(vec![1.0; ids.len()]),
+        };
+        let raw = w_dec.gather(rows)?;
+        let mut row = Vec::with_capacity(recipe.d_in);
+        let mut factors = Vec::with_capacity(ids.len());
+        for (k, bytes) in raw.chunks_exact(recipe.d_in * w_dec.array().dtype().size()).enumerate() {
+            w_dec.decode_row(ids[k], bytes, &mut row)?;
+            factors.push(row.iter().map(|v| v * v).sum::<f64>().sqrt() / recipe.scale);
+        }
+        Ok(factors)
+    }
+
+    /// z = relu(u) where u > threshold: a threshold below 0 is the same as 0.
+    fn picked_thresholds(&self, rows: &[usize]) -> Result<Option<Vec<f32>>> {
+        let Some(array) = &self.threshold else { return Ok(None) };
+        Ok(Some(array.pick(rows)?.into_iter().map(|v| v.max(0.0) as f32).collect()))
+    }
+
+    fn rounded(&self, latent: u64, value: f64) -> Result<f32> {
+        let narrow = value as f32;
+        if narrow.is_finite() {
+            return Ok(narrow);
+        }
+        bail!(
+            NonFinite,
+            "{}: latent {latent} folds to {value}, which float32 cannot hold; check the scale and \
+             the weights",
+            self.w_enc.array().label()
+        )
+    }
+
+    /// The arrays that hold one value per stored latent.
+    pub fn latent_vectors(&self) -> Vec<&Array> {
+        let gate = self.gate.iter().flat_map(|g| [&g.b_gate, &g.r_mag]);
+        [&self.b_enc].into_iter().chain(&self.threshold).chain(gate).collect()
+    }
+}
+
+fn list_ids(ids: &[u64]) -> String {
+    const SHOWN: usize = 8;
+    let text: Vec<String> = ids.iter().take(SHOWN).map(u64::to_string).collect();
+    match ids.len() {
+        0 => "no latents".to_string(),
+        n if n <= SHOWN => text.join(", "),
+        n => format!("{} and {} more", text.join(", "), n - SHOWN),
+    }
+}

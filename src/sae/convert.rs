@@ -1,0 +1,251 @@
+//! Writing an SAE, or some of its latents, as one safetensors file that [`super::bare`] reads back
+//! to the same bits and the same recipe. Arrays keep their element types and are not folded;
+//! encoder rows become contiguous, so that later gathers are a few reads.
+
+use std::collections::HashSet;
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Result, bail};
+use crate::output::write_whole;
+use crate::tensor::DType;
+
+use super::array::{Array, Layout, Matrix};
+use super::{Architecture, Recipe, Sae};
+
+/// Bytes of a matrix that are in memory at a time.
+const BLOCK: usize = 64 << 20;
+
+impl Sae {
+    /// Writes the SAE, or only the given latents under their ids in the dictionary, to `out`, which
+    /// appears whole or not at all. `progress` hears (bytes done, bytes in all).
+    pub fn convert(
+        &self,
+        latents: Option<&[u64]>,
+        out: &Path,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        self.refuse_own_file(out)?;
+        let ids = self.ids_to_write(latents)?;
+        let rows = match &ids {
+            Some(ids) => self.checkpoint.rows_of(ids)?,
+            None => (0..self.recipe.d_sae).collect(),
+        };
+        let parts = self.parts(ids.as_deref(), &rows);
+        let header = self.header(&parts)?;
+        let total = parts.iter().map(|part| part.bytes()).sum();
+        // The writer reports io errors; one from reading the source keeps its own status.
+        let mut unreadable = None;
+        let written = write_whole(out, |file| {
+            file.write_all(&(header.len() as u64).to_le_bytes())?;
+            file.write_all(&header)?;
+            let mut done = 0;
+            progress(done, total);
+            for part in &parts {
+                part.write(&mut |bytes| {
+                    let bytes = bytes.map_err(|e| {
+                        unreadable = Some(e);
+                        io::Error::other("the source cannot be read")
+                    })?;
+                    file.write_all(&bytes)?;
+                    done += bytes.len() as u64;
+                    progress(done, total);
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        });
+        match unreadable {
+            Some(error) => Err(error),
+            None => written,
+        }
+    }
+
+    /// Replacing what is being read would leave no way back.
+    fn refuse_own_file(&self, out: &Path) -> Result<()> {
+        let (Some(source), Ok(target)) = (self.checkpoint.file(), out.canonicalize()) else {
+            return Ok(());
+        };
+        let own = source.path().canonicalize().is_ok_and(|source| source == target);
+        if own || self.path.as_ref().and_then(|p| p.canonicalize().ok()) == Some(target) {
+            bail!(
+                InvalidArgument,
+                "{}: the output is the SAE that is being converted; choose another name",
+                out.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// The ids of a partial output; none for the whole dictionary.
+    fn ids_to_write(&self, latents: Option<&[u64]>) -> Result<Option<Vec<u64>>> {
+        let Some(ids) = latents else {
+            return Ok(self.checkpoint.stored.as_ref().map(|stored| stored.ids.clone()));
+        };
+        if ids.is_empty() {
+            bail!(InvalidArgument, "no latents to write; name at least one");
+        }
+        let mut seen = HashSet::new();
+        if let Some(twice) = ids.iter().find(|id| !seen.insert(**id)) {
+            bail!(LatentDuplicate, "latent {twice} is named twice");
+        }
+        // Refuses ids out of range and damaged rows before anything is written.
+        self.gather(ids)?;
+        Ok(Some(ids.to_vec()))
+    }
+
+    /// Everything that the file will hold, widest elements first so that all stay aligned.
+    fn parts<'a>(&'a self, ids: Option<&[u64]>, rows: &'a [usize]) -> Vec<Part<'a>> {
+        let c = &self.checkpoint;
+        let mut parts = vec![Part::Matrix("W_enc", &c.w_enc, rows)];
+        let bias = match self.recipe.architecture {
+            Architecture::Gated => "b_mag",
+            _ => "b_enc",
+        };
+        parts.push(Part::Latents(bias, &c.b_enc, rows));
+        parts.extend(c.threshold.as_ref().map(|a| Part::Latents("threshold", a, rows)));
+        if let Some(gate) = &c.gate {
+            parts.push(Part::Latents("b_gate", &gate.b_gate, rows));
+            parts.push(Part::Latents("r_mag", &gate.r_mag, rows));
+        }
+        parts.extend(c.b_dec.as_ref().map(|a| Part::Whole("b_dec", a)));
+        parts.extend(c.w_dec.as_ref().map(|m| Part::Matrix("W_dec", m, rows)));
+        parts.extend(ids.map(|ids| Part::Ids(ids.to_vec())));
+        parts.sort_by_key(|part| std::cmp::Reverse(part.dtype().size()));
+        parts
+    }
+
+    /// The JSON header, padded so that the tensors begin at a multiple of 8.
+    fn header(&self, parts: &[Part<'_>]) -> Result<Vec<u8>> {
+        let mut header = Map::new();
+        header.insert("__metadata__".to_string(), self.metadata());
+        let mut offset = 0;
+        for part in parts {
+            let end = offset + part.bytes();
+            let entry = json!({
+                "dtype": safetensors_name(part.dtype())?,
+                "shape": part.shape(),
+                "data_offsets": [offset, end],
+            });
+            header.insert(part.name().to_string(), entry);
+            offset = end;
+        }
+        let mut text = Value::Object(header).to_string().into_bytes();
+        text.resize(text.len().next_multiple_of(8), b' ');
+        Ok(text)
+    }
+
+    /// The recipe in the keys that the reader understands, and where the arrays came from.
+    fn metadata(&self) -> Value {
+        let mut metadata = json!({
+            "format": "pt",
+            "cfg": Value::Object(configuration(&self.recipe)).to_string(),
+            "converted_by": concat!("blockem ", env!("CARGO_PKG_VERSION")),
+            "source_format": self.recipe.format,
+        });
+        if let Some(file) = self.checkpoint.file() {
+            metadata["source"] = json!(file.path().display().to_string());
+            metadata["source_bytes"] = json!(file.len().to_string());
+        }
+        if let Some(cfg) = &self.source_config {
+            metadata["source_cfg"] = json!(Value::Object(cfg.clone()).to_string());
+        }
+        metadata
+    }
+}
+
+/// SAELens' keys, and `layout` and `input_scale` of the bare format.
+fn configuration(recipe: &Recipe) -> Map<String, Value> {
+    let mut cfg = Map::new();
+    let mut set = |key: &str, value: Value| cfg.insert(key.to_string(), value);
+    set("architecture", json!(recipe.architecture.name()));
+    set("d_in", json!(recipe.d_in));
+    set("d_sae", json!(recipe.d_sae));
+    set("dtype", json!(recipe.dtype.name()));
+    set("layout", json!(Layout::LatentMajor.name()));
+    set("apply_b_dec_to_input", json!(recipe.b_dec_subtracted));
+    set("normalize_activations", json!(recipe.normalization));
+    set("input_scale", json!(recipe.scale));
+    if recipe.architecture == Architecture::TopK {
+        set("k", json!(recipe.k));
+        set("rescale_acts_by_decoder_norm", json!(recipe.decoder_norm_folded));
+    }
+    if let Some(hook) = &recipe.hook {
+        set("hook_name", json!(hook));
+    }
+    if let Some(model) = &recipe.model {
+        set("model_name", json!(model));
+    }
+    cfg
+}
+
+/// One tensor of the output.
+enum Part<'a> {
+    /// Chosen rows of a matrix, written latent-major.
+    Matrix(&'static str, &'a Matrix, &'a [usize]),
+    /// Chosen elements of a vector over latents.
+    Latents(&'static str, &'a Array, &'a [usize]),
+    /// A vector over inputs.
+    Whole(&'static str, &'a Array),
+    Ids(Vec<u64>),
+}
+
+impl Part<'_> {
+    fn name(&self) -> &'static str {
+        match self {
+            Part::Matrix(name, ..) | Part::Latents(name, ..) | Part::Whole(name, _) => name,
+            Part::Ids(_) => "latent_ids",
+        }
+    }
+
+    fn dtype(&self) -> DType {
+        match self {
+            Part::Matrix(_, matrix, _) => matrix.array().dtype(),
+            Part::Latents(_, array, _) | Part::Whole(_, array) => array.dtype(),
+            Part::Ids(_) => DType::I64,
+        }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        match self {
+            Part::Matrix(_, matrix, rows) => vec![rows.len(), matrix.inputs()],
+            Part::Latents(_, _, rows) => vec![rows.len()],
+            Part::Whole(_, array) => array.shape().to_vec(),
+            Part::Ids(ids) => vec![ids.len()],
+        }
+    }
+
+    /// The source holds at least as many bytes, so nothing overflows.
+    fn bytes(&self) -> u64 {
+        let count: u64 = self.shape().iter().map(|n| *n as u64).product();
+        count * self.dtype().size() as u64
+    }
+
+    /// Hands the bytes on in pieces of bounded size.
+    fn write(&self, sink: &mut dyn FnMut(Result<Vec<u8>>) -> io::Result<()>) -> io::Result<()> {
+        match self {
+            Part::Matrix(_, matrix, rows) => {
+                let row = matrix.inputs() * matrix.array().dtype().size();
+                rows.chunks((BLOCK / row).max(1)).try_for_each(|some| sink(matrix.gather(some)))
+            }
+            Part::Latents(_, array, rows) => sink(array.gather(rows)),
+            Part::Whole(_, array) => sink(array.bytes()),
+            Part::Ids(ids) => sink(Ok(ids.iter().flat_map(|id| id.to_le_bytes()).collect())),
+        }
+    }
+}
+
+fn safetensors_name(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("F32"),
+        DType::F16 => Ok("F16"),
+        DType::BF16 => Ok("BF16"),
+        DType::F64 => Ok("F64"),
+        DType::I64 => Ok("I64"),
+        DType::U8 | DType::Bool => {
+            bail!(Internal, "an SAE cannot hold {} arrays", dtype.name())
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! Sparse autoencoders: the one internal form that every format folds into, and opening files.
+//!
+//! A format's file in this folder ([`saelens`], [`bare`], [`tensors`]) finds its arrays and states
+//! its [`Recipe`]; [`checkpoint`] folds them. Nothing outside knows how a checkpoint is laid out.
+//! A new format adds its file and one line in [`detect`].
+
+mod array;
+mod bare;
+mod checkpoint;
+mod config;
+mod container;
+mod convert;
+mod file;
+mod hook;
+mod saelens;
+mod tensors;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Result, bail};
+use crate::tensor::DType;
+
+use checkpoint::Checkpoint;
+
+pub use array::Layout;
+pub use tensors::SaeTensors;
+
+/// How an SAE turns pre-activations into latents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Architecture {
+    /// z = relu(u)
+    Standard = 0,
+    /// z = u where u > threshold, else 0
+    JumpRelu = 1,
+    /// z = relu(e^r_mag g + b_mag) where g + b_gate > 0, else 0
+    Gated = 2,
+    /// z = relu(u) of the k largest u, else 0
+    TopK = 3,
+}
+
+impl Architecture {
+    pub fn from_code(code: i32) -> Option<Architecture> {
+        use Architecture::*;
+        [Standard, JumpRelu, Gated, TopK].into_iter().find(|a| *a as i32 == code)
+    }
+
+    pub fn from_name(name: &str) -> Option<Architecture> {
+        use Architecture::*;
+        [Standard, JumpRelu, Gated, TopK].into_iter().find(|a| a.name() == name)
+    }
+
+    /// The name in recipes and configuration files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Architecture::Standard => "standard",
+            Architecture::JumpRelu => "jumprelu",
+            Architecture::Gated => "gated",
+            Architecture::TopK => "topk",
+        }
+    }
+}
+
+/// How a checkpoint was read: everything that changes a latent's value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recipe {
+    pub format: &'static str,
+    pub architecture: Architecture,
+    pub d_in: usize,
+    pub d_sae: usize,
+    /// Active latents per token of a TopK SAE.
+    pub k: Option<usize>,
+    /// The encoder's element type in the file; latents are computed in f32 from it.
+    pub dtype: DType,
+    /// b_dec is subtracted from hidden before encoding (folded into the bias).
+    pub b_dec_subtracted: bool,
+    /// Input normalisation as the file names it.
+    pub normalization: String,
+    /// Hidden is multiplied by this before encoding (folded into the rows).
+    pub scale: f64,
+    /// Rows are scaled by the norm of their decoder row (TopK with decoder-norm rescale).
+    pub decoder_norm_folded: bool,
+    pub hook: Option<String>,
+    /// 0-based decoder block: the one whose output is read, or in which the hook lies.
+    pub layer: Option<i64>,
+    /// Index into Hugging Face's `hidden_states`; none if the hook reads no block's output. (After
+    /// the last block that list holds the output of the final norm instead: hook the block there.)
+    pub hidden_states_index: Option<i64>,
+    pub model: Option<String>,
+}
+
+/// Encoder rows of chosen latents, folded: u = weight · h + bias in h's own units.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncoderRows {
+    pub d_in: usize,
+    /// [K, d_in], one contiguous row per latent.
+    pub weight: Vec<f32>,
+    /// [K]; of a gated SAE the magnitude bias.
+    pub bias: Vec<f32>,
+    /// [K], at least 0; JumpReLU only.
+    pub threshold: Option<Vec<f32>>,
+    /// Gated only.
+    pub gate: Option<GateRows>,
+}
+
+/// The gate path of a gated SAE: on where weight · h + bias > 0; the magnitude is scale · (weight · h).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GateRows {
+    /// [K]
+    pub bias: Vec<f32>,
+    /// [K], e^r_mag.
+    pub scale: Vec<f32>,
+}
+
+/// What the caller knows and the file may not say.
+#[derive(Clone, Debug, Default)]
+pub struct SaeOptions {
+    /// Configuration keys that complete or override the file's own (the SAELens names).
+    pub recipe: Option<Map<String, Value>>,
+    /// sqrt(d) / mean ‖h‖, for a file that needs a scale and does not hold it.
+    pub input_scale: Option<f64>,
+}
+
+/// An opened SAE: headers are read, rows are not.
+pub struct Sae {
+    path: Option<PathBuf>,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    /// The file's own configuration, for provenance.
+    source_config: Option<Map<String, Value>>,
+}
+
+impl Sae {
+    /// Opens a checkpoint: a file, or the folder in which its owner keeps it.
+    pub fn open(path: impl AsRef<Path>, options: &SaeOptions) -> Result<Sae> {
+        let path = path.as_ref();
+        let found = detect(path, options)?;
+        Ok(Sae {
+            path: Some(path.to_path_buf()),
+            recipe: found.recipe,
+            checkpoint: found.checkpoint,
+            source_config: Some(found.config),
+        })
+    }
+
+    /// An SAE whose arrays the caller holds; they are copied.
+    pub fn from_tensors(tensors: &SaeTensors<'_>) -> Result<Sae> {
+        let (recipe, checkpoint) = tensors::adopt(tensors)?;
+        Ok(Sae { path: None, recipe, checkpoint, source_config: None })
+    }
+
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The file or folder, unless made from tensors.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// Folded rows of the given latents.
+    pub fn gather(&self, ids: &[u64]) -> Result<EncoderRows> {
+        for id in ids {
+            if *id >= self.recipe.d_sae as u64 {
+                bail!(LatentRange, "latent {id} does not exist: the SAE has {}", self.recipe.d_sae);
+            }
+        }
+        self.checkpoint.gather(&self.recipe, ids)
+    }
+
+    /// sha256 of the whole weights file, in hexadecimal. `progress` hears (bytes done, of bytes).
+    pub fn file_sha256(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<String> {
+        let Some(file) = self.checkpoint.file() else {
+            bail!(Unsupported, "an SAE made from tensors has no file to take the sha256 of");
+        };
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        let mut done = 0;
+        file.will_stream(0, file.len());
+        while done < file.len() {
+            let part = buffer.len().min((file.len() - done) as usize);
+            file.read_at(&mut buffer[..part], done)?;
+            hash.update(&buffer[..part]);
+            done += part as u64;
+            progress(done, file.len());
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// The resolved recipe, for people and for programs.
+    pub fn describe(&self) -> Result<Value> {
+        let r = &self.recipe;
+        let threshold = match self.checkpoint.thresholds()? {
+            Some(all) => summary(all),
+            None => Value::Null,
+        };
+        Ok(json!({
+            "format": r.format,
+            "architecture": r.architecture.name(),
+            "d_in": r.d_in,
+            "d_sae": r.d_sae,
+            "k": r.k,
+            "dtype": r.dtype.name(),
+            "activation": r.architecture.name(),
+            "b_dec_subtracted": r.b_dec_subtracted,
+            "normalization": r.normalization,
+            "scale": r.scale,
+            "decoder_norm_folded": r.decoder_norm_folded,
+            "threshold": threshold,
+            "hook": r.hook,
+            "layer": r.layer,
+            "hidden_states_index": r.hidden_states_index,
+            "model": r.model,
+            "stored_latents": self.checkpoint.stored.as_ref().map(|s| s.ids.len()),
+        }))
+    }
+}
+
+/// What a format's file hands over.
+struct Opened {
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    config: Map<String, Value>,
+}
+
+/// Finds the format. Each looks at what lies under the path, the most specific first.
+fn detect(path: &Path, options: &SaeOptions) -> Result<Opened> {
+    match saelens::folder_of(path) {
+        Some(folder) => saelens::open(&folder, options),
+        None => bare::open(path, options),
+    }
+}
+
+fn summary(mut all: Vec<f32>) -> Value {
+    all.sort_by(f32::total_cmp);
+    let (Some(min), Some(max)) = (all.first(), all.last()) else { return Value::Null };
+    let middle = (all[(all.len() - 1) / 2] as f64 + all[all.len() / 2] as f64) / 2.0;
+    json!({ "min": min, "median": middle, "max": max })
+}

@@ -1,0 +1,440 @@
+//! SAELens: a folder with `cfg.json` and `sae_weights.safetensors`, from any version of the library.
+//!
+//! `W_enc` is [d_in, d_sae] here, always. The rules that the keys state are also those of a bare
+//! file ([`super::bare`]), which uses the same names.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result, Status, bail};
+
+use super::array::{Array, Layout, Matrix};
+use super::checkpoint::{Checkpoint, GateArrays, StoredLatents};
+use super::config::{Config, parse_object};
+use super::container::Container;
+use super::hook::HookPlace;
+use super::{Architecture, Opened, Recipe, SaeOptions};
+
+const CONFIG: &str = "cfg.json";
+const WEIGHTS: &str = "sae_weights.safetensors";
+const SCALER: &str = "activation_scaler.json";
+const SCALED: &str = "expected_average_only_in";
+
+/// The SAELens folder that a path means: the folder itself, or one of its two files.
+pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
+    if path.is_dir() {
+        return Some(path.to_path_buf());
+    }
+    let name = path.file_name()?;
+    let folder = path.parent()?;
+    let ours = name == CONFIG || (name == WEIGHTS && folder.join(CONFIG).is_file());
+    ours.then(|| folder.to_path_buf())
+}
+
+pub(super) fn open(folder: &Path, options: &SaeOptions) -> Result<Opened> {
+    let config = read_config(folder, options)?;
+    let rules = Rules::read(&config, Source::Folder(folder), options)?;
+    let container = Container::open(&member(folder, WEIGHTS)?)?;
+    let checkpoint = rules.find_arrays(&container, &config, Layout::InputMajor)?;
+    let recipe = rules.recipe("saelens", &config, &checkpoint)?;
+    Ok(Opened { recipe, checkpoint, config: config.into_file() })
+}
+
+fn read_config(folder: &Path, options: &SaeOptions) -> Result<Config> {
+    let path = member(folder, CONFIG)?;
+    let text = std::fs::read(&path).map_err(|e| Error::io(&path, "read the file", &e))?;
+    let origin = path.display().to_string();
+    let file = parse_object(&origin, &text)?;
+    Ok(Config::new(origin, file, options.recipe.as_ref()))
+}
+
+/// A file that the folder must hold.
+fn member(folder: &Path, name: &str) -> Result<PathBuf> {
+    let path = folder.join(name);
+    if path.is_file() {
+        return Ok(path);
+    }
+    let mut held: Vec<String> = std::fs::read_dir(folder)
+        .map_err(|e| Error::io(folder, "list the folder", &e))?
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+        .collect();
+    held.sort();
+    let list = if held.is_empty() { "nothing".to_string() } else { held.join(", ") };
+    if held.iter().any(|n| n.ends_with(".pt") || n.ends_with(".pth")) {
+        bail!(
+            UnsafePickle,
+            "{}: {name} is missing; the folder holds {list}, and PyTorch pickles can run any code \
+             when they are loaded: convert them once where that is safe \
+             (safetensors.torch.save_file(torch.load(path, weights_only=True), out))",
+            folder.display()
+        );
+    }
+    bail!(
+        Io,
+        "{}: {name} is missing; the folder holds {list}. Give a SAELens folder ({CONFIG} and \
+         {WEIGHTS}) or a safetensors file with its recipe",
+        folder.display()
+    )
+}
+
+/// Where the keys stand.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// SAELens' own folder, whose library fills in what old versions did not write.
+    Folder(&'a Path),
+    Bare,
+}
+
+/// What the keys say, before any tensor is looked at.
+pub(super) struct Rules {
+    architecture: Architecture,
+    k: Option<usize>,
+    /// None: the key is absent, which SAELens takes as true.
+    apply_b_dec: Option<bool>,
+    normalization: &'static str,
+    scale: f64,
+    decoder_norm: bool,
+}
+
+impl Rules {
+    pub fn read(config: &Config, source: Source<'_>, options: &SaeOptions) -> Result<Rules> {
+        let architecture = architecture(config, source)?;
+        let topk = architecture == Architecture::TopK;
+        let normalization = normalization(config)?;
+        let rescale = config.flag("rescale_acts_by_decoder_norm")?.unwrap_or(false);
+        Ok(Rules {
+            architecture,
+            k: if topk { Some(k(config)?) } else { None },
+            apply_b_dec: config.flag("apply_b_dec_to_input")?,
+            normalization,
+            scale: input_scale(config, source, options, normalization)?,
+            decoder_norm: topk && rescale,
+        })
+    }
+
+    /// The vector that tells how many latents the arrays hold.
+    pub fn latent_vector(&self) -> &'static str {
+        if self.architecture == Architecture::Gated { "b_mag" } else { "b_enc" }
+    }
+
+    /// Finds the arrays that these rules use and checks them against each other.
+    pub fn find_arrays(
+        &self,
+        container: &Container,
+        config: &Config,
+        layout: Layout,
+    ) -> Result<Checkpoint> {
+        self.refuse_foreign_tensors(container, config)?;
+        let w_enc = matrix(container.need("W_enc")?, layout)?;
+        let b_dec = match (container.find("b_dec")?, self.apply_b_dec) {
+            (None, Some(true)) => Some(container.need("b_dec")?),
+            (None, None) => bail!(
+                TensorMissing,
+                "{}: tensor b_dec is missing, and SAELens subtracts it from the input unless the \
+                 key apply_b_dec_to_input is false; state that key if it is. The file holds {}",
+                container.file().path().display(),
+                container.list()
+            ),
+            (found, _) => found,
+        };
+        let w_dec = match container.find("W_dec")? {
+            None if self.decoder_norm => Some(container.need("W_dec")?),
+            found => found,
+        };
+        let gate = match self.architecture {
+            Architecture::Gated => Some(GateArrays {
+                b_gate: container.need("b_gate")?,
+                r_mag: container.need("r_mag")?,
+            }),
+            _ => None,
+        };
+        let threshold = match self.architecture {
+            Architecture::JumpRelu => Some(container.need("threshold")?),
+            _ => None,
+        };
+        let b_enc = container.need(self.latent_vector())?;
+        let w_dec = w_dec.map(|array| decoder(array, &w_enc)).transpose()?;
+        let stored = container.find("latent_ids")?.map(|ids| stored(&ids, config)).transpose()?;
+        let checkpoint = Checkpoint { w_enc, b_enc, threshold, gate, b_dec, w_dec, stored };
+        check_sizes(config, &checkpoint)?;
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    pub fn recipe(
+        &self,
+        format: &'static str,
+        config: &Config,
+        checkpoint: &Checkpoint,
+    ) -> Result<Recipe> {
+        let d_sae = match &checkpoint.stored {
+            Some(stored) => stored.d_sae,
+            None => checkpoint.w_enc.latents(),
+        };
+        if let Some(k) = self.k.filter(|k| !(1..=d_sae).contains(k)) {
+            bail!(Format, "{}: the key k is {k}; the SAE has {d_sae} latents", config.origin());
+        }
+        let hook = match config.text("hook_name")? {
+            Some(name) => Some(name),
+            None => config.text("hook_point")?,
+        };
+        let place = hook.map(HookPlace::parse).unwrap_or_default();
+        Ok(Recipe {
+            format,
+            architecture: self.architecture,
+            d_in: checkpoint.w_enc.inputs(),
+            d_sae,
+            k: self.k,
+            dtype: checkpoint.w_enc.array().dtype(),
+            b_dec_subtracted: self.apply_b_dec.unwrap_or(true),
+            normalization: self.normalization.to_string(),
+            scale: self.scale,
+            decoder_norm_folded: self.decoder_norm,
+            hook: hook.map(str::to_string),
+            layer: place.layer,
+            hidden_states_index: place.hidden_states_index,
+            model: config.text("model_name")?.map(str::to_string),
+        })
+    }
+
+    /// A tensor of another architecture means that the keys or the file are wrong.
+    fn refuse_foreign_tensors(&self, container: &Container, config: &Config) -> Result<()> {
+        let path = container.file().path().display();
+        let belongs = [
+            ("threshold", Architecture::JumpRelu),
+            ("b_gate", Architecture::Gated),
+            ("b_mag", Architecture::Gated),
+            ("r_mag", Architecture::Gated),
+        ];
+        for (name, owner) in belongs {
+            if container.has(name) && owner != self.architecture {
+                bail!(
+                    Format,
+                    "{path}: tensor {name} belongs to the architecture {}, but {} says {}; correct \
+                     the key architecture",
+                    owner.name(),
+                    config.origin(),
+                    self.architecture.name()
+                );
+            }
+        }
+        if container.has("log_threshold") && !container.has("threshold") {
+            bail!(
+                TensorMissing,
+                "{path}: tensor threshold is missing; the file is a training checkpoint with \
+                 log_threshold: load it with the SAELens that wrote it and save the inference SAE"
+            );
+        }
+        let Some(factor) = container.find("scaling_factor")? else { return Ok(()) };
+        factor.expect_float()?;
+        // SAELens ignores the tensor where it is 1 within torch.allclose.
+        if factor.vector()?.iter().any(|v| v.is_nan() || (v - 1.0).abs() > 1e-8 + 1e-5) {
+            bail!(
+                Unsupported,
+                "{} is not all ones: a legacy finetuning factor, which is not applied; use an SAE \
+                 without it",
+                factor.label()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// d_in and, unless the file is partial, d_sae must be those of the encoder.
+fn check_sizes(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
+    let w_enc = &checkpoint.w_enc;
+    let whole = checkpoint.stored.is_none().then_some(("d_sae", w_enc.latents()));
+    for (key, found) in [("d_in", w_enc.inputs())].into_iter().chain(whole) {
+        if let Some(said) = config.count(key)?.filter(|said| *said != found) {
+            let text = format!(
+                "has the shape {:?}, so {key} is {found}, but {} says {said}",
+                w_enc.array().shape(),
+                config.origin()
+            );
+            return Err(w_enc.array().fault(Status::Format, text));
+        }
+    }
+    Ok(())
+}
+
+/// The ids that a partial file (`blockem convert --latents`) holds.
+fn stored(ids: &Array, config: &Config) -> Result<StoredLatents> {
+    match config.count("d_sae")? {
+        Some(d_sae) => StoredLatents::new(ids, d_sae),
+        None => config.missing("d_sae", "a file with latent_ids must state the dictionary's size"),
+    }
+}
+
+/// The architecture, with the rules of configurations before SAELens 6.
+fn architecture(config: &Config, source: Source<'_>) -> Result<Architecture> {
+    let old = is_before_6(config)?;
+    if old && !config.is_given("architecture") {
+        let activation = match config.text("activation_fn_str")? {
+            Some(name) => Some(name),
+            None => config.text("activation_fn")?,
+        };
+        match activation {
+            // These files say `standard` beside it.
+            Some("topk") => return Ok(Architecture::TopK),
+            None | Some("relu") => {}
+            Some(other) => bail!(
+                Unsupported,
+                "{}: the activation function {other} is not supported; known are relu and topk",
+                config.origin()
+            ),
+        }
+    }
+    let name = match (config.text("architecture")?, source) {
+        (Some(name), _) => name,
+        (None, Source::Folder(_)) if old => "standard",
+        _ => {
+            return config.missing(
+                "architecture",
+                "state it (standard, jumprelu, gated or topk) in the file's __metadata__ or \
+                 configuration, or in the options' recipe",
+            );
+        }
+    };
+    match Architecture::from_name(name) {
+        Some(architecture) => Ok(architecture),
+        None => bail!(
+            Unsupported,
+            "{}: the architecture {name} is not supported; known are standard, jumprelu (also what \
+             SAELens saves batchtopk as), gated and topk",
+            config.origin()
+        ),
+    }
+}
+
+/// Absent means old.
+fn is_before_6(config: &Config) -> Result<bool> {
+    let Some(version) = config.text("sae_lens_version")? else { return Ok(true) };
+    match version.split('.').next().and_then(|major| major.parse::<u32>().ok()) {
+        Some(major) => Ok(major < 6),
+        None => bail!(
+            Format,
+            "{}: the key sae_lens_version is {version:?}; it must be a version number",
+            config.origin()
+        ),
+    }
+}
+
+fn k(config: &Config) -> Result<usize> {
+    let old = config.find("activation_fn_kwargs").and_then(|kwargs| kwargs.get("k"));
+    match old.filter(|v| !v.is_null() && !config.is_given("k")) {
+        Some(value) => config.to_count("activation_fn_kwargs.k", value),
+        None => match config.count("k")? {
+            Some(k) => Ok(k),
+            None => config.missing("k", "a topk SAE needs it: state the number of active latents"),
+        },
+    }
+}
+
+fn normalization(config: &Config) -> Result<&'static str> {
+    let value = config.find("normalize_activations");
+    match value {
+        None | Some(Value::Bool(false)) => return Ok("none"),
+        Some(Value::Bool(true)) => return Ok(SCALED),
+        _ => {}
+    }
+    let remedy = match config.text("normalize_activations")? {
+        None | Some("none") => return Ok("none"),
+        Some(SCALED) => return Ok(SCALED),
+        Some("covariance_whitening") => {
+            "fold it with SAELens (fold_activation_whitening) and save the SAE again"
+        }
+        Some("layer_norm" | "constant_norm_rescale") => {
+            "its factor differs from token to token; use an SAE with none or with a fixed scale"
+        }
+        Some(_) => "known are none and expected_average_only_in",
+    };
+    bail!(
+        Unsupported,
+        "{}: the key normalize_activations is {}, which is not supported: {remedy}",
+        config.origin(),
+        value.unwrap_or(&Value::Null)
+    )
+}
+
+/// The factor that hidden states are multiplied by: 1, or what a scaled SAE was trained with.
+fn input_scale(
+    config: &Config,
+    source: Source<'_>,
+    options: &SaeOptions,
+    normalization: &str,
+) -> Result<f64> {
+    let origin = config.origin();
+    let stated = config.real("input_scale")?;
+    if normalization != SCALED {
+        if options.input_scale.is_some_and(|s| s != 1.0) {
+            bail!(
+                InvalidArgument,
+                "{origin}: an input scale was given, but the file says normalize_activations \
+                 {normalization}: its rows already carry the scale. Leave the scale out, or set \
+                 normalize_activations to {SCALED} in the options' recipe"
+            );
+        }
+        if stated.is_some_and(|s| s != 1.0) {
+            bail!(
+                Format,
+                "{origin}: the key input_scale contradicts normalize_activations {normalization}; \
+                 remove it, or say {SCALED}"
+            );
+        }
+        return Ok(1.0);
+    }
+    let (scale, from) = match (options.input_scale, stated, source) {
+        (Some(scale), _, _) => (Some(scale), "the given input scale".to_string()),
+        (None, Some(scale), _) => (Some(scale), format!("{origin}: the key input_scale")),
+        (None, None, Source::Folder(folder)) => {
+            let path = folder.join(SCALER);
+            (scaler_file(&path)?, format!("{}: the key scaling_factor", path.display()))
+        }
+        (None, None, Source::Bare) => (None, String::new()),
+    };
+    match scale {
+        Some(scale) if scale.is_finite() && scale > 0.0 => Ok(scale),
+        Some(scale) if options.input_scale.is_some() => {
+            bail!(InvalidArgument, "{from} is {scale}; it must be above 0 and finite")
+        }
+        Some(scale) => bail!(Format, "{from} is {scale}; it must be above 0 and finite"),
+        None => bail!(
+            RecipeIncomplete,
+            "{origin}: the key normalize_activations is {SCALED}, but the scale sqrt(d_in)/mean|h| \
+             is not in the checkpoint; put {SCALER} with the key scaling_factor beside it, or give \
+             the option input_scale (--input-scale)"
+        ),
+    }
+}
+
+/// The scale that SAELens' trainer leaves beside unfinished checkpoints; null before it is known.
+fn scaler_file(path: &Path) -> Result<Option<f64>> {
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(path, "read the file", &e)),
+    };
+    let origin = path.display().to_string();
+    let keys = parse_object(&origin, &text)?;
+    Config::new(origin, keys, None).real("scaling_factor")
+}
+
+/// Two dimensions of which `layout` says which is which.
+pub(super) fn matrix(array: Array, layout: Layout) -> Result<Matrix> {
+    if array.shape().len() != 2 {
+        let text = format!("has the shape {:?}; expected two dimensions", array.shape());
+        return Err(array.fault(Status::Shape, text));
+    }
+    Ok(Matrix::new(array, layout))
+}
+
+/// The decoder lies as [d_sae, d_in] unless only the other way fits.
+pub(super) fn decoder(array: Array, w_enc: &Matrix) -> Result<Matrix> {
+    let turned = array.shape() == [w_enc.inputs(), w_enc.latents()].as_slice();
+    let layout = match turned && w_enc.inputs() != w_enc.latents() {
+        true => Layout::InputMajor,
+        false => Layout::LatentMajor,
+    };
+    matrix(array, layout)
+}
