@@ -162,9 +162,9 @@ impl Latents {
     pub fn save(&self, path: impl AsRef<Path>, provenance: Option<&Provenance>) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.to_json(provenance))
             .map_err(|e| Error::new(Status::Internal, e.to_string()))?;
-        crate::output::write_whole(path.as_ref(), |file| {
-            file.write_all(text.as_bytes())?;
-            file.write_all(b"\n")
+        let path = path.as_ref();
+        crate::output::write_whole(path, |file| {
+            writeln!(file, "{text}").map_err(|e| Error::io(path, "write the latent set", &e))
         })
     }
 

@@ -13,6 +13,7 @@ pub mod error;
 pub mod latents;
 mod output;
 pub mod penalty;
+pub mod penalty_file;
 pub mod plan;
 pub mod sae;
 pub mod tensor;

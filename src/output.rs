@@ -4,16 +4,14 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result};
 
 /// Writes through a temporary file in the same folder, which takes the name only when complete.
 pub fn write_whole(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
+    write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
 ) -> Result<()> {
-    let fail = |e: &io::Error| {
-        Error::new(Status::Io, format!("{}: cannot write the output file: {e}", path.display()))
-    };
+    let fail = |e: &io::Error| Error::io(path, "write the output file", e);
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -27,7 +25,8 @@ pub fn write_whole(
     }
     let file = builder.tempfile_in(folder).map_err(|e| fail(&e))?;
     let mut buffer = BufWriter::new(file.as_file());
-    write(&mut buffer).and_then(|()| buffer.flush()).map_err(|e| fail(&e))?;
+    write(&mut buffer)?;
+    buffer.flush().map_err(|e| fail(&e))?;
     drop(buffer);
     file.as_file().sync_data().map_err(|e| fail(&e))?;
     file.persist(path).map_err(|e| fail(&e.error))?;

@@ -16,7 +16,7 @@
 
 use crate::backend::cpu::Cpu;
 use crate::backend::{
-    Backend, BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows,
+    BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows,
     Workspace, reference,
 };
 use crate::error::{Result, bail};

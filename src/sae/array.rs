@@ -18,7 +18,7 @@ const SMALL_READ_BYTES: u64 = 3 << 10;
 const BAND_BYTES: usize = 8 << 10;
 
 /// A row-major array of a known element type.
-pub(super) struct Array {
+pub(crate) struct Array {
     name: String,
     dtype: DType,
     shape: Vec<usize>,
@@ -151,6 +151,17 @@ impl Array {
             self.finite(number(self.dtype, element), || format!(" at element {i}"))?;
         }
         Ok(())
+    }
+
+    /// Fills `to` with the array's bytes from `start` on.
+    pub fn read_bytes(&self, start: usize, to: &mut [u8]) -> Result<()> {
+        match &self.place {
+            Place::File { file, offset } => file.read_at(to, offset + start as u64),
+            Place::Memory(bytes) => {
+                to.copy_from_slice(&bytes[start..][..to.len()]);
+                Ok(())
+            }
+        }
     }
 
     /// The whole array, in its own element type.

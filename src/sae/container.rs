@@ -17,7 +17,7 @@ const HEADER_LIMIT: u64 = 100_000_000;
 const PREFIX: u64 = 8;
 
 /// An opened file whose header was read and checked; its tensors were not read.
-pub(super) struct Container {
+pub(crate) struct Container {
     file: Arc<DataFile>,
     header: Metadata,
     data_start: u64,

@@ -3,12 +3,12 @@
 //! encoder rows become contiguous, so that later gathers are a few reads.
 
 use std::collections::HashSet;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::{Result, bail};
+use crate::error::{Error, Result, bail};
 use crate::output::write_whole;
 use crate::tensor::DType;
 
@@ -36,31 +36,24 @@ impl Sae {
         let parts = self.parts(ids.as_deref(), &rows);
         let header = self.header(&parts)?;
         let total = parts.iter().map(|part| part.bytes()).sum();
-        // The writer reports io errors; one from reading the source keeps its own status.
-        let mut unreadable = None;
-        let written = write_whole(out, |file| {
-            file.write_all(&(header.len() as u64).to_le_bytes())?;
-            file.write_all(&header)?;
+        write_whole(out, |file| {
             let mut done = 0;
+            let mut write = |bytes: &[u8]| {
+                file.write_all(bytes).map_err(|e| Error::io(out, "write the output file", &e))
+            };
+            write(&(header.len() as u64).to_le_bytes())?;
+            write(&header)?;
             progress(done, total);
             for part in &parts {
                 part.write(&mut |bytes| {
-                    let bytes = bytes.map_err(|e| {
-                        unreadable = Some(e);
-                        io::Error::other("the source cannot be read")
-                    })?;
-                    file.write_all(&bytes)?;
+                    write(bytes)?;
                     done += bytes.len() as u64;
                     progress(done, total);
                     Ok(())
                 })?;
             }
             Ok(())
-        });
-        match unreadable {
-            Some(error) => Err(error),
-            None => written,
-        }
+        })
     }
 
     /// Replacing what is being read would leave no way back.
@@ -224,15 +217,18 @@ impl Part<'_> {
     }
 
     /// Hands the bytes on in pieces of bounded size.
-    fn write(&self, sink: &mut dyn FnMut(Result<Vec<u8>>) -> io::Result<()>) -> io::Result<()> {
+    fn write(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         match self {
             Part::Matrix(_, matrix, rows) => {
                 let row = matrix.inputs() * matrix.array().dtype().size();
-                rows.chunks((BLOCK / row).max(1)).try_for_each(|some| sink(matrix.gather(some)))
+                rows.chunks((BLOCK / row).max(1)).try_for_each(|some| sink(&matrix.gather(some)?))
             }
-            Part::Latents(_, array, rows) => sink(array.gather(rows)),
-            Part::Whole(_, array) => sink(array.bytes()),
-            Part::Ids(ids) => sink(Ok(ids.iter().flat_map(|id| id.to_le_bytes()).collect())),
+            Part::Latents(_, array, rows) => sink(&array.gather(rows)?),
+            Part::Whole(_, array) => sink(&array.bytes()?),
+            Part::Ids(ids) => {
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+                sink(&bytes)
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result, bail};
 
 /// An open file that is only read. It stays the same file when its name is given to another.
-pub(super) struct DataFile {
+pub(crate) struct DataFile {
     path: PathBuf,
     file: File,
     len: u64,

@@ -25,7 +25,9 @@ use crate::tensor::DType;
 
 use checkpoint::Checkpoint;
 
+pub(crate) use array::Array;
 pub use array::Layout;
+pub(crate) use container::Container;
 pub use tensors::SaeTensors;
 
 /// How an SAE turns pre-activations into latents.

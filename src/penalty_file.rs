@@ -1,0 +1,306 @@
+//! The penalty of arrays in a file, for callers without a trainer: what `blockem penalty` runs.
+//!
+//! Tokens are taken in parts, so a file may be larger than memory.
+
+use std::collections::HashMap;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use crate::error::{Error, Result, Status, bail};
+use crate::output::write_whole;
+use crate::penalty::{EncodeArgs, PenaltyArgs, WORKSPACE_ALIGN};
+use crate::plan::Plan;
+use crate::sae::{Array, Container};
+use crate::tensor::{DType, Device, Tensor, TensorMut};
+
+/// Bytes of hidden states that are held at once.
+const PART_BYTES: usize = 64 << 20;
+
+/// The two numbers of the penalty.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Totals {
+    pub loss_sum: f64,
+    pub token_count: f64,
+}
+
+/// Reads `hidden` [T, d], `reference_hidden` [T, d] or `reference` [T, K], and optionally `mask`
+/// [T] from the safetensors file `input`; writes `latents`, `reference` [T, K] f32, `loss_sum`,
+/// `token_count` [1] f64, `latent_loss` [K] f64 and `grad_hidden` [T, d] f32 to `output`, whole or
+/// not at all. `progress` hears (tokens done, T).
+pub fn penalty_file(
+    plan: &Plan,
+    input: &Path,
+    output: &Path,
+    scale: f64,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Totals> {
+    let file = Container::open(input)?;
+    let input = Input::find(&file, plan)?;
+    let layout = Layout::new(plan, input.tokens)?;
+    let mut totals = Totals { loss_sum: 0.0, token_count: 0.0 };
+    write_whole(output, |out| {
+        let mut write = |at: u64, bytes: &[u8]| {
+            let done = out.seek(SeekFrom::Start(at)).and_then(|_| out.write_all(bytes));
+            done.map_err(|e| Error::io(output, "write the output file", &e))
+        };
+        write(0, &layout.header)?;
+        let mut latent_loss = vec![0.0; plan.num_latents()];
+        let rows = (PART_BYTES / (plan.d_in() * 4)).max(1);
+        let mut start = 0;
+        loop {
+            let count = rows.min(input.tokens - start);
+            let part = input.penalty_of(plan, start, count, scale)?;
+            for (to, array) in layout.per_token.iter().zip(&part.arrays) {
+                write(to.row(start), as_bytes(array))?;
+            }
+            totals.loss_sum += part.loss_sum[0];
+            totals.token_count += part.token_count[0];
+            latent_loss.iter_mut().zip(&part.latent_loss).for_each(|(sum, loss)| *sum += loss);
+            start += count;
+            progress(start as u64, input.tokens as u64);
+            if start == input.tokens {
+                break;
+            }
+        }
+        let numbers = [&[totals.loss_sum][..], &[totals.token_count], &latent_loss];
+        for (at, values) in layout.totals.iter().zip(numbers) {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            write(*at, &bytes)?;
+        }
+        Ok(())
+    })?;
+    Ok(totals)
+}
+
+/// The arrays of the input file, checked against the plan, not read.
+struct Input {
+    tokens: usize,
+    hidden: Array,
+    reference: Reference,
+    mask: Option<Array>,
+}
+
+enum Reference {
+    /// [T, K] f32
+    Latents(Array),
+    /// [T, d]
+    Hidden(Array),
+}
+
+impl Input {
+    fn find(file: &Container, plan: &Plan) -> Result<Input> {
+        const HIDDEN: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+        const MASK: [DType; 4] = [DType::U8, DType::Bool, DType::F32, DType::I64];
+        let (d, k) = (plan.d_in(), plan.num_latents());
+        let hidden = file.need("hidden")?;
+        let tokens = hidden.shape().first().copied().unwrap_or(0);
+        expect(&hidden, &[tokens, d], "tokens, columns of the SAE", &HIDDEN)?;
+        let reference = match (file.find("reference_hidden")?, file.find("reference")?) {
+            (Some(array), None) => {
+                expect(&array, &[tokens, d], "tokens, columns of the SAE", &HIDDEN)?;
+                Reference::Hidden(array)
+            }
+            (None, Some(array)) => {
+                expect(&array, &[tokens, k], "tokens, blocked latents", &[DType::F32])?;
+                Reference::Latents(array)
+            }
+            (Some(_), Some(_)) => bail!(
+                Format,
+                "{}: holds both reference_hidden and reference; keep one",
+                file.file().path().display()
+            ),
+            (None, None) => bail!(
+                TensorMissing,
+                "{}: needs the tensor reference_hidden [T, {d}] (the base model's hidden states) \
+                 or reference [T, {k}] (its latents)",
+                file.file().path().display()
+            ),
+        };
+        let mask = file.find("mask")?;
+        if let Some(mask) = &mask {
+            expect(mask, &[tokens], "tokens", &MASK)?;
+        }
+        Ok(Input { tokens, hidden, reference, mask })
+    }
+
+    fn penalty_of(&self, plan: &Plan, start: usize, count: usize, scale: f64) -> Result<Part> {
+        let (d, k) = (plan.d_in(), plan.num_latents());
+        let hidden = Rows::read(&self.hidden, start, count)?;
+        let encode = |rows: &Rows| -> Result<Vec<f32>> {
+            let mut z = vec![0.0; count * k];
+            let latents = TensorMut::from_slice(&mut z, &[count, k])?;
+            plan.encode(&mut EncodeArgs { hidden: rows.tensor(&[count, d])?, latents })?;
+            Ok(z)
+        };
+        let latents = encode(&hidden)?;
+        let reference = match &self.reference {
+            Reference::Hidden(array) => encode(&Rows::read(array, start, count)?)?,
+            Reference::Latents(array) => Rows::read(array, start, count)?.to_f32(),
+        };
+        let mask = match &self.mask {
+            Some(array) => Some(Rows::read(array, start, count)?.mask()),
+            None => None,
+        };
+        let mask = mask.as_ref().map(|rows| rows.tensor(&[count])).transpose()?;
+        let mut part = Part {
+            arrays: [latents, reference, vec![0.0; count * d]],
+            loss_sum: [0.0],
+            token_count: [0.0],
+            latent_loss: vec![0.0; k],
+        };
+        let [_, reference, grad] = &mut part.arrays;
+        let mut workspace = vec![0; plan.workspace_size(count) + WORKSPACE_ALIGN];
+        let skip = workspace.as_ptr().align_offset(WORKSPACE_ALIGN);
+        plan.penalty(&mut PenaltyArgs {
+            hidden: Some(hidden.tensor(&[count, d])?),
+            reference: Some(Tensor::from_slice(reference, &[count, k])?),
+            mask,
+            loss_sum: Some(TensorMut::from_slice(&mut part.loss_sum, &[1])?),
+            token_count: Some(TensorMut::from_slice(&mut part.token_count, &[1])?),
+            latent_loss: Some(TensorMut::from_slice(&mut part.latent_loss, &[k])?),
+            grad_hidden: Some(TensorMut::from_slice(grad, &[count, d])?),
+            scale,
+            workspace: &mut workspace[skip..],
+            ..PenaltyArgs::default()
+        })?;
+        Ok(part)
+    }
+}
+
+fn expect(array: &Array, shape: &[usize], meaning: &str, dtypes: &[DType]) -> Result<()> {
+    array.expect_shape(shape, meaning)?;
+    if dtypes.contains(&array.dtype()) {
+        return Ok(());
+    }
+    let accepted: Vec<&str> = dtypes.iter().map(|d| d.name()).collect();
+    let text = format!("is {}; it must be {}", array.dtype().name(), accepted.join(" or "));
+    Err(array.fault(Status::Dtype, text))
+}
+
+/// Results of one part of the tokens.
+struct Part {
+    /// latents, reference, grad_hidden
+    arrays: [Vec<f32>; 3],
+    loss_sum: [f64; 1],
+    token_count: [f64; 1],
+    latent_loss: Vec<f64>,
+}
+
+/// Rows of an array in memory that is aligned for any element.
+struct Rows {
+    words: Vec<u64>,
+    bytes: usize,
+    dtype: DType,
+}
+
+impl Rows {
+    fn read(array: &Array, start: usize, count: usize) -> Result<Rows> {
+        let row = array.shape()[1..].iter().product::<usize>() * array.dtype().size();
+        let bytes = count * row;
+        let mut rows =
+            Rows { words: vec![0; bytes.div_ceil(8)], bytes, dtype: array.dtype() };
+        array.read_bytes(start * row, rows.bytes_mut())?;
+        Ok(rows)
+    }
+
+    fn tensor(&self, shape: &[usize]) -> Result<Tensor<'_>> {
+        let stride = [shape.get(1).copied().unwrap_or(1), 1];
+        let data = self.words.as_ptr().cast();
+        // SAFETY: the words hold `bytes` bytes, which are the elements of the row-major shape.
+        unsafe { Tensor::from_raw(data, self.dtype, Device::Cpu, shape, &stride[2 - shape.len()..]) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: words are plain bytes, at least `bytes` of them.
+        unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), self.bytes) }
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast(), self.bytes) }
+    }
+
+    fn to_f32(&self) -> Vec<f32> {
+        self.as_bytes().as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect()
+    }
+
+    /// Attention masks are often 64-bit integers; the calls take bytes.
+    fn mask(self) -> Rows {
+        if self.dtype != DType::I64 {
+            return self;
+        }
+        let bytes = self.words.len();
+        let mut mask = Rows { words: vec![0; bytes.div_ceil(8)], bytes, dtype: DType::U8 };
+        for (to, from) in mask.bytes_mut().iter_mut().zip(&self.words) {
+            *to = (*from != 0) as u8;
+        }
+        mask
+    }
+}
+
+fn as_bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: floats are plain bytes.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// Where everything stands in the output file.
+struct Layout {
+    header: Vec<u8>,
+    /// latents, reference, grad_hidden
+    per_token: [Place; 3],
+    /// loss_sum, token_count, latent_loss
+    totals: [u64; 3],
+}
+
+struct Place {
+    at: u64,
+    row_bytes: u64,
+}
+
+impl Place {
+    fn row(&self, t: usize) -> u64 {
+        self.at + t as u64 * self.row_bytes
+    }
+}
+
+impl Layout {
+    fn new(plan: &Plan, tokens: usize) -> Result<Layout> {
+        let (d, k) = (plan.d_in(), plan.num_latents());
+        let tensors: [(&str, Dtype, Vec<usize>); 6] = [
+            ("loss_sum", Dtype::F64, vec![1]),
+            ("token_count", Dtype::F64, vec![1]),
+            ("latent_loss", Dtype::F64, vec![k]),
+            ("latents", Dtype::F32, vec![tokens, k]),
+            ("reference", Dtype::F32, vec![tokens, k]),
+            ("grad_hidden", Dtype::F32, vec![tokens, d]),
+        ];
+        let (mut infos, mut starts, mut end) = (Vec::new(), Vec::new(), 0usize);
+        for (name, dtype, shape) in tensors {
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            let data_offsets = (end, end + bytes);
+            infos.push((name.to_owned(), TensorInfo { dtype, shape, data_offsets }));
+            starts.push(end as u64);
+            end += bytes;
+        }
+        let about = HashMap::from([
+            ("identity".to_owned(), plan.identity().to_owned()),
+            ("numerics".to_owned(), plan.numerics()),
+            ("activation".to_owned(), plan.activation().name().to_owned()),
+        ]);
+        let internal = |e: &dyn std::fmt::Display| Error::new(Status::Internal, e.to_string());
+        let metadata = Metadata::new(Some(about), infos).map_err(|e| internal(&e))?;
+        let mut text = serde_json::to_vec(&metadata).map_err(|e| internal(&e))?;
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let mut header = (text.len() as u64).to_le_bytes().to_vec();
+        header.extend(text);
+        let base = header.len() as u64;
+        let place = |i: usize, row: usize| Place { at: base + starts[i], row_bytes: row as u64 * 4 };
+        Ok(Layout {
+            per_token: [place(3, k), place(4, k), place(5, d)],
+            totals: [base + starts[0], base + starts[1], base + starts[2]],
+            header,
+        })
+    }
+}
