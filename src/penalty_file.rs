@@ -2,14 +2,13 @@
 //!
 //! Tokens are taken in parts, so a file may be larger than memory.
 
-use std::collections::HashMap;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde_json::Map;
 
 use crate::error::{Error, Result, Status, bail};
-use crate::output::write_whole;
+use crate::output::{TensorEntry, safetensors_header, write_whole};
 use crate::penalty::{EncodeArgs, PenaltyArgs, WORKSPACE_ALIGN};
 use crate::plan::Plan;
 use crate::sae::{Array, Container};
@@ -268,39 +267,29 @@ impl Place {
 impl Layout {
     fn new(plan: &Plan, tokens: usize) -> Result<Layout> {
         let (d, k) = (plan.d_in(), plan.num_latents());
-        let tensors: [(&str, Dtype, Vec<usize>); 6] = [
-            ("loss_sum", Dtype::F64, vec![1]),
-            ("token_count", Dtype::F64, vec![1]),
-            ("latent_loss", Dtype::F64, vec![k]),
-            ("latents", Dtype::F32, vec![tokens, k]),
-            ("reference", Dtype::F32, vec![tokens, k]),
-            ("grad_hidden", Dtype::F32, vec![tokens, d]),
+        let entry = |name, dtype, shape| TensorEntry { name, dtype, shape };
+        let tensors = [
+            entry("loss_sum", DType::F64, vec![1]),
+            entry("token_count", DType::F64, vec![1]),
+            entry("latent_loss", DType::F64, vec![k]),
+            entry("latents", DType::F32, vec![tokens, k]),
+            entry("reference", DType::F32, vec![tokens, k]),
+            entry("grad_hidden", DType::F32, vec![tokens, d]),
         ];
-        let (mut infos, mut starts, mut end) = (Vec::new(), Vec::new(), 0usize);
-        for (name, dtype, shape) in tensors {
-            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
-            let data_offsets = (end, end + bytes);
-            infos.push((name.to_owned(), TensorInfo { dtype, shape, data_offsets }));
-            starts.push(end as u64);
-            end += bytes;
+        let mut about = Map::new();
+        about.insert("identity".into(), plan.identity().into());
+        about.insert("numerics".into(), plan.numerics().into());
+        about.insert("activation".into(), plan.activation().name().into());
+        let header = safetensors_header(about, &tensors)?;
+        let mut starts = [header.len() as u64; 6];
+        for i in 1..6 {
+            starts[i] = starts[i - 1] + tensors[i - 1].bytes()?;
         }
-        let about = HashMap::from([
-            ("identity".to_owned(), plan.identity().to_owned()),
-            ("numerics".to_owned(), plan.numerics()),
-            ("activation".to_owned(), plan.activation().name().to_owned()),
-        ]);
-        let internal = |e: &dyn std::fmt::Display| Error::new(Status::Internal, e.to_string());
-        let metadata = Metadata::new(Some(about), infos).map_err(|e| internal(&e))?;
-        let mut text = serde_json::to_vec(&metadata).map_err(|e| internal(&e))?;
-        text.resize(text.len().next_multiple_of(8), b' ');
-        let mut header = (text.len() as u64).to_le_bytes().to_vec();
-        header.extend(text);
-        let base = header.len() as u64;
-        let place = |i: usize, row: usize| Place { at: base + starts[i], row_bytes: row as u64 * 4 };
+        let place = |i: usize, row: usize| Place { at: starts[i], row_bytes: row as u64 * 4 };
         Ok(Layout {
-            per_token: [place(3, k), place(4, k), place(5, d)],
-            totals: [base + starts[0], base + starts[1], base + starts[2]],
             header,
+            totals: [starts[0], starts[1], starts[2]],
+            per_token: [place(3, k), place(4, k), place(5, d)],
         })
     }
 }

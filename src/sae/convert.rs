@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result, bail};
-use crate::output::write_whole;
+use crate::output::{TensorEntry, safetensors_header, write_whole};
 use crate::tensor::DType;
 
 use super::array::{Array, Layout, Matrix};
@@ -34,14 +34,14 @@ impl Sae {
             None => (0..self.recipe.d_sae).collect(),
         };
         let parts = self.parts(ids.as_deref(), &rows);
-        let header = self.header(&parts)?;
-        let total = parts.iter().map(|part| part.bytes()).sum();
+        let entries: Vec<TensorEntry> = parts.iter().map(Part::entry).collect();
+        let header = safetensors_header(self.metadata(), &entries)?;
+        let total = entries.iter().map(TensorEntry::bytes).sum::<Result<u64>>()?;
         write_whole(out, |file| {
             let mut done = 0;
             let mut write = |bytes: &[u8]| {
                 file.write_all(bytes).map_err(|e| Error::io(out, "write the output file", &e))
             };
-            write(&(header.len() as u64).to_le_bytes())?;
             write(&header)?;
             progress(done, total);
             for part in &parts {
@@ -110,40 +110,20 @@ impl Sae {
         parts
     }
 
-    /// The JSON header, padded so that the tensors begin at a multiple of 8.
-    fn header(&self, parts: &[Part<'_>]) -> Result<Vec<u8>> {
-        let mut header = Map::new();
-        header.insert("__metadata__".to_string(), self.metadata());
-        let mut offset = 0;
-        for part in parts {
-            let end = offset + part.bytes();
-            let entry = json!({
-                "dtype": safetensors_name(part.dtype())?,
-                "shape": part.shape(),
-                "data_offsets": [offset, end],
-            });
-            header.insert(part.name().to_string(), entry);
-            offset = end;
-        }
-        let mut text = Value::Object(header).to_string().into_bytes();
-        text.resize(text.len().next_multiple_of(8), b' ');
-        Ok(text)
-    }
-
     /// The recipe in the keys that the reader understands, and where the arrays came from.
-    fn metadata(&self) -> Value {
-        let mut metadata = json!({
-            "format": "pt",
-            "cfg": Value::Object(configuration(&self.recipe)).to_string(),
-            "converted_by": concat!("blockem ", env!("CARGO_PKG_VERSION")),
-            "source_format": self.recipe.format,
-        });
+    fn metadata(&self) -> Map<String, Value> {
+        let mut metadata = Map::new();
+        let mut set = |key: &str, text: String| metadata.insert(key.into(), Value::String(text));
+        set("format", "pt".into());
+        set("cfg", Value::Object(configuration(&self.recipe)).to_string());
+        set("converted_by", concat!("blockem ", env!("CARGO_PKG_VERSION")).into());
+        set("source_format", self.recipe.format.into());
         if let Some(file) = self.checkpoint.file() {
-            metadata["source"] = json!(file.path().display().to_string());
-            metadata["source_bytes"] = json!(file.len().to_string());
+            set("source", file.path().display().to_string());
+            set("source_bytes", file.len().to_string());
         }
         if let Some(cfg) = &self.source_config {
-            metadata["source_cfg"] = json!(Value::Object(cfg.clone()).to_string());
+            set("source_cfg", Value::Object(cfg.clone()).to_string());
         }
         metadata
     }
@@ -210,10 +190,8 @@ impl Part<'_> {
         }
     }
 
-    /// The source holds at least as many bytes, so nothing overflows.
-    fn bytes(&self) -> u64 {
-        let count: u64 = self.shape().iter().map(|n| *n as u64).product();
-        count * self.dtype().size() as u64
+    fn entry(&self) -> TensorEntry {
+        TensorEntry { name: self.name(), dtype: self.dtype(), shape: self.shape() }
     }
 
     /// Hands the bytes on in pieces of bounded size.
@@ -229,19 +207,6 @@ impl Part<'_> {
                 let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
                 sink(&bytes)
             }
-        }
-    }
-}
-
-fn safetensors_name(dtype: DType) -> Result<&'static str> {
-    match dtype {
-        DType::F32 => Ok("F32"),
-        DType::F16 => Ok("F16"),
-        DType::BF16 => Ok("BF16"),
-        DType::F64 => Ok("F64"),
-        DType::I64 => Ok("I64"),
-        DType::U8 | DType::Bool => {
-            bail!(Internal, "an SAE cannot hold {} arrays", dtype.name())
         }
     }
 }
