@@ -1,0 +1,81 @@
+# make demo   all set-up, then the main job: pretrain, train an SAE, fine-tune plain and blocked
+# make test   all set-up, then every test
+# make help   the other targets
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+CARGO ?= cargo
+VENV := .venv
+PY := $(VENV)/bin/python
+LIB := target/release/libblockem.so
+RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs')
+PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
+
+.PHONY: help build demo test test-rust test-python test-sanitizers test-install lint header \
+        bench bench-load install clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+build: $(LIB) ## target/release/libblockem.{so,a} and target/release/blockem
+
+$(LIB): $(RUST)
+	$(CARGO) build --release
+	@touch $@
+
+demo: $(VENV)/package ## the main job, in out/demo
+	$(PY) -m examples.demo
+
+test: lint test-rust test-python test-sanitizers test-install ## every test
+	@echo "make test: all passed"
+
+test-rust: $(LIB) $(VENV)/tools ## Rust, C and C++ tests
+	$(CARGO) test --locked
+
+test-python: $(VENV)/package ## Python tests
+	$(PY) -m pytest -q bindings/python/tests examples/demo
+
+test-sanitizers: ## the unsafe parts under AddressSanitizer
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \
+	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
+	  --target-dir target/asan
+
+test-install: $(LIB) ## install into a scratch prefix, build the examples against it
+	tests/capi/install_test.sh
+
+lint: ## formatting, clippy (which also checks the MSRV)
+	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \
+	  || rustup component add clippy rustfmt
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+header: ## regenerate include/blockem.h
+	BLOCKEM_WRITE_HEADER=1 $(CARGO) test --test header
+
+bench: $(VENV)/package ## criterion groups, then side by side with torch and sae-lens
+	$(CARGO) bench
+	$(PY) benches/compare_torch.py
+	$(PY) benches/load.py
+
+clean: ## everything that was built, made or installed here
+	rm -rf target out $(VENV)
+
+include packaging/install.mk
+
+$(VENV)/requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/package: $(VENV)/requirements $(LIB) $(PACKAGE)
+	$(VENV)/bin/pip install --quiet ./bindings/python
+	@touch $@
+
+# valgrind runs the C programs of tests/capi.
+$(VENV)/tools: | $(VENV)/requirements
+	@command -v valgrind >/dev/null || { apt-get update -qq && apt-get install -y -qq valgrind; }
+	@touch $@
