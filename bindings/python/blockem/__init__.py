@@ -1,0 +1,45 @@
+"""BLOCK-EM's latent penalty and its gradient, for any trainer.
+
+    sae = blockem.load_sae("path/to/sae")
+    latents = blockem.load_latents("K0.json", sae)
+    plan = blockem.Plan(sae, latents)
+    reference = plan.encode(base_hidden)
+    loss_sum, count = blockem.torch.penalty(plan, hidden, reference, mask)
+    loss = sft_loss + lam * loss_sum / count
+
+The arithmetic is libblockem's (Rust, behind a C ABI); this package carries arrays to it. torch is
+imported by ``blockem.torch`` only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
+from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
+
+if TYPE_CHECKING:
+    from . import torch
+
+__all__ = [
+    "ArgumentError",
+    "DataError",
+    "Error",
+    "FileError",
+    "Latents",
+    "Penalty",
+    "Plan",
+    "Sae",
+    "__version__",
+    "build_info",
+    "load_latents",
+    "load_sae",
+    "torch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "torch":
+        return importlib.import_module(".torch", __name__)
+    raise AttributeError(f"module 'blockem' has no attribute {name!r}")

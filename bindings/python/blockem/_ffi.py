@@ -1,0 +1,266 @@
+"""include/blockem.h in ctypes: constants, structs in the header's order, function types."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int8, c_int32, c_int64
+from ctypes import c_size_t, c_uint32, c_void_p
+
+STATUS_OK = 0
+STATUS_INVALID_ARGUMENT = 100
+STATUS_SHAPE = 103
+STATUS_DTYPE = 104
+STATUS_LAYOUT = 105
+STATUS_DEVICE_MISMATCH = 106
+STATUS_IO = 200
+
+DTYPES = {
+    "float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4, "bool": 5, "int64": 6,
+}
+DEVICES = {"cpu": 0, "cuda": 1}
+ARCHITECTURES = {"standard": 0, "jumprelu": 1, "gated": 2, "topk": 3}
+ENCODER_LAYOUTS = {"auto": 0, "d_f": 1, "f_d": 2}
+BACKENDS = {"auto": 0, "cpu": 1, "cuda": 2, "reference": 3}
+ACTIVATIONS = {"native": 0, "dense_relu": 1, "preactivation": 2}
+
+
+class Sized(ctypes.Structure):
+    """A struct that begins with struct_size; fields that are not given are zero."""
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(struct_size=ctypes.sizeof(self), **fields)
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("ndim", c_int32),
+        ("shape", c_int64 * 4),
+        ("stride", c_int64 * 4),
+    ]
+
+
+class BuildInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("version", c_uint32),
+        ("has_cuda", c_int32),
+        ("cpu_isa", c_char * 32),
+    ]
+
+
+class RawPenaltyArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("reference", Tensor),
+        ("mask", Tensor),
+        ("coef", Tensor),
+        ("loss_sum", Tensor),
+        ("token_count", Tensor),
+        ("latent_loss", Tensor),
+        ("grad_hidden", Tensor),
+        ("accumulate", c_int32),
+        ("reserved", c_int32),
+        ("scale", c_double),
+        ("scale_tensor", Tensor),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+        ("weight", Tensor),
+        ("bias", Tensor),
+        ("threshold", Tensor),
+        ("sign_weight", Tensor),
+        ("activation_kind", c_int32),
+        ("num_threads", c_int32),
+        ("gate_bias", Tensor),
+        ("gate_scale", Tensor),
+        ("backend", c_int32),
+        ("reserved2", c_int32),
+    ]
+
+
+class SaeOptions(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("recipe_json", c_char_p),
+        ("input_scale", c_double),
+    ]
+
+
+class SaeDesc(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("encoder_weight", Tensor),
+        ("encoder_bias", Tensor),
+        ("decoder_bias", Tensor),
+        ("decoder_weight", Tensor),
+        ("threshold", Tensor),
+        ("gate_bias", Tensor),
+        ("magnitude_bias", Tensor),
+        ("magnitude_log_scale", Tensor),
+        ("d_in", c_int64),
+        ("d_sae", c_int64),
+        ("k", c_int64),
+        ("activation_kind", c_int32),
+        ("encoder_layout", c_int32),
+        ("apply_b_dec_to_input", c_int32),
+        ("rescale_acts_by_decoder_norm", c_int32),
+        ("input_scale", c_double),
+        ("hook_name", c_char_p),
+    ]
+
+
+class SaeInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("d_in", c_int64),
+        ("d_sae", c_int64),
+        ("k", c_int64),
+        ("layer", c_int64),
+        ("scale", c_double),
+        ("activation_kind", c_int32),
+        ("dtype", c_int32),
+        ("b_dec_subtracted", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class LatentsDesc(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("ids", POINTER(c_int64)),
+        ("signs", POINTER(c_int8)),
+        ("weights", POINTER(c_float)),
+        ("n", c_size_t),
+    ]
+
+
+class LatentsSaveOptions(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("plan", c_void_p),
+        ("sae", c_void_p),
+    ]
+
+
+class LatentsInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("count", c_size_t),
+        ("num_positive", c_size_t),
+        ("d_in", c_int64),
+        ("d_sae", c_int64),
+        ("layer", c_int64),
+    ]
+
+
+class PlanOptions(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("backend", c_int32),
+        ("activation", c_int32),
+        ("num_threads", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class PlanInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("d_in", c_int64),
+        ("d_sae", c_int64),
+        ("num_latents", c_int64),
+        ("num_positive", c_int64),
+        ("layer", c_int64),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("backend", c_int32),
+        ("activation", c_int32),
+        ("num_threads", c_int32),
+        ("reserved", c_int32),
+        ("identity", c_char * 72),
+        ("numerics", c_char * 64),
+    ]
+
+
+class EncodeArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("latents", Tensor),
+    ]
+
+
+class PenaltyArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("reference", Tensor),
+        ("mask", Tensor),
+        ("coef", Tensor),
+        ("loss_sum", Tensor),
+        ("token_count", Tensor),
+        ("latent_loss", Tensor),
+        ("grad_hidden", Tensor),
+        ("accumulate", c_int32),
+        ("reserved", c_int32),
+        ("scale", c_double),
+        ("scale_tensor", Tensor),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+    ]
+
+
+# name: (result, arguments); handles are c_void_p.
+FUNCTIONS = {
+    "blockem_status_name": (c_char_p, [c_int32]),
+    "blockem_last_error": (c_size_t, [c_char_p, c_size_t]),
+    "blockem_version": (c_uint32, []),
+    "blockem_version_string": (c_char_p, []),
+    "blockem_build_info_get": (c_int32, [POINTER(BuildInfo)]),
+    "blockem_device_count": (c_int32, [c_int32, POINTER(c_int32)]),
+    "blockem_raw_penalty_forward": (c_int32, [POINTER(RawPenaltyArgs), c_void_p]),
+    "blockem_raw_penalty_backward": (c_int32, [POINTER(RawPenaltyArgs), c_void_p]),
+    "blockem_raw_penalty_workspace_size": (
+        c_int32,
+        [c_int64, c_int64, c_int64, c_int32, c_int32, POINTER(c_size_t)],
+    ),
+    "blockem_sae_open": (c_int32, [c_char_p, POINTER(SaeOptions), POINTER(c_void_p)]),
+    "blockem_sae_from_tensors": (c_int32, [POINTER(SaeDesc), POINTER(c_void_p)]),
+    "blockem_sae_info_get": (c_int32, [c_void_p, POINTER(SaeInfo)]),
+    "blockem_sae_describe": (c_size_t, [c_void_p, c_char_p, c_size_t]),
+    "blockem_sae_free": (None, [c_void_p]),
+    "blockem_latents_create": (c_int32, [POINTER(LatentsDesc), POINTER(c_void_p)]),
+    "blockem_latents_open": (c_int32, [c_char_p, c_void_p, POINTER(c_void_p)]),
+    "blockem_latents_save": (c_int32, [c_void_p, c_char_p, POINTER(LatentsSaveOptions)]),
+    "blockem_latents_info_get": (c_int32, [c_void_p, POINTER(LatentsInfo)]),
+    "blockem_latents_get": (
+        c_int32,
+        [c_void_p, POINTER(c_int64), POINTER(c_int8), POINTER(c_float), c_size_t],
+    ),
+    "blockem_latents_free": (None, [c_void_p]),
+    "blockem_plan_create": (
+        c_int32,
+        [c_void_p, c_void_p, POINTER(PlanOptions), POINTER(c_void_p)],
+    ),
+    "blockem_plan_info_get": (c_int32, [c_void_p, POINTER(PlanInfo)]),
+    "blockem_plan_workspace_size": (c_int32, [c_void_p, c_int64, POINTER(c_size_t)]),
+    "blockem_plan_free": (None, [c_void_p]),
+    "blockem_encode": (c_int32, [c_void_p, POINTER(EncodeArgs), c_void_p]),
+    "blockem_penalty_forward": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
+    "blockem_penalty_backward": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
+    "blockem_penalty": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
+}
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Gives every function of the header its type; AttributeError where the library lacks one."""
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
