@@ -1,0 +1,302 @@
+//! The penalty through the public interface: the CPU backend against the f64 reference, the
+//! reference against finite differences, and the bitwise promises.
+
+mod support;
+
+use blockem::error::Status;
+use blockem::latents::Latents;
+use blockem::penalty::{EncodeArgs, PenaltyArgs, WORKSPACE_ALIGN};
+use blockem::plan::{Activation, BackendKind, Plan, PlanOptions};
+use blockem::sae::Architecture;
+use blockem::tensor::{Element, Tensor, TensorMut};
+use half::{bf16, f16};
+use support::{RandomSae, Rng};
+
+const GATES: [(Architecture, Activation); 7] = [
+    (Architecture::Standard, Activation::Native),
+    (Architecture::JumpRelu, Activation::Native),
+    (Architecture::Gated, Activation::Native),
+    (Architecture::JumpRelu, Activation::DenseRelu),
+    (Architecture::Gated, Activation::DenseRelu),
+    (Architecture::TopK, Activation::DenseRelu),
+    (Architecture::Gated, Activation::Preactivation),
+];
+
+fn latents(rng: &mut Rng, k: usize) -> Latents {
+    let ids: Vec<i64> = (0..k as i64).collect();
+    let signs: Vec<i8> = (0..k).map(|_| if rng.below(2) == 0 { 1 } else { -1 }).collect();
+    let weights: Vec<f32> = (0..k).map(|_| 0.5 + rng.unit() as f32).collect();
+    Latents::new(&ids, &signs, Some(&weights)).unwrap()
+}
+
+fn plan(
+    sae: &RandomSae,
+    set: &Latents,
+    backend: BackendKind,
+    activation: Activation,
+    num_threads: usize,
+) -> Plan {
+    let options = PlanOptions { backend, activation, num_threads, ..PlanOptions::default() };
+    Plan::new(&sae.open(), set, &options).unwrap()
+}
+
+fn workspace(plan: &Plan, tokens: usize) -> Vec<u8> {
+    vec![0xa5; plan.workspace_size(tokens) + WORKSPACE_ALIGN]
+}
+
+fn aligned(space: &mut [u8]) -> &mut [u8] {
+    let skip = space.as_ptr().align_offset(WORKSPACE_ALIGN);
+    &mut space[skip..]
+}
+
+fn encode<T: Element, Z: Element + Default>(plan: &Plan, hidden: &[T]) -> Vec<Z> {
+    let tokens = hidden.len() / plan.d_in();
+    let mut z = vec![Z::default(); tokens * plan.num_latents()];
+    plan.encode(&mut EncodeArgs {
+        hidden: Tensor::from_slice(hidden, &[tokens, plan.d_in()]).unwrap(),
+        latents: TensorMut::from_slice(&mut z, &[tokens, plan.num_latents()]).unwrap(),
+    })
+    .unwrap();
+    z
+}
+
+/// Everything that a penalty call writes.
+#[derive(Debug, PartialEq)]
+struct Outcome<G> {
+    loss_sum: f64,
+    token_count: f64,
+    latent_loss: Vec<f64>,
+    grad: Vec<G>,
+}
+
+fn penalty<T: Element, G: Element>(
+    plan: &Plan,
+    hidden: &[T],
+    reference: &[f32],
+    mask: Option<Tensor<'_>>,
+    poison: G,
+) -> Outcome<G> {
+    let (d, k) = (plan.d_in(), plan.num_latents());
+    let tokens = hidden.len() / d;
+    let (mut loss_sum, mut token_count) = ([f64::NAN], [f64::NAN]);
+    let mut latent_loss = vec![f64::NAN; k];
+    let mut grad = vec![poison; hidden.len()];
+    let mut space = workspace(plan, tokens);
+    plan.penalty(&mut PenaltyArgs {
+        hidden: Some(Tensor::from_slice(hidden, &[tokens, d]).unwrap()),
+        reference: Some(Tensor::from_slice(reference, &[tokens, k]).unwrap()),
+        mask,
+        loss_sum: Some(TensorMut::from_slice(&mut loss_sum, &[1]).unwrap()),
+        token_count: Some(TensorMut::from_slice(&mut token_count, &[1]).unwrap()),
+        latent_loss: Some(TensorMut::from_slice(&mut latent_loss, &[k]).unwrap()),
+        grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, d]).unwrap()),
+        scale: 0.75,
+        workspace: aligned(&mut space),
+        ..PenaltyArgs::default()
+    })
+    .unwrap();
+    Outcome { loss_sum: loss_sum[0], token_count: token_count[0], latent_loss, grad }
+}
+
+fn assert_close(name: &str, found: f64, expected: f64, tolerance: f64) {
+    let error = (found - expected).abs();
+    assert!(error <= tolerance, "{name}: {found} is not {expected} within {tolerance}");
+}
+
+/// CPU against reference for one hidden dtype. A latent at its gate's edge may fall on either side
+/// in f32, so those inputs are drawn away from the edge.
+fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
+    for (architecture, activation) in GATES {
+        for (tokens, k, d) in [(0, 3, 5), (1, 1, 1), (31, 7, 63), (33, 64, 17), (65, 129, 200)] {
+            let sae = RandomSae::new(rng, architecture, d, k);
+            let set = latents(rng, k);
+            let oracle = plan(&sae, &set, BackendKind::Reference, activation, 1);
+            let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 2);
+            let hidden: Vec<T> = rng.normals(tokens * d).into_iter().map(from).collect();
+            let exact: Vec<f64> = encode(&oracle, &hidden);
+            let found: Vec<f32> = encode(&cpu, &hidden);
+            let size = hidden.chunks(d).map(|h| {
+                h.iter().map(|x| (to(*x) as f64).powi(2)).sum::<f64>().sqrt()
+            });
+            let size: Vec<f64> = size.collect();
+            let mut reference = rng.normals(tokens * k);
+            for t in 0..tokens {
+                for c in 0..k {
+                    let i = t * k + c;
+                    let off_edge = (exact[i] == 0.0) != (found[i] == 0.0);
+                    if off_edge {
+                        // Both sides of the edge are right: keep it out of the sums.
+                        reference[i] = if set.signs()[c] > 0 { 1e3 } else { -1e3 };
+                        continue;
+                    }
+                    assert_close("z", found[i] as f64, exact[i], 2e-6 * (1.0 + size[t]));
+                }
+            }
+            let mask: Vec<f32> = (0..tokens).map(|_| [0.0, 1.0, 0.5][rng.below(3)]).collect();
+            let view = || Some(Tensor::from_slice(&mask, &[tokens]).unwrap());
+            let expected = penalty(&oracle, &hidden, &reference, view(), f32::NAN);
+            let found = penalty(&cpu, &hidden, &reference, view(), f32::NAN);
+            let about = 1e-5 * (1.0 + expected.loss_sum);
+            assert_close("loss_sum", found.loss_sum, expected.loss_sum, about);
+            assert_close("token_count", found.token_count, expected.token_count, 1e-9);
+            for (f, e) in found.latent_loss.iter().zip(&expected.latent_loss) {
+                assert_close("latent_loss", *f, *e, about);
+            }
+            let largest = expected.grad.iter().fold(0.0f64, |m, g| m.max(g.abs() as f64));
+            for (f, e) in found.grad.iter().zip(&expected.grad) {
+                assert_close("grad", *f as f64, *e as f64, 2e-5 * (1.0 + largest));
+            }
+        }
+    }
+}
+
+#[test]
+fn cpu_agrees_with_the_reference() {
+    let mut rng = Rng::fresh();
+    parity::<f32>(&mut rng, |x| x, |x| x);
+    parity::<f16>(&mut rng, f16::from_f32, f16::to_f32);
+    parity::<bf16>(&mut rng, bf16::from_f32, bf16::to_f32);
+}
+
+#[test]
+fn the_gradient_is_that_of_the_loss() {
+    let mut rng = Rng::fresh();
+    let (tokens, k, d) = (5, 6, 9);
+    for (architecture, activation) in GATES {
+        let sae = RandomSae::new(&mut rng, architecture, d, k);
+        let set = latents(&mut rng, k);
+        let oracle = plan(&sae, &set, BackendKind::Reference, activation, 1);
+        let hidden: Vec<f64> = rng.normals(tokens * d).iter().map(|x| *x as f64).collect();
+        let reference = rng.normals(tokens * k);
+        let loss = |h: &[f64]| penalty(&oracle, h, &reference, None, f64::NAN).loss_sum;
+        let exact = penalty(&oracle, &hidden, &reference, None, f64::NAN).grad;
+        let step = 1e-6;
+        let mut compared = 0;
+        for i in 0..hidden.len() {
+            let at = |delta: f64| {
+                let mut moved = hidden.clone();
+                moved[i] += delta;
+                loss(&moved)
+            };
+            let (left, middle, right) = (at(-step), at(0.0), at(step));
+            // A gate or rectifier between the two points has no derivative to compare with.
+            let (backward, forward) = ((middle - left) / step, (right - middle) / step);
+            if (forward - backward).abs() > 1e-3 {
+                continue;
+            }
+            compared += 1;
+            assert_close("dH", exact[i], 0.75 * (right - left) / (2.0 * step), 1e-6);
+        }
+        assert!(compared > hidden.len() / 2, "{compared} of {} compared", hidden.len());
+    }
+}
+
+#[test]
+fn hidden_equal_to_base_costs_exactly_nothing() {
+    let mut rng = Rng::fresh();
+    for (architecture, activation) in GATES {
+        let (tokens, k, d) = (77, 19, 130);
+        let sae = RandomSae::new(&mut rng, architecture, d, k);
+        let set = latents(&mut rng, k);
+        let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 2);
+        let hidden: Vec<bf16> = rng.normals(tokens * d).into_iter().map(bf16::from_f32).collect();
+        let reference: Vec<f32> = encode(&cpu, &hidden);
+        let found = penalty(&cpu, &hidden, &reference, None, f32::NAN);
+        assert_eq!(found.loss_sum, 0.0);
+        assert!(found.grad.iter().all(|g| g.to_bits() == 0));
+    }
+}
+
+#[test]
+fn split_and_fused_give_the_same_bits() {
+    let mut rng = Rng::fresh();
+    let (tokens, k, d) = (150, 21, 300);
+    let sae = RandomSae::new(&mut rng, Architecture::JumpRelu, d, k);
+    let set = latents(&mut rng, k);
+    for num_threads in [1, 2] {
+        let cpu = plan(&sae, &set, BackendKind::Cpu, Activation::Native, num_threads);
+        let hidden = rng.normals(tokens * d);
+        let reference = rng.normals(tokens * k);
+        let fused = penalty(&cpu, &hidden, &reference, None, f32::NAN);
+        let (mut coef, mut grad) = (vec![f32::NAN; tokens * k], vec![f32::NAN; tokens * d]);
+        let mut loss_sum = [f64::NAN];
+        let mut space = workspace(&cpu, tokens);
+        cpu.forward(&mut PenaltyArgs {
+            hidden: Some(Tensor::from_slice(&hidden, &[tokens, d]).unwrap()),
+            reference: Some(Tensor::from_slice(&reference, &[tokens, k]).unwrap()),
+            coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
+            loss_sum: Some(TensorMut::from_slice(&mut loss_sum, &[1]).unwrap()),
+            workspace: aligned(&mut space),
+            ..PenaltyArgs::default()
+        })
+        .unwrap();
+        // 0.75 in two factors, one of them read when the work runs.
+        let factor = [3.0f32];
+        cpu.backward(&mut PenaltyArgs {
+            coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
+            grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, d]).unwrap()),
+            scale: 0.25,
+            scale_tensor: Some(Tensor::from_slice(&factor, &[1]).unwrap()),
+            ..PenaltyArgs::default()
+        })
+        .unwrap();
+        assert_eq!(loss_sum[0].to_bits(), fused.loss_sum.to_bits());
+        assert!(grad.iter().zip(&fused.grad).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn nan_reaches_the_loss_unless_masked() {
+    let mut rng = Rng::fresh();
+    let (tokens, k, d) = (40, 5, 33);
+    let sae = RandomSae::new(&mut rng, Architecture::Standard, d, k);
+    let set = latents(&mut rng, k);
+    for backend in [BackendKind::Cpu, BackendKind::Reference] {
+        let plan = plan(&sae, &set, backend, Activation::Native, 2);
+        let mut hidden = rng.normals(tokens * d);
+        let reference = rng.normals(tokens * k);
+        hidden[7 * d + 3] = f32::NAN;
+        let found = penalty(&plan, &hidden, &reference, None, 0.0f32);
+        assert!(found.loss_sum.is_nan());
+        assert!(found.grad[7 * d..8 * d].iter().all(|g| g.is_nan()));
+        assert!(!found.grad[8 * d..].iter().any(|g| g.is_nan()));
+        let mask: Vec<bool> = (0..tokens).map(|t| t != 7).collect();
+        let view = Tensor::from_slice(&mask, &[tokens]).unwrap();
+        let found = penalty(&plan, &hidden, &reference, Some(view), f32::NAN);
+        assert!(found.loss_sum.is_finite());
+        assert_eq!(found.token_count, tokens as f64 - 1.0);
+        assert!(found.grad[7 * d..8 * d].iter().all(|g| *g == 0.0));
+        let nothing = vec![0u8; tokens];
+        let view = Tensor::from_slice(&nothing, &[tokens]).unwrap();
+        let found = penalty(&plan, &hidden, &reference, Some(view), f32::NAN);
+        assert_eq!((found.loss_sum, found.token_count), (0.0, 0.0));
+        assert!(found.grad.iter().all(|g| *g == 0.0));
+    }
+}
+
+#[test]
+fn native_topk_is_refused_with_the_remedy() {
+    let mut rng = Rng::fresh();
+    let sae = RandomSae::new(&mut rng, Architecture::TopK, 8, 16).open();
+    let set = latents(&mut rng, 3);
+    let error = Plan::new(&sae, &set, &PlanOptions::default()).err().unwrap();
+    assert_eq!(error.status, Status::Unsupported);
+    assert!(error.message.contains("dense_relu"), "{error}");
+}
+
+#[test]
+fn identity_follows_what_z_depends_on() {
+    let mut rng = Rng::fresh();
+    let mut sae = RandomSae::new(&mut rng, Architecture::JumpRelu, 12, 9);
+    let of = |sae: &RandomSae, ids: &[i64], signs: &[i8], activation| {
+        let set = Latents::new(ids, signs, None).unwrap();
+        plan(sae, &set, BackendKind::Cpu, activation, 1).identity().to_owned()
+    };
+    let first = of(&sae, &[1, 4], &[1, 1], Activation::Native);
+    assert_eq!(first.len(), 64);
+    assert_eq!(first, of(&sae, &[1, 4], &[1, -1], Activation::Native), "signs do not change z");
+    assert_ne!(first, of(&sae, &[4, 1], &[1, 1], Activation::Native), "columns are exchanged");
+    assert_ne!(first, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "another rule");
+    sae.threshold[4] += 0.25;
+    assert_ne!(first, of(&sae, &[1, 4], &[1, 1], Activation::Native), "another threshold");
+}
