@@ -1,0 +1,636 @@
+//! Kernels against a slow, obvious loop in f64, and against themselves bit for bit.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use half::{bf16, f16};
+
+use super::lanes::{Isa, Line};
+use super::{Cpu, raw_penalty};
+use crate::backend::{
+    Backend, BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows,
+    Workspace,
+};
+use crate::tensor::DType;
+
+/// xorshift64*; every run starts elsewhere and failures print where.
+#[derive(Clone, Copy, Debug)]
+struct Random(u64);
+
+impl Random {
+    fn fresh() -> Random {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+        Random((now.as_nanos() as u64) | 1)
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Roughly normal, standard deviation 1.
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
+        (sum - 2.0) * 1.73
+    }
+
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+/// A matrix in memory of its own: rows apart, the first one element off alignment if asked.
+#[derive(Clone)]
+struct Memory {
+    lines: Vec<Line>,
+    offset: usize,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    dtype: DType,
+}
+
+impl Memory {
+    /// Filled with NaN.
+    fn new(dtype: DType, rows: usize, cols: usize, gap: usize, offset: usize) -> Memory {
+        let stride = cols + gap;
+        let bytes = (rows * stride + offset) * dtype.size();
+        let lines = vec![Line([f32::NAN; 16]); bytes.div_ceil(64) + 1];
+        Memory { lines, offset, rows, cols, stride, dtype }
+    }
+
+    fn matrix(&self) -> Matrix {
+        let data = self.lines.as_ptr().cast::<u8>().cast_mut();
+        let data = data.wrapping_add(self.offset * self.dtype.size());
+        Matrix { data, dtype: self.dtype, row_stride: self.stride }
+    }
+
+    fn address(&self, t: usize, i: usize) -> *mut u8 {
+        assert!(t < self.rows && i < self.cols);
+        // SAFETY: the row exists.
+        unsafe { self.matrix().row(t).add(i * self.dtype.size()) }
+    }
+
+    fn get(&self, t: usize, i: usize) -> f32 {
+        let at = self.address(t, i);
+        // SAFETY: the element exists.
+        unsafe {
+            match self.dtype {
+                DType::F16 => at.cast::<f16>().read().to_f32(),
+                DType::BF16 => at.cast::<bf16>().read().to_f32(),
+                _ => at.cast::<f32>().read(),
+            }
+        }
+    }
+
+    fn set(&mut self, t: usize, i: usize, x: f32) {
+        let at = self.address(t, i);
+        // SAFETY: the element exists.
+        unsafe {
+            match self.dtype {
+                DType::F16 => at.cast::<f16>().write(f16::from_f32(x)),
+                DType::BF16 => at.cast::<bf16>().write(bf16::from_f32(x)),
+                _ => at.cast::<f32>().write(x),
+            }
+        }
+    }
+
+    fn fill(&mut self, random: &mut Random) {
+        for t in 0..self.rows {
+            (0..self.cols).for_each(|i| self.set(t, i, random.normal()));
+        }
+    }
+
+    /// Every bit, gaps between rows included.
+    fn bits(&self) -> Vec<[u32; 16]> {
+        self.lines.iter().map(|line| line.0.map(f32::to_bits)).collect()
+    }
+
+    fn row(&self, t: usize) -> Vec<f32> {
+        (0..self.cols).map(|i| self.get(t, i)).collect()
+    }
+
+    /// The same matrix from token `start` on.
+    fn tail(&self, start: usize) -> Matrix {
+        let matrix = self.matrix();
+        let bytes = start * self.stride * self.dtype.size();
+        Matrix { data: matrix.data.wrapping_add(bytes), ..matrix }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum GateKind {
+    Open,
+    Relu,
+    Threshold,
+    Gated,
+}
+
+/// Inputs of every call.
+#[derive(Clone)]
+struct Problem {
+    name: String,
+    tokens: usize,
+    count: usize,
+    d_in: usize,
+    weight: Vec<f32>,
+    weight_stride: usize,
+    bias: Vec<f32>,
+    scale: Option<Vec<f32>>,
+    gate: GateKind,
+    gate_values: Vec<f32>,
+    sign_weight: Vec<f32>,
+    hidden: Memory,
+    reference: Memory,
+    mask: Option<Vec<f32>>,
+    grad: Memory,
+    accumulate: bool,
+    factor: f32,
+}
+
+impl Problem {
+    fn random(random: &mut Random, tokens: usize, count: usize, d_in: usize) -> Problem {
+        let dtype = random.pick(&[DType::F32, DType::BF16, DType::F16]);
+        let gate =
+            random.pick(&[GateKind::Open, GateKind::Relu, GateKind::Threshold, GateKind::Gated]);
+        let seed = *random;
+        let grad_dtype = random.pick(&[DType::F32, dtype]);
+        let mut memory = |dtype, cols| {
+            let gap = random.pick(&[0, 1, 16, 48]);
+            Memory::new(dtype, tokens, cols, gap, random.pick(&[0, 1, 16]))
+        };
+        let mut hidden = memory(dtype, d_in);
+        let mut reference = memory(DType::F32, count);
+        let mut grad = memory(grad_dtype, d_in);
+        let accumulate = random.below(2) == 0;
+        if accumulate {
+            grad.fill(random);
+        }
+        hidden.fill(random);
+        reference.fill(random);
+        let weight_stride = d_in + random.pick(&[0, 3]);
+        let norm = 1.0 / (d_in as f32).sqrt();
+        let weight = random.normals(count * weight_stride).iter().map(|w| w * norm).collect();
+        let sign_weight = (0..count).map(|_| random.pick(&[1.0, -1.0, 0.3, -2.5])).collect();
+        let mask = (random.below(2) == 0)
+            .then(|| (0..tokens).map(|_| random.pick(&[0.0, 1.0, 1.0, 0.37])).collect());
+        let scale = (random.below(2) == 0)
+            .then(|| random.normals(count).iter().map(|x| x.abs() + 0.2).collect());
+        Problem {
+            name: format!(
+                "T {tokens}, K {count}, d {d_in}, {dtype:?} to {grad_dtype:?}, {gate:?}, mask {}, \
+                 accumulate {accumulate}, {seed:x?}",
+                mask.is_some()
+            ),
+            tokens,
+            count,
+            d_in,
+            weight,
+            weight_stride,
+            bias: random.normals(count).iter().map(|b| 0.1 * b).collect(),
+            scale,
+            gate,
+            gate_values: random.normals(count).iter().map(|b| 0.3 * b).collect(),
+            sign_weight,
+            hidden,
+            reference,
+            mask,
+            grad,
+            accumulate,
+            factor: 0.7,
+        }
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows {
+            d_in: self.d_in,
+            weight: &self.weight,
+            weight_stride: self.weight_stride,
+            bias: &self.bias,
+            scale: self.scale.as_deref(),
+            gate: match self.gate {
+                GateKind::Open => Gate::Open,
+                GateKind::Relu => Gate::Relu,
+                GateKind::Threshold => Gate::Threshold(&self.gate_values),
+                GateKind::Gated => Gate::Gated(&self.gate_values),
+            },
+            sign_weight: &self.sign_weight,
+        }
+    }
+
+    /// weight · hidden of one latent, its pre-activation, and how far the gate is from switching.
+    fn pre(&self, t: usize, k: usize) -> (f64, f64) {
+        let row = self.rows();
+        let hidden = self.hidden.row(t);
+        let dot: f64 = row.row(k).iter().zip(hidden).map(|(w, h)| *w as f64 * h as f64).sum();
+        let scale = self.scale.as_ref().map_or(1.0, |s| s[k] as f64);
+        let pre = dot * scale + self.bias[k] as f64;
+        let gate = self.gate_values[k] as f64;
+        let distance = match self.gate {
+            GateKind::Open => f64::INFINITY,
+            GateKind::Relu => pre,
+            GateKind::Threshold => pre - gate,
+            GateKind::Gated => pre.min(dot + gate),
+        };
+        (pre, distance)
+    }
+
+    fn mask(&self, t: usize) -> f32 {
+        self.mask.as_ref().map_or(1.0, |mask| mask[t])
+    }
+}
+
+/// Outputs of one way to compute a problem.
+struct Outputs {
+    latents: Memory,
+    coef: Memory,
+    loss: f64,
+    count: f64,
+    latent_loss: Vec<f64>,
+    grad: Memory,
+}
+
+impl Outputs {
+    fn new(p: &Problem) -> Outputs {
+        Outputs {
+            latents: Memory::new(DType::F32, p.tokens, p.count, 3, 1),
+            coef: Memory::new(DType::F32, p.tokens, p.count, 2, 1),
+            loss: f64::NAN,
+            count: f64::NAN,
+            latent_loss: vec![f64::NAN; p.count],
+            grad: p.grad.clone(),
+        }
+    }
+
+    fn call(&mut self, p: &Problem, grad: bool, workspace: Workspace) -> PenaltyCall {
+        let output = |x: *mut f64| Some(Output { data: x.cast(), dtype: DType::F64, stride: 1 });
+        PenaltyCall {
+            tokens: p.tokens,
+            hidden: p.hidden.matrix(),
+            reference: p.reference.matrix(),
+            mask: p.mask.as_ref().map(|mask| Mask {
+                data: mask.as_ptr().cast(),
+                dtype: DType::F32,
+                stride: 1,
+            }),
+            coef: Some(self.coef.matrix()),
+            loss_sum: output(&mut self.loss),
+            token_count: output(&mut self.count),
+            latent_loss: output(self.latent_loss.as_mut_ptr()),
+            grad: grad.then(|| self.grad(p)),
+            workspace,
+        }
+    }
+
+    fn grad(&self, p: &Problem) -> Grad {
+        Grad {
+            rows: self.grad.matrix(),
+            accumulate: p.accumulate,
+            scale: 2.0 * p.factor as f64,
+            scale_tensor: Some(&0.5),
+        }
+    }
+
+    fn assert_same(&self, other: &Outputs, what: &str, p: &Problem) {
+        let name = &p.name;
+        assert_eq!(self.latents.bits(), other.latents.bits(), "latents, {what}: {name}");
+        assert_eq!(self.coef.bits(), other.coef.bits(), "coef, {what}: {name}");
+        assert_eq!(self.grad.bits(), other.grad.bits(), "grad, {what}: {name}");
+        let sums = |o: &Outputs| -> Vec<u64> {
+            [&[o.loss, o.count], &o.latent_loss[..]].concat().iter().map(|x| x.to_bits()).collect()
+        };
+        assert_eq!(sums(self), sums(other), "sums, {what}: {name}");
+    }
+}
+
+fn space(bytes: usize) -> Vec<Line> {
+    vec![Line([f32::NAN; 16]); bytes.div_ceil(64)]
+}
+
+fn workspace(lines: &mut [Line]) -> Workspace {
+    Workspace { data: lines.as_mut_ptr().cast(), size: size_of_val(lines) }
+}
+
+/// Encode and the fused penalty on one instruction set.
+fn fused(p: &Problem, isa: Isa, threads: usize) -> Outputs {
+    let cpu = Cpu::with_isa(&p.rows(), threads, isa);
+    let mut out = Outputs::new(p);
+    let mut lines = space(cpu.workspace_size(p.tokens));
+    let call = out.call(p, true, workspace(&mut lines));
+    // SAFETY: every matrix has the problem's shape.
+    unsafe {
+        cpu.penalty(&call);
+        let (hidden, latents) = (p.hidden.matrix(), out.latents.matrix());
+        cpu.encode(&EncodeCall { tokens: p.tokens, hidden, latents });
+    }
+    out
+}
+
+/// Forward, then backward from the coefficients that it saved.
+fn in_two_calls(p: &Problem, isa: Isa) -> Outputs {
+    let cpu = Cpu::with_isa(&p.rows(), 1, isa);
+    let mut out = Outputs::new(p);
+    let mut lines = space(cpu.workspace_size(p.tokens));
+    let call = out.call(p, false, workspace(&mut lines));
+    // SAFETY: every matrix has the problem's shape.
+    unsafe {
+        cpu.penalty(&call);
+        let grad = out.grad(p);
+        cpu.backward(&BackwardCall { tokens: p.tokens, coef: out.coef.matrix(), grad });
+        let (hidden, latents) = (p.hidden.matrix(), out.latents.matrix());
+        cpu.encode(&EncodeCall { tokens: p.tokens, hidden, latents });
+    }
+    out
+}
+
+/// The handle-free call; it has no encode, so latents come from a plan.
+fn raw(p: &Problem, isa: Isa, threads: usize) -> Outputs {
+    let mut out = Outputs::new(p);
+    let lines = Cpu::raw_workspace_size(p.count, p.d_in, p.tokens, threads);
+    // The bf16 panels of an instruction set that is not this machine's.
+    let mut lines = space(lines + super::bf16_lines(p.count, p.d_in) * 64);
+    let call = out.call(p, true, workspace(&mut lines));
+    // SAFETY: every matrix has the problem's shape.
+    unsafe { raw_penalty(isa, &p.rows(), &call, threads) };
+    out.latents = fused(p, isa, 1).latents;
+    out
+}
+
+/// Tokens before and after `at` in calls of their own; the sums are those of the whole.
+fn in_two_batches(p: &Problem, isa: Isa, at: usize, whole: &Outputs) -> Outputs {
+    let cpu = Cpu::with_isa(&p.rows(), 1, isa);
+    let mut out = Outputs::new(p);
+    let mut lines = space(cpu.workspace_size(p.tokens));
+    let all = out.call(p, true, workspace(&mut lines));
+    for (start, tokens) in [(0, at), (at, p.tokens - at)] {
+        let call = PenaltyCall {
+            tokens,
+            hidden: p.hidden.tail(start),
+            reference: p.reference.tail(start),
+            mask: all.mask.map(|m| Mask { data: m.data.wrapping_add(4 * start), ..m }),
+            coef: Some(out.coef.tail(start)),
+            grad: Some(Grad { rows: out.grad.tail(start), ..out.grad(p) }),
+            ..all
+        };
+        let (hidden, latents) = (p.hidden.tail(start), out.latents.tail(start));
+        // SAFETY: the tails have this many tokens.
+        unsafe {
+            cpu.penalty(&call);
+            cpu.encode(&EncodeCall { tokens, hidden, latents });
+        }
+    }
+    (out.loss, out.count) = (whole.loss, whole.count);
+    out.latent_loss.clone_from(&whole.latent_loss);
+    out
+}
+
+/// Compares each stage with f64 arithmetic on the output of the stage before.
+fn check(p: &Problem, out: &Outputs, tolerance: f64) {
+    let close = |x: f64, y: f64, size: f64| (x - y).abs() <= tolerance * size.max(1e-3);
+    let mut latent_loss = vec![0.0; p.count];
+    let mut count = 0.0;
+    for t in 0..p.tokens {
+        let mask = p.mask(t) as f64;
+        count += mask;
+        let mut sum = vec![(0.0f64, 0.0f64); p.d_in];
+        for k in 0..p.count {
+            let (pre, distance) = p.pre(t, k);
+            let z = out.latents.get(t, k) as f64;
+            let scale = p.scale.as_ref().map_or(1.0, |s| s[k] as f64);
+            if distance.abs() <= 4.0 * tolerance * scale.max(1.0) {
+                continue;
+            }
+            let on = distance > 0.0;
+            let expected = if on { pre } else { 0.0 };
+            assert!(
+                close(z, expected, 4.0 * scale.max(1.0)),
+                "z[{t},{k}] {z} {expected}: {}",
+                p.name
+            );
+        }
+        for k in 0..p.count {
+            let z = out.latents.get(t, k) as f64;
+            let (_, distance) = p.pre(t, k);
+            let sw = p.sign_weight[k] as f64;
+            let r = (sw.signum() * (z - p.reference.get(t, k) as f64)).max(0.0);
+            let scale = p.scale.as_ref().map_or(1.0, |s| s[k] as f64);
+            let coef = out.coef.get(t, k) as f64;
+            if distance.abs() > 4.0 * tolerance * scale.max(1.0) {
+                let expected = if distance > 0.0 { mask * 2.0 * sw * r * scale } else { 0.0 };
+                assert!(close(coef, expected, 4.0), "coef[{t},{k}] {coef} {expected}: {}", p.name);
+            }
+            latent_loss[k] += mask * sw.abs() * r * r;
+            for (sum, w) in sum.iter_mut().zip(p.rows().row(k)) {
+                let product = p.factor as f64 * coef * *w as f64;
+                *sum = (sum.0 + product, sum.1 + product.abs());
+            }
+        }
+        let active = (0..p.count).any(|k| out.coef.get(t, k) != 0.0);
+        for (i, (sum, size)) in sum.into_iter().enumerate() {
+            let old = if p.accumulate { p.grad.get(t, i) as f64 } else { 0.0 };
+            let new = out.grad.get(t, i) as f64;
+            let unit = match out.grad.dtype {
+                DType::BF16 => 1.0 / 250.0,
+                DType::F16 => 1.0 / 2000.0,
+                _ => 0.0,
+            };
+            let expected = old + sum;
+            let slack = 1e-5 * (size + old.abs()) + unit * expected.abs() + 1e-7;
+            assert!((new - expected).abs() <= slack, "dH[{t},{i}] {new} {expected}: {}", p.name);
+            assert!(active || new == old, "a row without violation changed: {}", p.name);
+        }
+    }
+    let loss: f64 = latent_loss.iter().sum();
+    assert!(close(out.loss, loss, 10.0 * loss), "loss {} {loss}: {}", out.loss, p.name);
+    assert!(close(out.count, count, count), "count {} {count}: {}", out.count, p.name);
+    for (k, (x, y)) in out.latent_loss.iter().zip(&latent_loss).enumerate() {
+        assert!(close(*x, *y, 10.0 * y), "latent_loss[{k}] {x} {y}: {}", p.name);
+    }
+}
+
+const TOKENS: [usize; 6] = [0, 1, 2, 31, 33, 257];
+const COUNTS: [usize; 7] = [1, 5, 6, 7, 20, 64, 129];
+const WIDTHS: [usize; 7] = [1, 15, 16, 17, 63, 768, 1025];
+
+/// Each size at least twice, with everything else at random.
+fn problems() -> impl Iterator<Item = Problem> {
+    let mut random = Random::fresh();
+    (0..42).map(move |i| {
+        let tokens = TOKENS[i % 6];
+        Problem::random(&mut random, tokens, COUNTS[i % 7], WIDTHS[(i / 6 + i) % 7])
+    })
+}
+
+#[test]
+fn every_instruction_set_gives_the_bits_of_the_portable_one_and_they_are_right() {
+    for p in problems() {
+        let first = fused(&p, Isa::Portable, 1);
+        check(&p, &first, 3e-5);
+        for isa in Isa::available().into_iter().filter(|isa| !isa.has_bf16_dot()) {
+            fused(&p, isa, 1).assert_same(&first, isa.name(), &p);
+        }
+    }
+}
+
+#[test]
+fn bf16_dot_products_are_right_and_depend_on_their_own_rows_only() {
+    for p in problems() {
+        let first = fused(&p, Isa::PortableBf16, 1);
+        // Each weight keeps 16 bits: an error of 2^-17 of every product at most.
+        check(&p, &first, 1e-4);
+        in_two_calls(&p, Isa::PortableBf16).assert_same(&first, "two calls", &p);
+        raw(&p, Isa::PortableBf16, 1).assert_same(&first, "raw", &p);
+        in_two_batches(&p, Isa::PortableBf16, p.tokens / 3, &first)
+            .assert_same(&first, "batches", &p);
+        for isa in Isa::available().into_iter().filter(|isa| isa.has_bf16_dot()) {
+            fused(&p, isa, 1).assert_same(&first, isa.name(), &p);
+        }
+    }
+}
+
+#[test]
+fn calls_batches_and_handles_change_no_bit() {
+    for p in problems() {
+        let first = fused(&p, Isa::detect(), 1);
+        in_two_calls(&p, Isa::detect()).assert_same(&first, "two calls", &p);
+        raw(&p, Isa::detect(), 1).assert_same(&first, "raw", &p);
+        for at in [p.tokens / 3, p.tokens.min(1)] {
+            in_two_batches(&p, Isa::detect(), at, &first).assert_same(&first, "two batches", &p);
+        }
+    }
+}
+
+#[test]
+fn threads_change_no_bit() {
+    let mut random = Random::fresh();
+    for (tokens, count, d_in) in [(257, 129, 1025), (1000, 20, 1024)] {
+        let p = Problem::random(&mut random, tokens, count, d_in);
+        let first = fused(&p, Isa::detect(), 1);
+        for threads in [2, 3, 8] {
+            fused(&p, Isa::detect(), threads).assert_same(&first, "threads", &p);
+            raw(&p, Isa::detect(), threads).assert_same(&first, "raw threads", &p);
+        }
+    }
+}
+
+#[test]
+fn a_latent_does_not_depend_on_the_others() {
+    for p in problems().filter(|p| p.count > 1) {
+        let whole = fused(&p, Isa::detect(), 1).latents;
+        let mut random = Random::fresh();
+        let chosen: Vec<usize> = (1..p.count).rev().filter(|_| random.below(3) == 0).collect();
+        let chosen = [chosen, vec![0]].concat();
+        let pick = |values: &[f32]| chosen.iter().map(|k| values[*k]).collect::<Vec<f32>>();
+        let subset = Problem {
+            count: chosen.len(),
+            weight: chosen.iter().flat_map(|k| p.rows().row(*k).to_vec()).collect(),
+            weight_stride: p.d_in,
+            bias: pick(&p.bias),
+            scale: p.scale.as_deref().map(pick),
+            gate_values: pick(&p.gate_values),
+            sign_weight: pick(&p.sign_weight),
+            reference: Memory::new(DType::F32, p.tokens, chosen.len(), 0, 0),
+            ..p.clone()
+        };
+        let part = fused(&subset, Isa::detect(), 1).latents;
+        for t in 0..p.tokens {
+            for (i, k) in chosen.iter().enumerate() {
+                let (x, y) = (part.get(t, i), whole.get(t, *k));
+                assert_eq!(x.to_bits(), y.to_bits(), "z[{t},{k}]: {} {chosen:?}", p.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_hidden_states_cost_nothing_and_touch_nothing() {
+    for mut p in problems() {
+        p.reference = fused(&p, Isa::detect(), 1).latents;
+        p.accumulate = true;
+        p.grad = Memory::new(p.grad.dtype, p.tokens, p.d_in, 5, 1);
+        let out = fused(&p, Isa::detect(), 2);
+        assert_eq!(out.loss, 0.0, "{}", p.name);
+        assert_eq!(out.grad.bits(), p.grad.bits(), "{}", p.name);
+    }
+}
+
+#[test]
+fn nan_of_a_masked_token_is_not_seen_and_of_any_other_reaches_everything() {
+    let mut random = Random::fresh();
+    for mask in [0.0, 1.0] {
+        let mut p = Problem::random(&mut random, 33, 20, 63);
+        let mut weights = vec![1.0; p.tokens];
+        weights[7] = mask;
+        p.mask = Some(weights);
+        (0..p.d_in).for_each(|i| p.hidden.set(7, i, f32::NAN));
+        let out = fused(&p, Isa::detect(), 1);
+        let (coef, grad) = (out.coef.row(7), out.grad.row(7));
+        if mask == 0.0 {
+            assert!(out.loss.is_finite(), "{}", p.name);
+            assert!(coef.iter().all(|c| c.to_bits() == 0), "{}", p.name);
+            let old = if p.accumulate { p.grad.row(7) } else { vec![0.0; p.d_in] };
+            assert_eq!(grad, old, "{}", p.name);
+        } else {
+            assert!(out.loss.is_nan(), "{}", p.name);
+            assert!(coef.iter().chain(&grad).all(|x| x.is_nan()), "{}", p.name);
+        }
+    }
+}
+
+#[test]
+fn a_nan_mask_reaches_the_sums() {
+    let mut p = Problem::random(&mut Random::fresh(), 3, 5, 17);
+    p.mask = Some(vec![1.0, f32::NAN, 0.0]);
+    let out = fused(&p, Isa::detect(), 1);
+    assert!(out.loss.is_nan() && out.count.is_nan(), "{}", p.name);
+}
+
+#[test]
+fn large_aligned_gradients_are_streamed_and_the_same() {
+    let mut p = Problem::random(&mut Random::fresh(), 4100, 3, 1024);
+    p.accumulate = false;
+    p.grad = Memory::new(p.grad.dtype, p.tokens, p.d_in, 1024, 0);
+    let streamed = fused(&p, Isa::detect(), 2);
+    p.grad = Memory::new(p.grad.dtype, p.tokens, p.d_in, 1024, 1);
+    let stored = fused(&p, Isa::detect(), 2);
+    for t in 0..p.tokens {
+        let bits =
+            |x: &Outputs| -> Vec<u32> { x.grad.row(t).iter().map(|x| x.to_bits()).collect() };
+        assert_eq!(bits(&streamed), bits(&stored), "{}", p.name);
+    }
+}
+
+/// A host that flushes denormals on the calling thread gets the same bits, and its mode back.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn the_hosts_float_mode_changes_no_bit() {
+    let mut p = Problem::random(&mut Random::fresh(), 2, 5, 17);
+    p.weight.iter_mut().for_each(|w| *w *= 1e-38);
+    p.bias.fill(0.0);
+    p.gate = GateKind::Open;
+    let first = fused(&p, Isa::detect(), 1);
+    let mode = |set: u32| {
+        let mut old = 0u32;
+        // SAFETY: reads and writes MXCSR only.
+        unsafe {
+            std::arch::asm!("stmxcsr [{}]", in(reg) &mut old, options(nostack));
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &set, options(nostack));
+        }
+        old
+    };
+    const FLUSH: u32 = 0x9fc0;
+    mode(FLUSH);
+    let second = fused(&p, Isa::detect(), 1);
+    let after = mode(0x1f80);
+    assert_eq!(after & 0x8040, FLUSH & 0x8040, "the host's mode is gone");
+    second.assert_same(&first, "flushed denormals", &p);
+}
