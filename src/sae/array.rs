@@ -6,16 +6,8 @@ use std::sync::Arc;
 use crate::error::{Error, Result, Status, bail};
 use crate::tensor::DType;
 
+use super::columns::Columns;
 use super::file::DataFile;
-
-/// Bytes per read when a matrix is streamed.
-const BLOCK: usize = 4 << 20;
-/// Wanted elements of one row that lie closer than this are read together.
-const MERGE_BYTES: u64 = 1 << 10;
-/// A small read from the page cache takes as long as streaming about this many bytes.
-const SMALL_READ_BYTES: u64 = 3 << 10;
-/// Adjoining columns at least this wide are read as they are, from the disk if need be.
-const BAND_BYTES: usize = 8 << 10;
 
 /// A row-major array of a known element type.
 pub(crate) struct Array {
@@ -252,7 +244,10 @@ impl Matrix {
                 let mut out = zeroed(total, file.path())?;
                 match self.layout {
                     Layout::LatentMajor => read_rows(file, *offset, row, latents, &mut out)?,
-                    Layout::InputMajor => self.read_columns(file, *offset, latents, &mut out)?,
+                    Layout::InputMajor => {
+                        let shape = [self.inputs(), self.latents()];
+                        Columns::new(file, *offset, shape, size, latents).read(&mut out)?;
+                    }
                 }
                 Ok(out)
             }
@@ -286,30 +281,6 @@ impl Matrix {
             }
         }
     }
-
-    /// Columns of an input-major matrix: in small reads while the page cache has them, else by one
-    /// pass over what is left of the matrix. Nothing but the result stays in memory.
-    fn read_columns(
-        &self,
-        file: &DataFile,
-        offset: u64,
-        latents: &[usize],
-        out: &mut [u8],
-    ) -> Result<()> {
-        let columns = Columns::new(latents, self.latents(), self.inputs(), self.array.dtype.size());
-        let done = if columns.is_band() {
-            columns.read_runs(out, |buffer, position| {
-                let at = offset + position;
-                file.will_need(at + columns.position(1, 0), buffer.len() as u64);
-                file.read_at(buffer, at).map(|()| true)
-            })?
-        } else if columns.few() {
-            columns.read_runs(out, |buffer, at| Ok(file.read_cached_at(buffer, offset + at)))?
-        } else {
-            0
-        };
-        columns.stream(file, offset, done, out)
-    }
 }
 
 /// Contiguous rows, in the file's order.
@@ -333,102 +304,6 @@ fn read_rows(
     Ok(())
 }
 
-/// A request for columns of a row-major [rows, width] matrix.
-struct Columns {
-    /// (column, position among the wanted), by column.
-    wanted: Vec<(usize, usize)>,
-    /// Ranges of `wanted` that one small read serves.
-    runs: Vec<std::ops::Range<usize>>,
-    rows: usize,
-    width: usize,
-    size: usize,
-}
-
-impl Columns {
-    fn new(columns: &[usize], width: usize, rows: usize, size: usize) -> Columns {
-        let mut wanted: Vec<(usize, usize)> = columns.iter().copied().zip(0..).collect();
-        wanted.sort_unstable();
-        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-        for i in 0..wanted.len() {
-            let near = i > 0 && ((wanted[i].0 - wanted[i - 1].0) * size) as u64 <= MERGE_BYTES;
-            match runs.last_mut() {
-                Some(run) if near => run.end = i + 1,
-                _ => runs.push(i..i + 1),
-            }
-        }
-        Columns { wanted, runs, rows, width, size }
-    }
-
-    /// One wide block of adjoining columns.
-    fn is_band(&self) -> bool {
-        self.runs.len() == 1 && self.wanted.len() * self.size >= BAND_BYTES
-    }
-
-    /// Few enough that small reads beat one pass.
-    fn few(&self) -> bool {
-        self.runs.len() as u64 * SMALL_READ_BYTES <= self.width as u64 * self.size as u64
-    }
-
-    /// One read per run and row, until `read` declines. Returns how many rows are complete.
-    fn read_runs(
-        &self,
-        out: &mut [u8],
-        mut read: impl FnMut(&mut [u8], u64) -> Result<bool>,
-    ) -> Result<usize> {
-        let mut buffer = Vec::new();
-        for row in 0..self.rows {
-            for run in &self.runs {
-                let (first, last) = (self.wanted[run.start].0, self.wanted[run.end - 1].0);
-                buffer.resize((last - first + 1) * self.size, 0);
-                if !read(&mut buffer, self.position(row, first))? {
-                    return Ok(row);
-                }
-                for (column, slot) in &self.wanted[run.clone()] {
-                    let at = (column - first) * self.size;
-                    self.put(out, *slot, row, &buffer[at..at + self.size]);
-                }
-            }
-        }
-        Ok(self.rows)
-    }
-
-    /// One pass over the rows from `row` on, through a buffer of fixed size.
-    fn stream(&self, file: &DataFile, offset: u64, row: usize, out: &mut [u8]) -> Result<()> {
-        if row == self.rows || self.wanted.is_empty() {
-            return Ok(());
-        }
-        let end = self.position(self.rows, 0);
-        let mut start = self.position(row, 0);
-        file.will_stream(offset + start, end - start);
-        let mut buffer = zeroed(BLOCK.min((end - start) as usize), file.path())?;
-        let mut filled = 0;
-        for row in row..self.rows {
-            for (column, slot) in &self.wanted {
-                let position = self.position(row, *column);
-                while position >= start + filled as u64 {
-                    start += filled as u64;
-                    filled = (end - start).min(BLOCK as u64) as usize;
-                    file.read_at(&mut buffer[..filled], offset + start)?;
-                    // The next block travels from the disk while this one is picked apart.
-                    file.will_need(offset + start + filled as u64, BLOCK as u64);
-                }
-                let at = (position - start) as usize;
-                self.put(out, *slot, row, &buffer[at..at + self.size]);
-            }
-        }
-        Ok(())
-    }
-
-    /// Byte position of an element in the matrix.
-    fn position(&self, row: usize, column: usize) -> u64 {
-        (row as u64 * self.width as u64 + column as u64) * self.size as u64
-    }
-
-    fn put(&self, out: &mut [u8], slot: usize, row: usize, element: &[u8]) {
-        out[(slot * self.rows + row) * self.size..][..self.size].copy_from_slice(element);
-    }
-}
-
 /// One element as f64; every type that `expect_float` accepts converts exactly.
 fn number(dtype: DType, bytes: &[u8]) -> f64 {
     match (dtype, bytes) {
@@ -441,7 +316,7 @@ fn number(dtype: DType, bytes: &[u8]) -> f64 {
 }
 
 /// A buffer of zeros, or an error where `vec!` would abort.
-fn zeroed(len: usize, path: &Path) -> Result<Vec<u8>> {
+pub(super) fn zeroed(len: usize, path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if bytes.try_reserve_exact(len).is_err() {
         bail!(Io, "{}: {len} bytes of it do not fit into memory", path.display());

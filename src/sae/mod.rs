@@ -7,6 +7,7 @@
 mod array;
 mod bare;
 mod checkpoint;
+mod columns;
 mod config;
 mod container;
 mod convert;
