@@ -835,42 +835,78 @@ mod convert {
     }
 }
 
-#[cfg(target_os = "linux")]
-mod memory {
+/// A dictionary of 128 MiB, mostly holes that take no room on the disk.
+#[cfg(unix)]
+mod large {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
-    /// 20 latents of a 256 MiB dictionary: its pages must not stay.
+    const D: usize = 512;
+    const F: usize = 65_536;
+    /// On both sides of where two readers divide the rows, and of their buffers.
+    const ROWS: [usize; 7] = [0, 15, 16, 255, 256, 257, 511];
+
+    /// Few columns, many scattered ones, adjoining ones: each is read another way.
     #[test]
-    fn stays_small() {
-        let (d, f) = (512usize, 65_536usize);
-        let temp = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let weights = temp.path().join("sae_weights.safetensors");
-        let w = (d * f * 4) as u64;
-        let header = format!(
-            r#"{{"W_enc":{{"dtype":"F32","shape":[{d},{f}],"data_offsets":[0,{w}]}},
-            "W_dec":{{"dtype":"F32","shape":[{f},{d}],"data_offsets":[{w},{w2}]}},
-            "b_enc":{{"dtype":"F32","shape":[{f}],"data_offsets":[{w2},{b}]}},
-            "b_dec":{{"dtype":"F32","shape":[{d}],"data_offsets":[{b},{end}]}}}}"#,
-            w2 = 2 * w,
-            b = 2 * w + 4 * f as u64,
-            end = 2 * w + 4 * (f + d) as u64,
-        );
-        let start = 8 + header.len() as u64;
-        fs::write(&weights, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat())
-            .unwrap();
-        // A sparse file: zeros that take no room on the disk.
-        let file = fs::OpenOptions::new().write(true).open(&weights).unwrap();
-        file.set_len(start + 2 * w + 4 * (f + d) as u64).unwrap();
-        fs::write(temp.path().join("cfg.json"), r#"{"architecture": "standard"}"#).unwrap();
+    fn columns_are_read_alike() {
+        let temp = dictionary();
+        let sae = Sae::open(temp.path(), &SaeOptions::default()).unwrap();
+        let few: Vec<u64> = (0..20).map(|i| i * 3001 + 5).collect();
+        let many: Vec<u64> = (0..3000).map(|i| (i * 12_347 + 5) % F as u64).collect();
+        let adjoining: Vec<u64> = (40_000..44_096).collect();
+        for ids in [few, many, adjoining] {
+            let rows = sae.gather(&ids).unwrap();
+            for (id, row) in ids.iter().zip(rows.weight.chunks_exact(D)) {
+                for (i, w) in row.iter().enumerate() {
+                    let expected = if ROWS.contains(&i) { value(i, *id as usize) } else { 0.0 };
+                    assert_eq!(*w, expected, "latent {id}, input {i}");
+                }
+            }
+        }
+    }
 
+    /// The dictionary's pages must not stay in memory.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_stays_small() {
+        let temp = dictionary();
         let ids: Vec<u64> = (0..20).map(|i| i * 3001 + 5).collect();
         let before = resident();
         let sae = Sae::open(temp.path(), &SaeOptions::default()).unwrap();
-        assert!(sae.gather(&ids).unwrap().weight.iter().all(|w| *w == 0.0));
+        let rows = sae.gather(&ids).unwrap();
         let grown = resident().saturating_sub(before);
-        assert!(grown < 32 << 20, "resident memory grew by {grown} bytes");
+        assert_eq!(rows.weight[0], value(0, 5));
+        assert!(grown < 48 << 20, "resident memory grew by {grown} bytes");
     }
 
+    fn value(input: usize, latent: usize) -> f32 {
+        (input * 7 + latent) as f32
+    }
+
+    fn dictionary() -> TempDir {
+        let temp = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let w = D * F * 4;
+        let header = format!(
+            r#"{{"W_enc":{{"dtype":"F32","shape":[{D},{F}],"data_offsets":[0,{w}]}},
+                "b_enc":{{"dtype":"F32","shape":[{F}],"data_offsets":[{w},{b}]}},
+                "b_dec":{{"dtype":"F32","shape":[{D}],"data_offsets":[{b},{end}]}}}}"#,
+            b = w + 4 * F,
+            end = w + 4 * (F + D),
+        );
+        let start = 8 + header.len() as u64;
+        let file = fs::File::create(temp.path().join("sae_weights.safetensors")).unwrap();
+        file.set_len(start + (w + 4 * (F + D)) as u64).unwrap();
+        file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).unwrap();
+        file.write_all_at(header.as_bytes(), 8).unwrap();
+        for i in ROWS {
+            let row: Vec<u8> = (0..F).flat_map(|j| value(i, j).to_le_bytes()).collect();
+            file.write_all_at(&row, start + (i * F * 4) as u64).unwrap();
+        }
+        fs::write(temp.path().join("cfg.json"), r#"{"architecture": "standard"}"#).unwrap();
+        temp
+    }
+
+    #[cfg(target_os = "linux")]
     fn resident() -> usize {
         let status = fs::read_to_string("/proc/self/status").unwrap();
         let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
