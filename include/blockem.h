@@ -1005,7 +1005,8 @@ blockem_status blockem_latents_open(const char *path,
                                     struct blockem_latents **out);
 
 /**
- * Writes K0.json, whole or not at all, with the keys that the set was read with.
+ * Writes K0.json, whole or not at all, with the keys that the set was read with. The file, and
+ * whoever reads it, has K_pos before K_neg, each in this set's order.
  * options: NULL or what to record about the plan that the set is used with.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, IO. Thread-safe.
  */

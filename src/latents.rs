@@ -29,7 +29,7 @@ pub struct Latents {
 pub struct Provenance {
     pub d_in: usize,
     pub d_sae: usize,
-    /// [`Plan::identity`] of the plan.
+    /// [`Plan::identity`] of a plan of the set as the file orders it.
     pub identity: String,
     pub activation: String,
     pub layer: Option<i64>,
@@ -43,7 +43,7 @@ impl Provenance {
         Provenance {
             d_in: plan.d_in(),
             d_sae: plan.d_sae(),
-            identity: plan.identity().to_owned(),
+            identity: plan.identity_in_file(),
             activation: plan.activation().name().to_owned(),
             layer: plan.layer(),
             sae_sha256: None,
@@ -158,7 +158,8 @@ impl Latents {
         Value::Object(file)
     }
 
-    /// Writes K0.json whole or not at all. Without provenance the set keeps what it was read with.
+    /// Writes K0.json whole or not at all. The file, and whoever reads it, has K_pos before K_neg,
+    /// each in this set's order. Without provenance the set keeps what it was read with.
     pub fn save(&self, path: impl AsRef<Path>, provenance: Option<&Provenance>) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.to_json(provenance))
             .map_err(|e| Error::new(Status::Internal, e.to_string()))?;

@@ -56,7 +56,10 @@ impl TensorEntry {
 
 /// The length and the JSON with which a safetensors file begins, padded so that the tensors, which
 /// follow in this order without gaps, start at a multiple of 8. The same input gives the same bytes.
-pub fn safetensors_header(metadata: Map<String, Value>, tensors: &[TensorEntry]) -> Result<Vec<u8>> {
+pub fn safetensors_header(
+    metadata: Map<String, Value>,
+    tensors: &[TensorEntry],
+) -> Result<Vec<u8>> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), Value::Object(metadata));
     let mut start = 0;

@@ -16,8 +16,8 @@
 
 use crate::backend::cpu::Cpu;
 use crate::backend::{
-    BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows,
-    Workspace, reference,
+    BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
+    reference,
 };
 use crate::error::{Result, bail};
 use crate::plan::{BackendKind, Plan, resolve_backend};
@@ -230,7 +230,10 @@ fn raw_shape<'a>(raw: &RawRows<'a>, backend: BackendKind) -> Result<(Rows<'a>, C
         bail!(Shape, "weight must be [K, d], not {:?}", raw.weight.shape());
     };
     if num_latents == 0 || d_in == 0 {
-        bail!(Shape, "weight must have at least one row and one column, not {num_latents} x {d_in}");
+        bail!(
+            Shape,
+            "weight must have at least one row and one column, not {num_latents} x {d_in}"
+        );
     }
     let takes_f64 = kind == BackendKind::Reference;
     let shape = CallShape { d_in, num_latents, device, takes_f64 };
@@ -331,7 +334,8 @@ impl CallShape {
             Some(coef) => Some(self.coef(coef, tokens)?),
             None => None,
         };
-        let grad = if with_grad { Some(self.grad(args, tokens, Some(hidden.dtype))?) } else { None };
+        let grad =
+            if with_grad { Some(self.grad(args, tokens, Some(hidden.dtype))?) } else { None };
         check_overlaps(args, with_grad)?;
         Ok(PenaltyCall {
             tokens,
@@ -393,7 +397,12 @@ impl CallShape {
         Ok(Mask { data: tensor.data, dtype: tensor.dtype, stride: last_stride(tensor) })
     }
 
-    fn output(&self, name: &str, out: &Option<TensorMut<'_>>, len: usize) -> Result<Option<Output>> {
+    fn output(
+        &self,
+        name: &str,
+        out: &Option<TensorMut<'_>>,
+        len: usize,
+    ) -> Result<Option<Output>> {
         let Some(out) = out else { return Ok(None) };
         let view = out.view();
         self.vector(name, view, len, &[DType::F32, DType::F64])?;
@@ -452,7 +461,12 @@ impl CallShape {
             bail!(Dtype, "{name} is {}; it must be {}", tensor.dtype.name(), accepted.join(" or "));
         }
         if tensor.device != self.device {
-            bail!(DeviceMismatch, "{name} is on {:?}, the call runs on {:?}", tensor.device, self.device);
+            bail!(
+                DeviceMismatch,
+                "{name} is on {:?}, the call runs on {:?}",
+                tensor.device,
+                self.device
+            );
         }
         let empty = tensor.shape().contains(&0);
         if tensor.data.is_null() && !empty {

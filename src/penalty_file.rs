@@ -198,8 +198,7 @@ impl Rows {
     fn read(array: &Array, start: usize, count: usize) -> Result<Rows> {
         let row = array.shape()[1..].iter().product::<usize>() * array.dtype().size();
         let bytes = count * row;
-        let mut rows =
-            Rows { words: vec![0; bytes.div_ceil(8)], bytes, dtype: array.dtype() };
+        let mut rows = Rows { words: vec![0; bytes.div_ceil(8)], bytes, dtype: array.dtype() };
         array.read_bytes(start * row, rows.bytes_mut())?;
         Ok(rows)
     }
@@ -208,7 +207,9 @@ impl Rows {
         let stride = [shape.get(1).copied().unwrap_or(1), 1];
         let data = self.words.as_ptr().cast();
         // SAFETY: the words hold `bytes` bytes, which are the elements of the row-major shape.
-        unsafe { Tensor::from_raw(data, self.dtype, Device::Cpu, shape, &stride[2 - shape.len()..]) }
+        unsafe {
+            Tensor::from_raw(data, self.dtype, Device::Cpu, shape, &stride[2 - shape.len()..])
+        }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {

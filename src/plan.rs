@@ -90,6 +90,7 @@ pub struct Plan {
     num_latents: usize,
     num_positive: usize,
     layer: Option<i64>,
+    columns: Columns,
     identity: String,
 }
 
@@ -99,7 +100,8 @@ impl Plan {
         latents.check_against(sae)?;
         refuse_native_topk(sae, options.activation)?;
         let encoder = sae.gather(latents.ids())?;
-        let identity = identity(sae, latents.ids(), &encoder, options.activation);
+        let columns = Columns::new(sae, latents, &encoder, options.activation);
+        let identity = columns.identity(0..latents.len());
         check_provenance(latents, &identity, options.activation)?;
         let rows = LatentRows::new(encoder, latents, sae.recipe().architecture, options.activation);
         let backend: Box<dyn Backend> = match kind {
@@ -116,6 +118,7 @@ impl Plan {
             num_latents: latents.len(),
             num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
             layer: sae.recipe().layer,
+            columns,
             identity,
         })
     }
@@ -163,6 +166,13 @@ impl Plan {
     /// in it, since they do not change z.
     pub fn identity(&self) -> &str {
         &self.identity
+    }
+
+    /// The identity that a plan of these latents has when they are read back from a file, which
+    /// holds K_pos before K_neg.
+    pub fn identity_in_file(&self) -> String {
+        let side = |sign| (0..self.num_latents).filter(move |k| self.columns.signs[*k] == sign);
+        self.columns.identity(side(1).chain(side(-1)))
     }
 
     /// Names the arithmetic: equal names give equal z, bit for bit.
@@ -222,35 +232,64 @@ fn check_provenance(latents: &Latents, identity: &str, activation: Activation) -
     Ok(())
 }
 
-fn identity(sae: &Sae, ids: &[u64], rows: &EncoderRows, activation: Activation) -> String {
-    let recipe = sae.recipe();
-    let mut hash = Sha256::new();
-    let mut text = |s: &str| {
-        hash.update((s.len() as u64).to_le_bytes());
-        hash.update(s.as_bytes());
-    };
-    text("blockem identity 1");
-    text(recipe.architecture.name());
-    text(activation.name());
-    text(recipe.hook.as_deref().unwrap_or(""));
-    for n in [recipe.d_in as u64, recipe.d_sae as u64, ids.len() as u64].iter().chain(ids) {
-        hash.update(n.to_le_bytes());
-    }
-    let gate = rows.gate.as_ref();
-    let arrays = [
-        Some(&rows.weight),
-        Some(&rows.bias),
-        rows.threshold.as_ref(),
-        gate.map(|g| &g.bias),
-        gate.map(|g| &g.scale),
-    ];
-    for array in arrays {
-        hash.update([array.is_some() as u8]);
-        for value in array.into_iter().flatten() {
-            hash.update(value.to_le_bytes());
+/// Digests of all that z depends on, by column, so that the identity of the same latents in another
+/// order is known too.
+struct Columns {
+    recipe: Vec<u8>,
+    ids: Vec<u64>,
+    signs: Vec<i8>,
+    rows: Vec<[u8; 32]>,
+}
+
+impl Columns {
+    fn new(sae: &Sae, latents: &Latents, rows: &EncoderRows, activation: Activation) -> Columns {
+        let r = sae.recipe();
+        let hook = r.hook.as_deref().unwrap_or("");
+        let mut recipe = Vec::new();
+        for text in ["blockem identity 1", r.architecture.name(), activation.name(), hook] {
+            recipe.extend((text.len() as u64).to_le_bytes());
+            recipe.extend(text.as_bytes());
+        }
+        for n in [r.d_in, r.d_sae, latents.len()] {
+            recipe.extend((n as u64).to_le_bytes());
+        }
+        Columns {
+            recipe,
+            ids: latents.ids().to_vec(),
+            signs: latents.signs().to_vec(),
+            rows: (0..latents.len()).map(|k| row_digest(rows, k)).collect(),
         }
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+
+    fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
+        let mut hash = Sha256::new();
+        hash.update(&self.recipe);
+        for k in order {
+            hash.update(self.ids[k].to_le_bytes());
+            hash.update(self.rows[k]);
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
+    let gate = rows.gate.as_ref();
+    let at = |values: &Vec<f32>| values[k];
+    let numbers = [
+        Some(rows.bias[k]),
+        rows.threshold.as_ref().map(at),
+        gate.map(|g| g.bias[k]),
+        gate.map(|g| g.scale[k]),
+    ];
+    let mut hash = Sha256::new();
+    for weight in &rows.weight[k * rows.d_in..][..rows.d_in] {
+        hash.update(weight.to_le_bytes());
+    }
+    for number in numbers {
+        hash.update([number.is_some() as u8]);
+        hash.update(number.unwrap_or(0.0).to_le_bytes());
+    }
+    hash.finalize().into()
 }
 
 /// Rows with the gate that the activation chose, and the signs and weights of the set.

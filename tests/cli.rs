@@ -10,8 +10,8 @@ use blockem::penalty::{EncodeArgs, PenaltyArgs};
 use blockem::plan::{Plan, PlanOptions};
 use blockem::sae::{Sae, SaeOptions};
 use blockem::tensor::{Tensor, TensorMut};
-use safetensors::tensor::{Dtype, TensorView, serialize};
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView, serialize};
 use support::Rng;
 
 /// A folder with an SAE, a latent set and inputs.
@@ -205,11 +205,15 @@ fn a_partial_file_gives_the_same_penalty() {
     assert!(case.penalty("sae", "in.safetensors", "a.safetensors").status.success());
     for sae in ["part.safetensors", "whole.safetensors", "sae/cfg.json"] {
         assert!(case.penalty(sae, "in.safetensors", "b.safetensors").status.success());
-        let [a, b] = ["a", "b"].map(|n| std::fs::read(case.path(&format!("{n}.safetensors"))).unwrap());
+        let [a, b] =
+            ["a", "b"].map(|n| std::fs::read(case.path(&format!("{n}.safetensors"))).unwrap());
         assert!(a == b, "{sae} gives another penalty than the folder");
     }
     std::fs::write(case.path("K0.json"), r#"{"K_pos": [4], "K_neg": []}"#).unwrap();
-    case.refuses(case.penalty("part.safetensors", "in.safetensors", "out.safetensors"), &["latent 4"]);
+    case.refuses(
+        case.penalty("part.safetensors", "in.safetensors", "out.safetensors"),
+        &["latent 4"],
+    );
 }
 
 #[test]
@@ -267,8 +271,11 @@ fn bad_input_gives_one_line_and_no_file() {
     case.refuses(run("sae", "in.safetensors"), &["K0.json", "JSON"]);
 
     std::fs::write(case.path("K0.json"), r#"{"K_pos": [1], "K_neg": []}"#).unwrap();
-    std::fs::write(case.path("sae/cfg.json"), r#"{"architecture": "odd", "d_in": 24, "d_sae": 40}"#)
-        .unwrap();
+    std::fs::write(
+        case.path("sae/cfg.json"),
+        r#"{"architecture": "odd", "d_in": 24, "d_sae": 40}"#,
+    )
+    .unwrap();
     case.refuses(run("sae", "in.safetensors"), &["cfg.json", "odd"]);
     std::fs::write(case.path("sae/cfg.json"), "{\n\"d_in\": ").unwrap();
     case.refuses(run("sae", "in.safetensors"), &["cfg.json", "line 2"]);

@@ -88,6 +88,22 @@ fn saving_keeps_foreign_keys_and_records_where_the_set_belongs() {
 }
 
 #[test]
+fn a_set_of_mixed_signs_belongs_to_its_sae_after_saving() {
+    let mut rng = Rng::fresh();
+    let sae = RandomSae::new(&mut rng, Architecture::Gated, 8, 16).open();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("K0.json");
+    let set = Latents::new(&[5, 2, 9, 0], &[-1, 1, -1, 1], Some(&[1.0, 2.0, 3.0, 4.0])).unwrap();
+    let plan = Plan::new(&sae, &set, &PlanOptions::default()).unwrap();
+    set.save(&path, Some(&Provenance::of(&plan))).unwrap();
+    let again = Latents::open(&path, &sae).unwrap();
+    assert_eq!(again.ids(), [2, 0, 5, 9]);
+    assert_eq!(again.weights(), [2.0, 4.0, 1.0, 3.0]);
+    let reread = Plan::new(&sae, &again, &PlanOptions::default()).unwrap();
+    assert_ne!(reread.identity(), plan.identity(), "the columns stand in another order");
+}
+
+#[test]
 fn files_that_cannot_be_read_or_written_are_named() {
     let mut rng = Rng::fresh();
     let sae = RandomSae::new(&mut rng, Architecture::Standard, 4, 4).open();

@@ -115,9 +115,9 @@ fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
             let hidden: Vec<T> = rng.normals(tokens * d).into_iter().map(from).collect();
             let exact: Vec<f64> = encode(&oracle, &hidden);
             let found: Vec<f32> = encode(&cpu, &hidden);
-            let size = hidden.chunks(d).map(|h| {
-                h.iter().map(|x| (to(*x) as f64).powi(2)).sum::<f64>().sqrt()
-            });
+            let size = hidden
+                .chunks(d)
+                .map(|h| h.iter().map(|x| (to(*x) as f64).powi(2)).sum::<f64>().sqrt());
             let size: Vec<f64> = size.collect();
             let mut reference = rng.normals(tokens * k);
             for t in 0..tokens {

@@ -6,10 +6,7 @@ use crate::error::bail;
 /// BLOCKEM_DEVICE_CUDA 0 where there is no driver or no CUDA backend, which is not an error.
 /// Errors: NULL_POINTER, INVALID_ARGUMENT (unknown device type). Thread-safe.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blockem_device_count(
-    device_type: i32,
-    count: *mut i32,
-) -> blockem_status {
+pub unsafe extern "C" fn blockem_device_count(device_type: i32, count: *mut i32) -> blockem_status {
     guard(|| {
         check_out("count", count)?;
         let found = match device_type {

@@ -117,7 +117,8 @@ pub unsafe extern "C" fn blockem_latents_open(
     })
 }
 
-/// Writes K0.json, whole or not at all, with the keys that the set was read with.
+/// Writes K0.json, whole or not at all, with the keys that the set was read with. The file, and
+/// whoever reads it, has K_pos before K_neg, each in this set's order.
 /// options: NULL or what to record about the plan that the set is used with.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, IO. Thread-safe.
 #[unsafe(no_mangle)]

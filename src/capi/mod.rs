@@ -124,6 +124,7 @@ macro_rules! versioned {
             const FIRST_SIZE: usize = $size;
         }
         const _: () = assert!(std::mem::offset_of!($name, struct_size) == 0);
+        const _: () = assert!($size <= size_of::<$name>());
         const _: () = assert!(
             std::mem::offset_of!($name, $last) + size_of::<$last_type>() == size_of::<$name>()
         );

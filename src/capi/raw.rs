@@ -4,7 +4,9 @@ use super::run::{blockem_penalty_args, penalty_args};
 use super::tensor::blockem_tensor;
 use super::{blockem_status, check_out, check_stream, guard, plan, read_struct, versioned};
 use crate::error::{Result, bail};
-use crate::penalty::{PenaltyArgs, RawActivation, RawRows, raw_backward, raw_forward, raw_workspace_size};
+use crate::penalty::{
+    PenaltyArgs, RawActivation, RawRows, raw_backward, raw_forward, raw_workspace_size,
+};
 use crate::plan::BackendKind;
 
 /// z = relu(pre)
@@ -74,7 +76,7 @@ pub struct blockem_raw_penalty_args {
     /// Zero.
     pub reserved2: i32,
 }
-versioned!(blockem_raw_penalty_args, first_size = 1472, last = reserved2: i32);
+versioned!(blockem_raw_penalty_args, first_size = 1376, last = reserved2: i32);
 
 /// blockem_penalty_forward with every array given; with grad_hidden it is blockem_penalty. Same
 /// bits as a plan of the same rows.
@@ -131,11 +133,7 @@ type Raw = fn(&RawRows<'_>, &mut PenaltyArgs<'_>, BackendKind, usize) -> Result<
 
 /// # Safety
 /// A sized struct or NULL; tensors as their comments say.
-unsafe fn run(
-    args: *const blockem_raw_penalty_args,
-    stream: *mut c_void,
-    work: Raw,
-) -> Result<()> {
+unsafe fn run(args: *const blockem_raw_penalty_args, stream: *mut c_void, work: Raw) -> Result<()> {
     // SAFETY: the caller's promise.
     unsafe {
         let args = read_struct("args", args)?;

@@ -17,7 +17,7 @@ pub struct blockem_encode_args {
     /// [T, K] F32, written.
     pub latents: blockem_tensor,
 }
-versioned!(blockem_encode_args, first_size = 192, last = latents: blockem_tensor);
+versioned!(blockem_encode_args, first_size = 184, last = latents: blockem_tensor);
 
 /// Arguments of blockem_penalty_forward, blockem_penalty_backward and blockem_penalty. All tensors
 /// belong to the caller, live on the plan's device and are only touched until the call's work is
@@ -59,7 +59,7 @@ pub struct blockem_penalty_args {
     /// blockem_penalty.
     pub workspace_size: usize,
 }
-versioned!(blockem_penalty_args, first_size = 904, last = workspace_size: usize);
+versioned!(blockem_penalty_args, first_size = 832, last = workspace_size: usize);
 
 /// z[t,k] = act(W_k . h_t + b_k): references for later calls.
 /// A token's z has the same bits whatever T, its place, the other latents, the strides, the number
@@ -101,9 +101,7 @@ pub unsafe extern "C" fn blockem_penalty_forward(
     stream: *mut c_void,
 ) -> blockem_status {
     // SAFETY: the caller's promise.
-    guard(|| unsafe {
-        run(plan, args, stream, |plan, args| plan.forward(args))
-    })
+    guard(|| unsafe { run(plan, args, stream, |plan, args| plan.forward(args)) })
 }
 
 /// grad_hidden[t,:] (+)= scale * sum_k coef[t,k] W_k.
@@ -117,9 +115,7 @@ pub unsafe extern "C" fn blockem_penalty_backward(
     stream: *mut c_void,
 ) -> blockem_status {
     // SAFETY: the caller's promise.
-    guard(|| unsafe {
-        run(plan, args, stream, |plan, args| plan.backward(args))
-    })
+    guard(|| unsafe { run(plan, args, stream, |plan, args| plan.backward(args)) })
 }
 
 /// Forward and backward in one pass over hidden: same bits as the two calls.
@@ -131,9 +127,7 @@ pub unsafe extern "C" fn blockem_penalty(
     stream: *mut c_void,
 ) -> blockem_status {
     // SAFETY: the caller's promise.
-    guard(|| unsafe {
-        run(plan, args, stream, |plan, args| plan.penalty(args))
-    })
+    guard(|| unsafe { run(plan, args, stream, |plan, args| plan.penalty(args)) })
 }
 
 /// # Safety

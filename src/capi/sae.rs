@@ -80,7 +80,7 @@ pub struct blockem_sae_desc {
     /// Where hidden is read, such as "blocks.19.hook_resid_post", or NULL.
     pub hook_name: *const c_char,
 }
-versioned!(blockem_sae_desc, first_size = 856, last = hook_name: *const c_char);
+versioned!(blockem_sae_desc, first_size = 768, last = hook_name: *const c_char);
 
 /// What an SAE is, in numbers; blockem_sae_describe has all of it. Filled by blockem_sae_info_get.
 #[repr(C)]
@@ -125,8 +125,7 @@ pub unsafe extern "C" fn blockem_sae_open(
     guard(|| {
         check_out("out", out)?;
         // SAFETY: a NUL-terminated path and a sized struct, or NULL.
-        let (path, options) =
-            unsafe { (read_path(path)?, read_options("options", options)?) };
+        let (path, options) = unsafe { (read_path(path)?, read_options("options", options)?) };
         let options = match options {
             // SAFETY: recipe_json is NULL or NUL-terminated.
             Some(options) => unsafe { sae_options(&options) }?,
