@@ -247,7 +247,6 @@ def test_provenance_mismatch(case: Case, tmp_path: Path) -> None:
         blockem.load_latents(path, Case("standard", "native", 9, 3).sae)
 
 
-@pytest.mark.xfail(strict=True, reason="identity depends on an order that K0.json cannot hold")
 def test_a_saved_set_with_mixed_signs_belongs_to_its_plan(case: Case, tmp_path: Path) -> None:
     latents = blockem.Latents([4, 1, 2], [-1, 1, -1])
     latents.save(tmp_path / "K0.json", plan=blockem.Plan(case.sae, latents))
