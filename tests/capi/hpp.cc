@@ -1,0 +1,230 @@
+// blockem.hpp: ownership, errors, tensors, and one call of each member. C++11.
+
+#include <blockem.hpp>
+
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "support.h"
+
+namespace {
+
+using blockem::tensor;
+
+static_assert(!std::is_copy_constructible<blockem::Sae>::value, "a handle has one owner");
+static_assert(!std::is_copy_assignable<blockem::Plan>::value, "a handle has one owner");
+static_assert(std::is_nothrow_move_constructible<blockem::Plan>::value, "moves cannot fail");
+static_assert(std::is_nothrow_move_assignable<blockem::Latents>::value, "moves cannot fail");
+static_assert(std::is_base_of<std::runtime_error, blockem::Error>::value, "errors are standard");
+static_assert(sizeof(blockem::Tensor) == sizeof(blockem_tensor), "a Tensor is a C tensor");
+
+constexpr std::int64_t d = SMALL_D, F = SMALL_F, K = SMALL_K, T = 7;
+
+std::vector<float> random(std::int64_t count, std::uint32_t seed) {
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = noise(&seed);
+  return values;
+}
+
+void throws(blockem_status expected, const std::string& word, const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const blockem::Error& error) {
+    CHECK(error.status() == expected);
+    CHECK(std::string(error.what()).find(word) != std::string::npos);
+    CHECK(std::string(error.what()).find(blockem_status_name(expected)) == 0);
+    return;
+  }
+  std::fprintf(stderr, "nothing was thrown, expected %s\n", blockem_status_name(expected));
+  ++check_failures;
+}
+
+blockem::Sae make_sae() {
+  const std::vector<float> weight = random(F * d, 1), bias = random(F, 2);
+  blockem::SaeDesc desc;
+  desc.encoder_weight = tensor(weight, {F, d});
+  desc.encoder_bias = tensor(bias);
+  desc.d_in = d;
+  desc.d_sae = F;
+  desc.hook_name = "blocks.3.hook_resid_post";
+  return blockem::Sae::from_tensors(desc);
+}
+
+blockem::Latents make_latents() {
+  return blockem::Latents::create({3, 31, 0, 17, 8}, {1, 1, -1, 1, -1}, {1, 0.5f, 2, 1, 1.5f});
+}
+
+void library() {
+  CHECK(blockem::version() == blockem_version_string());
+  CHECK(blockem::build_info().version == blockem_version());
+  CHECK(blockem::device_count(BLOCKEM_DEVICE_CPU) == 1);
+  CHECK(blockem::last_error().empty());
+  throws(BLOCKEM_STATUS_INVALID_ARGUMENT, "42", [] { blockem::device_count(42); });
+  CHECK(blockem::last_error().find("42") != std::string::npos);
+}
+
+void tensors() {
+  float numbers[24] = {0};
+  const blockem::Tensor absent;
+  CHECK(absent.data == nullptr && absent.ndim == 0);
+
+  const blockem::Tensor matrix = tensor(numbers, {4, 6});
+  CHECK(matrix.data == numbers && matrix.dtype == BLOCKEM_DTYPE_F32 && matrix.ndim == 2);
+  CHECK(matrix.shape[0] == 4 && matrix.stride[0] == 6 && matrix.stride[1] == 1);
+  const blockem::Tensor columns = tensor(numbers, {4, 2}, {6, 1});
+  CHECK(columns.stride[0] == 6 && columns.shape[1] == 2);
+  const blockem::Tensor empty = tensor(numbers, {0, 6});
+  CHECK(empty.shape[0] == 0 && empty.stride[0] == 6);
+
+  const std::vector<double> doubles(6);
+  CHECK(tensor(doubles).dtype == BLOCKEM_DTYPE_F64 && tensor(doubles).shape[0] == 6);
+  CHECK(tensor(doubles, {2, 3}).stride[0] == 3);
+  std::vector<std::int64_t> integers(2);
+  CHECK(tensor(integers).dtype == BLOCKEM_DTYPE_I64);
+  std::vector<blockem::Half> halves(4);
+  CHECK(tensor(halves, {2, 2}).dtype == BLOCKEM_DTYPE_F16);
+  std::vector<blockem::Bfloat16> brains(4);
+  CHECK(tensor(brains).dtype == BLOCKEM_DTYPE_BF16);
+  const bool flags[3] = {true, false, true};
+  CHECK(tensor(flags, {3}).dtype == BLOCKEM_DTYPE_BOOL);
+  const std::uint8_t bytes[3] = {1, 0, 1};
+  CHECK(tensor(bytes, {3}).dtype == BLOCKEM_DTYPE_U8);
+  double one = 1;
+  CHECK(tensor(&one).ndim == 1 && tensor(&one).shape[0] == 1);
+
+  const blockem::Tensor device = blockem::on_cuda(tensor(numbers, {4, 6}), 2);
+  CHECK(device.device_type == BLOCKEM_DEVICE_CUDA && device.device_index == 2);
+
+  throws(BLOCKEM_STATUS_SHAPE, "6", [&] { tensor(doubles, {2, 2}); });
+  throws(BLOCKEM_STATUS_SHAPE, "6", [&] { tensor(doubles, {4}); });
+  throws(BLOCKEM_STATUS_SHAPE, "6", [&] { tensor(doubles, {2, 0}); });
+  throws(BLOCKEM_STATUS_SHAPE, "4", [&] { tensor(numbers, {1, 1, 1, 1, 1}); });
+  throws(BLOCKEM_STATUS_SHAPE, "stride", [&] { tensor(numbers, {2, 2}, {2}); });
+#if defined(BLOCKEM_HAS_SPAN)
+  CHECK(tensor(std::span<const double>(doubles), {3, 2}).shape[1] == 2);
+#endif
+}
+
+void handles(const std::string& folder) {
+  blockem::Sae sae = make_sae();
+  CHECK(sae && sae.info().d_in == d && sae.info().layer == 3);
+  CHECK(sae.describe().find("\"architecture\":\"standard\"") != std::string::npos);
+  throws(BLOCKEM_STATUS_IO, "nowhere", [] { blockem::Sae::open("/nowhere/at/all"); });
+
+  blockem::Latents latents = make_latents();
+  CHECK(latents.info().count == 5 && latents.info().num_positive == 3);
+  CHECK(latents.ids() == (std::vector<std::int64_t>{3, 31, 0, 17, 8}));
+  CHECK(latents.signs() == (std::vector<std::int8_t>{1, 1, -1, 1, -1}));
+  CHECK(latents.weights() == (std::vector<float>{1, 0.5f, 2, 1, 1.5f}));
+  throws(BLOCKEM_STATUS_SHAPE, "length", [] { blockem::Latents::create({1, 2}, {1}); });
+  throws(BLOCKEM_STATUS_LATENT_DUPLICATE, "1", [] { blockem::Latents::create({1, 1}, {1, 1}); });
+
+  blockem::PlanOptions options;
+  options.num_threads = 1;
+  blockem::Plan plan(sae, latents, options);
+  CHECK(plan.info().num_latents == K && plan.info().num_threads == 1);
+  options.activation = 55;
+  throws(BLOCKEM_STATUS_INVALID_ARGUMENT, "55",
+         [&] { blockem::Plan(sae, latents, options); });
+
+  const std::string path = folder + "/K0.json";
+  latents.save(path);
+  CHECK(blockem::Latents::open(path, sae).info().d_in == 0);
+  latents.save(path, plan);
+  CHECK(blockem::Latents::open(path, sae).info().d_in == d);
+  throws(BLOCKEM_STATUS_IO, "none", [&] { latents.save(folder + "/none/K0.json"); });
+
+  // Moves empty their source; an empty handle says so.
+  const blockem_plan* raw = plan.get();
+  blockem::Plan moved(std::move(plan));
+  CHECK(!plan && moved && moved.get() == raw);
+  throws(BLOCKEM_STATUS_NULL_POINTER, "plan", [&] { plan.info(); });
+  plan = std::move(moved);
+  CHECK(plan.get() == raw && !moved);
+  blockem::Plan other(sae, latents);
+  other = std::move(plan);
+  CHECK(other.get() == raw);
+  blockem_plan_free(other.release());
+  CHECK(!other);
+  blockem::Sae gone(std::move(sae));
+  throws(BLOCKEM_STATUS_NULL_POINTER, "sae", [&] { sae.describe(); });
+  blockem::Sae adopted(gone.release());
+  CHECK(adopted.info().d_sae == F);
+}
+
+void workspaces() {
+  blockem::Workspace none, some(100);
+  CHECK(none.data() == nullptr && none.size() == 0);
+  CHECK(some.size() == 100);
+  CHECK(reinterpret_cast<std::uintptr_t>(some.data()) % 64 == 0);
+  void* data = some.data();
+  none = std::move(some);
+  CHECK(none.data() == data && none.size() == 100 && some.data() == nullptr);
+  blockem::Workspace last(std::move(none));
+  CHECK(last.data() == data);
+}
+
+void calls() {
+  const blockem::Plan plan(make_sae(), make_latents());
+  const std::vector<float> base = random(T * d, 3);
+  std::vector<float> hidden = random(T * d, 4), coef(T * K), grad(T * d), fused(T * d);
+  const std::vector<float> reference = plan.encode(tensor(base, {T, d}));
+  CHECK(reference.size() == static_cast<std::size_t>(T * K));
+  CHECK(plan.encode(tensor(base.data(), {0, d})).empty());
+  throws(BLOCKEM_STATUS_SHAPE, "hidden", [&] { plan.encode(tensor(base, {d, T})); });
+
+  float loss_sum = -1, token_count = -1;
+  const blockem::Workspace workspace = plan.workspace(T);
+  CHECK(workspace.size() == plan.workspace_size(T));
+  blockem::PenaltyArgs args;
+  CHECK(args.scale == 1.0 && args.struct_size == sizeof(blockem_penalty_args));
+  args.hidden = tensor(hidden, {T, d});
+  args.reference = tensor(reference, {T, K});
+  args.coef = tensor(coef, {T, K});
+  args.loss_sum = tensor(&loss_sum);
+  args.token_count = tensor(&token_count);
+  args.grad_hidden = tensor(grad, {T, d});
+  throws(BLOCKEM_STATUS_WORKSPACE_TOO_SMALL, "workspace", [&] { plan.forward(args); });
+  args.use(workspace);
+  plan.forward(args);
+  CHECK(loss_sum > 0 && token_count == T);
+  plan.backward(args);
+  args.grad_hidden = tensor(fused, {T, d});
+  plan.penalty(args);
+  CHECK(fused == grad);
+
+  const std::vector<float> weight = random(K * d, 5), bias = random(K, 6);
+  blockem::RawPenaltyArgs raw;
+  const blockem::Workspace scratch(blockem::raw_workspace_size(T, K, d, BLOCKEM_BACKEND_CPU, 1));
+  raw.use(scratch);
+  raw.num_threads = 1;
+  raw.hidden = args.hidden;
+  raw.reference = args.reference;
+  raw.coef = args.coef;
+  raw.grad_hidden = tensor(grad, {T, d});
+  raw.weight = tensor(weight, {K, d});
+  raw.bias = tensor(bias);
+  raw.sign_weight = tensor(bias);
+  blockem::raw_forward(raw);
+  std::vector<float> first = grad;
+  blockem::raw_backward(raw);
+  CHECK(first == grad);
+  raw.activation_kind = BLOCKEM_ACTIVATION_KIND_TOPK;
+  throws(BLOCKEM_STATUS_UNSUPPORTED, "top-k", [&] { blockem::raw_forward(raw); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) return 2;
+  library();
+  tensors();
+  handles(argv[1]);
+  workspaces();
+  calls();
+  return finish_checks("hpp");
+}
