@@ -10,6 +10,10 @@ use super::file::DataFile;
 
 /// Bytes per read when a matrix is streamed.
 const BLOCK: usize = 4 << 20;
+/// Bytes that are mapped at a time: few, since a file that shrinks in that moment raises SIGBUS.
+const WINDOW: usize = 8 << 20;
+/// Elements that are looked for in the page cache before a window is mapped.
+const PROBES: usize = 8;
 /// Wanted elements of one row that lie closer than this are read together.
 const MERGE_BYTES: usize = 1 << 10;
 /// A small read from the page cache takes as long as streaming about this many bytes.
@@ -93,7 +97,8 @@ impl<'a> Columns<'a> {
         })
     }
 
-    /// Small reads while the page cache has what they want; ever longer passes where it has not.
+    /// Windows and small reads while the page cache has what they want; ever longer passes where it
+    /// has not.
     fn fill(&self, mut part: Part<'_>) -> Result<()> {
         let row_bytes = self.width * self.size;
         if self.runs.len() == 1 && self.wanted.len() * self.size >= BAND_BYTES {
@@ -107,11 +112,46 @@ impl<'a> Columns<'a> {
         }
         let mut pass = (BLOCK / row_bytes).max(1);
         while !part.rows.is_empty() {
+            self.read_windows(&mut part);
             self.read_runs(&mut part, |buffer, at| Ok(self.file.read_cached_at(buffer, at)))?;
             self.stream(&mut part, pass)?;
             pass = pass.saturating_mul(2);
         }
         Ok(())
+    }
+
+    /// Picks elements out of mapped windows, until one is not in the page cache or cannot be mapped.
+    fn read_windows(&self, part: &mut Part<'_>) {
+        let step = (WINDOW / (self.width * self.size)).max(1);
+        while !part.rows.is_empty() {
+            let rows = part.rows.start..part.rows.end.min(part.rows.start + step);
+            let (start, end) = (self.position(rows.start, 0), self.position(rows.end, 0));
+            let bytes = (end - start) as usize;
+            let mut pick = |window: *const u8| {
+                for row in rows.clone() {
+                    for (column, slot) in &self.wanted {
+                        let at = (self.position(row, *column) - start) as usize;
+                        // SAFETY: the element lies within the window.
+                        unsafe { part.copy(*slot, row, window.add(at), self.size) }
+                    }
+                }
+            };
+            if !self.is_cached(&rows) || !self.file.map(self.offset + start, bytes, &mut pick) {
+                return;
+            }
+            part.drop_rows_before(rows.end, self.size);
+        }
+    }
+
+    /// A sample of the wanted elements of these rows is in the page cache.
+    fn is_cached(&self, rows: &Range<usize>) -> bool {
+        let mut element = [0; size_of::<f64>()];
+        (0..PROBES).all(|i| {
+            let row = rows.start + i * (rows.len() - 1) / (PROBES - 1);
+            let column = self.wanted[i * (self.wanted.len() - 1) / (PROBES - 1)].0;
+            let at = self.offset + self.position(row, column);
+            self.file.read_cached_at(&mut element[..self.size], at)
+        })
     }
 
     /// One read per run and row, until `read` declines. The part keeps the rows that are left.
@@ -174,6 +214,15 @@ impl Part<'_> {
     fn put(&mut self, slot: usize, row: usize, element: &[u8]) {
         let at = (row - self.rows.start) * element.len();
         self.out[slot][at..at + element.len()].copy_from_slice(element);
+    }
+
+    /// # Safety
+    /// `size` bytes at `element` must be readable.
+    unsafe fn copy(&mut self, slot: usize, row: usize, element: *const u8, size: usize) {
+        let at = (row - self.rows.start) * size;
+        let to = &mut self.out[slot][at..at + size];
+        // SAFETY: `to` has `size` bytes, the caller promises as many to read.
+        unsafe { element.copy_to_nonoverlapping(to.as_mut_ptr(), size) }
     }
 
     fn drop_rows_before(&mut self, row: usize, size: usize) {

@@ -1,4 +1,5 @@
-//! Reading a file at offsets, without a map: a file that shrinks under us is an error, not SIGBUS.
+//! Reading a file at offsets. Nothing stays mapped: a file that shrinks under us is an error, and
+//! SIGBUS only in the instant in which a window of it is mapped.
 
 use std::fs::File;
 use std::io;
@@ -49,6 +50,12 @@ impl DataFile {
     /// Fills the buffer if the page cache holds all of it; never waits for the disk.
     pub fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> bool {
         platform::read_cached_at(&self.file, buf, offset)
+    }
+
+    /// Maps a range of the file, brings it in, hands its first byte to `pick` and unmaps it; false,
+    /// and `pick` not called, where that cannot be done.
+    pub fn map(&self, offset: u64, len: usize, pick: &mut dyn FnMut(*const u8)) -> bool {
+        platform::map(&self.file, offset, len, pick)
     }
 
     /// Tells the system that this range will be read from front to back.
@@ -102,6 +109,33 @@ mod platform {
         usize::try_from(n) == Ok(buf.len())
     }
 
+    /// A page size that every Linux mapping offset may be a multiple of.
+    const ALIGN: u64 = 1 << 16;
+
+    pub fn map(file: &File, offset: u64, len: usize, pick: &mut dyn FnMut(*const u8)) -> bool {
+        let skip = (offset % ALIGN) as usize;
+        let (Ok(start), Some(len)) = ((offset - skip as u64).try_into(), len.checked_add(skip))
+        else {
+            return false;
+        };
+        let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+        // SAFETY: a new mapping of a file that is open for reading.
+        let map =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, read, shared, file.as_raw_fd(), start) };
+        if map == libc::MAP_FAILED {
+            return false;
+        }
+        // It fails, where touching would raise SIGBUS, if the file ends before the range does.
+        // SAFETY: the mapping is ours.
+        let present = unsafe { libc::madvise(map, len, libc::MADV_POPULATE_READ) } == 0;
+        if present {
+            pick(map.cast::<u8>().cast_const().wrapping_add(skip));
+        }
+        // SAFETY: mapped above; `pick` keeps no pointer.
+        unsafe { libc::munmap(map, len) };
+        present
+    }
+
     pub fn advise(file: &File, offset: u64, len: u64, advice: Advice) {
         let advice = match advice {
             Advice::Sequential => libc::POSIX_FADV_SEQUENTIAL,
@@ -123,6 +157,10 @@ mod platform {
     }
 
     pub fn read_cached_at(_: &File, _: &mut [u8], _: u64) -> bool {
+        false
+    }
+
+    pub fn map(_: &File, _: u64, _: usize, _: &mut dyn FnMut(*const u8)) -> bool {
         false
     }
 
