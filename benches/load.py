@@ -4,7 +4,7 @@
 
 Both start from the folder on the disk and end with the folded rows of the same latents in memory.
 Every measurement is a fresh process, after its imports; the two take turns. Warm: the file is in the
-page cache. Cold: its pages were dropped just before (posix_fadvise DONTNEED). Prints medians, the
+page cache, where one read from front to back has put it. Cold: its pages were dropped just before (posix_fadvise DONTNEED). Prints medians, the
 ratio and the growth of resident memory; writes benches/results/load.json.
 """
 
@@ -84,9 +84,9 @@ def compare(folder: Path, rounds: int, cold: bool) -> dict:
 
 def prepare(weights: Path, cold: bool) -> None:
     fd = os.open(weights, os.O_RDONLY)
-    if cold:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    else:
+    # Warm too: faults of an earlier run leave the cache in small pieces, which costs both more.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if not cold:
         buffer = bytearray(8 << 20)
         while os.readv(fd, [buffer]):
             pass

@@ -953,7 +953,7 @@ blockem_status blockem_sae_open(const char *path,
  * Makes an SAE from arrays on the host, which are copied.
  * out: a new handle, to be freed with blockem_sae_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH,
- * NON_FINITE. Thread-safe.
+ * TENSOR_MISSING, RECIPE_INCOMPLETE (k of a TOPK SAE), NON_FINITE. Thread-safe.
  */
 BLOCKEM_API
 blockem_status blockem_sae_from_tensors(const struct blockem_sae_desc *desc,
@@ -1118,7 +1118,8 @@ blockem_status blockem_penalty_backward(const struct blockem_plan *plan,
                                         void *stream);
 
 /**
- * Forward and backward in one pass over hidden: same bits as the two calls.
+ * Forward and backward in one pass over hidden: same bits as the two calls (the REFERENCE backend
+ * keeps its coefficients in F64 in between).
  * stream, errors, thread-safety: as blockem_encode; also WORKSPACE_TOO_SMALL.
  */
 BLOCKEM_API

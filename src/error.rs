@@ -115,7 +115,12 @@ impl Error {
 
     /// An operating-system error on a named file.
     pub fn io(path: &std::path::Path, what: &str, err: &std::io::Error) -> Error {
-        Error::new(Status::Io, format!("{}: cannot {what}: {err}", path.display()))
+        let name = if path.as_os_str().is_empty() {
+            "(empty path)".into()
+        } else {
+            path.display().to_string()
+        };
+        Error::new(Status::Io, format!("{name}: cannot {what}: {err}"))
     }
 }
 

@@ -98,6 +98,21 @@ pub struct RawRows<'a> {
     pub gate_scale: Option<Tensor<'a>>,
 }
 
+type NamedTensor<'a> = (&'static str, Option<Tensor<'a>>);
+
+impl<'a> RawRows<'a> {
+    fn named(&self) -> [NamedTensor<'a>; 6] {
+        [
+            ("weight", Some(self.weight)),
+            ("bias", Some(self.bias)),
+            ("sign_weight", Some(self.sign_weight)),
+            ("threshold", self.threshold),
+            ("gate_bias", self.gate_bias),
+            ("gate_scale", self.gate_scale),
+        ]
+    }
+}
+
 /// The gate of a handle-free call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
@@ -128,7 +143,7 @@ impl Plan {
 
     /// loss_sum, count, coefficients for [`Plan::backward`], per-latent sums.
     pub fn forward(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
-        let call = self.shape().penalty_call(args, false)?;
+        let call = self.shape().penalty_call(args, false, &[])?;
         let call = with_workspace(call, args.workspace, self.workspace_size(call.tokens))?;
         // SAFETY: `penalty_call` checked every view against the plan.
         unsafe { self.backend.penalty(&call) };
@@ -137,7 +152,7 @@ impl Plan {
 
     /// dH from the coefficients that forward saved.
     pub fn backward(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
-        let call = self.shape().backward_call(args)?;
+        let call = self.shape().backward_call(args, &[])?;
         // SAFETY: `backward_call` checked every view against the plan.
         unsafe { self.backend.backward(&call) };
         Ok(())
@@ -145,7 +160,7 @@ impl Plan {
 
     /// Forward and backward in one pass over hidden.
     pub fn penalty(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
-        let call = self.shape().penalty_call(args, true)?;
+        let call = self.shape().penalty_call(args, true, &[])?;
         let call = with_workspace(call, args.workspace, self.workspace_size(call.tokens))?;
         // SAFETY: `penalty_call` checked every view against the plan.
         unsafe { self.backend.penalty(&call) };
@@ -170,8 +185,9 @@ pub fn raw_forward(
     backend: BackendKind,
     num_threads: usize,
 ) -> Result<()> {
+    let named = rows.named();
     let (rows, shape) = raw_shape(rows, backend)?;
-    let mut call = shape.penalty_call(args, args.grad_hidden.is_some())?;
+    let mut call = shape.penalty_call(args, args.grad_hidden.is_some(), &named)?;
     if shape.takes_f64 {
         // SAFETY: `penalty_call` checked every view against the rows.
         unsafe { reference::penalty(&rows, &call) };
@@ -192,8 +208,9 @@ pub fn raw_backward(
     backend: BackendKind,
     num_threads: usize,
 ) -> Result<()> {
+    let named = rows.named();
     let (rows, shape) = raw_shape(rows, backend)?;
-    let call = shape.backward_call(args)?;
+    let call = shape.backward_call(args, &named)?;
     if shape.takes_f64 {
         // SAFETY: `backward_call` checked every view against the rows.
         unsafe { reference::backward(&rows, &call) };
@@ -317,11 +334,16 @@ impl CallShape {
         let out = args.latents.view();
         let latents = self.matrix("latents", out, tokens, self.num_latents, self.values())?;
         check_rows_apart("latents", out)?;
-        check_no_overlap(&[("latents", out)], &[("hidden", &args.hidden)])?;
+        check_apart("latents", out, "hidden", &args.hidden)?;
         Ok(EncodeCall { tokens, hidden, latents })
     }
 
-    fn penalty_call(&self, args: &PenaltyArgs<'_>, with_grad: bool) -> Result<PenaltyCall> {
+    fn penalty_call(
+        &self,
+        args: &PenaltyArgs<'_>,
+        with_grad: bool,
+        rows: &[NamedTensor<'_>],
+    ) -> Result<PenaltyCall> {
         let (tokens, hidden) = self.hidden(required("hidden", &args.hidden)?)?;
         let reference = required("reference", &args.reference)?;
         let reference =
@@ -336,7 +358,7 @@ impl CallShape {
         };
         let grad =
             if with_grad { Some(self.grad(args, tokens, Some(hidden.dtype))?) } else { None };
-        check_overlaps(args, with_grad)?;
+        check_overlaps(args, with_grad, rows)?;
         Ok(PenaltyCall {
             tokens,
             hidden,
@@ -351,7 +373,11 @@ impl CallShape {
         })
     }
 
-    fn backward_call(&self, args: &PenaltyArgs<'_>) -> Result<BackwardCall> {
+    fn backward_call(
+        &self,
+        args: &PenaltyArgs<'_>,
+        rows: &[NamedTensor<'_>],
+    ) -> Result<BackwardCall> {
         let coef = required("coef", &args.coef)?;
         let tokens = coef.view().shape().first().copied().unwrap_or(0);
         let hidden = args.hidden.as_ref().map(|hidden| self.hidden(hidden)).transpose()?;
@@ -360,7 +386,7 @@ impl CallShape {
         }
         let coef = self.coef(coef, tokens)?;
         let grad = self.grad(args, tokens, hidden.map(|(_, hidden)| hidden.dtype))?;
-        check_overlaps(args, true)?;
+        check_overlaps(args, true, rows)?;
         Ok(BackwardCall { tokens, coef, grad })
     }
 
@@ -512,37 +538,32 @@ fn check_rows_apart(name: &str, tensor: &Tensor<'_>) -> Result<()> {
     Ok(())
 }
 
-fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool) -> Result<()> {
-    let grad = if with_grad { args.grad_hidden.as_ref() } else { None };
-    let outputs: [(&str, Option<&TensorMut<'_>>); 5] = [
-        ("coef", args.coef.as_ref()),
-        ("loss_sum", args.loss_sum.as_ref()),
-        ("token_count", args.token_count.as_ref()),
-        ("latent_loss", args.latent_loss.as_ref()),
-        ("grad_hidden", grad),
+/// Outputs and scratch share memory with nothing; `rows` are further inputs.
+fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool, rows: &[NamedTensor<'_>]) -> Result<()> {
+    fn view<'a>(out: &Option<TensorMut<'a>>) -> Option<Tensor<'a>> {
+        out.as_ref().map(|tensor| *tensor.view())
+    }
+    let workspace = Tensor::from_slice(&*args.workspace, &[args.workspace.len()])?;
+    let outputs = [
+        ("coef", view(&args.coef)),
+        ("loss_sum", view(&args.loss_sum)),
+        ("token_count", view(&args.token_count)),
+        ("latent_loss", view(&args.latent_loss)),
+        ("grad_hidden", if with_grad { view(&args.grad_hidden) } else { None }),
+        ("workspace", Some(workspace)),
     ];
     let inputs = [
-        ("hidden", args.hidden.as_ref()),
-        ("reference", args.reference.as_ref()),
-        ("mask", args.mask.as_ref()),
-        ("scale_tensor", args.scale_tensor.as_ref()),
+        ("hidden", args.hidden),
+        ("reference", args.reference),
+        ("mask", args.mask),
+        ("scale_tensor", args.scale_tensor),
     ];
-    let outputs = outputs.map(|(name, tensor)| (name, tensor.map(|t| t.view())));
     for (i, (name, out)) in outputs.iter().enumerate() {
         let Some(out) = out else { continue };
-        for (other, tensor) in outputs[..i].iter().chain(&inputs) {
+        for (other, tensor) in outputs[..i].iter().chain(&inputs).chain(rows) {
             if let Some(tensor) = tensor {
                 check_apart(name, out, other, tensor)?;
             }
-        }
-    }
-    Ok(())
-}
-
-fn check_no_overlap(outs: &[(&str, &Tensor<'_>)], inputs: &[(&str, &Tensor<'_>)]) -> Result<()> {
-    for (name, out) in outs {
-        for (other, tensor) in inputs {
-            check_apart(name, out, other, tensor)?;
         }
     }
     Ok(())

@@ -281,15 +281,13 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
         gate.map(|g| g.bias[k]),
         gate.map(|g| g.scale[k]),
     ];
-    let mut hash = Sha256::new();
-    for weight in &rows.weight[k * rows.d_in..][..rows.d_in] {
-        hash.update(weight.to_le_bytes());
-    }
+    let weights = &rows.weight[k * rows.d_in..][..rows.d_in];
+    let mut bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
     for number in numbers {
-        hash.update([number.is_some() as u8]);
-        hash.update(number.unwrap_or(0.0).to_le_bytes());
+        bytes.push(number.is_some() as u8);
+        bytes.extend(number.unwrap_or(0.0).to_le_bytes());
     }
-    hash.finalize().into()
+    Sha256::digest(&bytes).into()
 }
 
 /// Rows with the gate that the activation chose, and the signs and weights of the set.

@@ -120,7 +120,7 @@ fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
                 .map(|h| h.iter().map(|x| (to(*x) as f64).powi(2)).sum::<f64>().sqrt());
             let size: Vec<f64> = size.collect();
             let mut reference = rng.normals(tokens * k);
-            for t in 0..tokens {
+            for (t, size) in size.iter().enumerate() {
                 for c in 0..k {
                     let i = t * k + c;
                     let off_edge = (exact[i] == 0.0) != (found[i] == 0.0);
@@ -129,7 +129,7 @@ fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
                         reference[i] = if set.signs()[c] > 0 { 1e3 } else { -1e3 };
                         continue;
                     }
-                    assert_close("z", found[i] as f64, exact[i], 2e-6 * (1.0 + size[t]));
+                    assert_close("z", found[i] as f64, exact[i], 2e-6 * (1.0 + size));
                 }
             }
             let mask: Vec<f32> = (0..tokens).map(|_| [0.0, 1.0, 0.5][rng.below(3)]).collect();

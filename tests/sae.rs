@@ -128,7 +128,7 @@ mod values {
             )
         };
         let mut tensors = SaeTensors::new(Architecture::Standard, d, f, strided);
-        tensors.b_enc = Some(b_enc);
+        tensors.encoder_bias = Some(b_enc);
         let rows = gather_all(&Sae::from_tensors(&tensors).unwrap());
         let expected: Vec<f32> = weight.iter().copied().step_by(2).collect();
         assert_eq!(rows.weight, expected);
@@ -564,7 +564,7 @@ mod wrong {
         let b = tensor(Box::leak(Box::new(b)), &[4]);
         let good = || {
             let mut tensors = SaeTensors::new(Architecture::Standard, 3, 4, w);
-            tensors.b_enc = Some(b);
+            tensors.encoder_bias = Some(b);
             tensors
         };
         assert!(Sae::from_tensors(&good()).is_ok());
@@ -573,21 +573,24 @@ mod wrong {
             change(&mut tensors);
             Sae::from_tensors(&tensors).err().unwrap().status
         };
-        assert_eq!(status(&|t| t.b_enc = None), Status::TensorMissing);
+        assert_eq!(status(&|t| t.encoder_bias = None), Status::TensorMissing);
         assert_eq!(status(&|t| t.architecture = Architecture::JumpRelu), Status::TensorMissing);
         assert_eq!(status(&|t| t.architecture = Architecture::Gated), Status::TensorMissing);
         assert_eq!(status(&|t| t.architecture = Architecture::TopK), Status::RecipeIncomplete);
-        assert_eq!(status(&|t| t.apply_b_dec = true), Status::TensorMissing);
-        assert_eq!(status(&|t| t.fold_decoder_norm = true), Status::TensorMissing);
-        assert_eq!(status(&|t| t.scale = f64::NAN), Status::InvalidArgument);
+        assert_eq!(status(&|t| t.apply_b_dec_to_input = true), Status::TensorMissing);
+        assert_eq!(status(&|t| t.rescale_acts_by_decoder_norm = true), Status::TensorMissing);
+        assert_eq!(status(&|t| t.input_scale = f64::NAN), Status::InvalidArgument);
         assert_eq!(status(&|t| t.d_in = 4), Status::Shape);
         assert_eq!(status(&|t| t.encoder_layout = Some(Layout::InputMajor)), Status::Shape);
-        assert_eq!(status(&|t| t.b_enc = Some(tensor(&[0.0; 3], &[3]))), Status::Shape);
-        assert_eq!(status(&|t| t.b_enc = Some(tensor(&[f32::NAN; 4], &[4]))), Status::NonFinite);
+        assert_eq!(status(&|t| t.encoder_bias = Some(tensor(&[0.0; 3], &[3]))), Status::Shape);
+        assert_eq!(
+            status(&|t| t.encoder_bias = Some(tensor(&[f32::NAN; 4], &[4]))),
+            Status::NonFinite
+        );
         let long = Tensor::from_slice(&[0i64; 4], &[4]).unwrap();
-        assert_eq!(status(&|t| t.b_enc = Some(long)), Status::Dtype);
+        assert_eq!(status(&|t| t.encoder_bias = Some(long)), Status::Dtype);
         let square = SaeTensors {
-            b_enc: Some(tensor(&[0.0; 2], &[2])),
+            encoder_bias: Some(tensor(&[0.0; 2], &[2])),
             ..SaeTensors::new(Architecture::Standard, 2, 2, tensor(&[1.0; 4], &[2, 2]))
         };
         assert_eq!(Sae::from_tensors(&square).err().unwrap().status, Status::InvalidArgument);
@@ -936,16 +939,16 @@ fn described<'a>(file: &'a Tensors, recipe: &Recipe) -> SaeTensors<'a> {
     let tensor = |name: &str| file.tensors.contains_key(name).then(|| file.tensor(name));
     SaeTensors {
         k: recipe.k,
-        b_enc: tensor("b_enc"),
-        b_dec: tensor("b_dec"),
+        encoder_bias: tensor("b_enc"),
+        decoder_bias: tensor("b_dec"),
         threshold: tensor("threshold"),
-        b_gate: tensor("b_gate"),
-        b_mag: tensor("b_mag"),
-        r_mag: tensor("r_mag"),
-        decoder: tensor("W_dec"),
-        apply_b_dec: recipe.b_dec_subtracted,
-        fold_decoder_norm: recipe.decoder_norm_folded,
-        scale: recipe.scale,
+        gate_bias: tensor("b_gate"),
+        magnitude_bias: tensor("b_mag"),
+        magnitude_log_scale: tensor("r_mag"),
+        decoder_weight: tensor("W_dec"),
+        apply_b_dec_to_input: recipe.b_dec_subtracted,
+        rescale_acts_by_decoder_norm: recipe.decoder_norm_folded,
+        input_scale: recipe.scale,
         ..SaeTensors::new(recipe.architecture, recipe.d_in, recipe.d_sae, file.tensor("W_enc"))
     }
 }

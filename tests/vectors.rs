@@ -214,23 +214,23 @@ impl Vector {
         let &[d_sae, d_in] = &self.shape("encoder_weight")[..] else { panic!("not [F, d]") };
         let arrays = |name| self.read_if_any(name);
         let (weight, bias) = (self.read::<f32>("encoder_weight"), arrays("encoder_bias"));
-        let (threshold, b_gate) = (arrays("threshold"), arrays("gate_bias"));
-        let (b_mag, r_mag) = (arrays("magnitude_bias"), arrays("magnitude_log_scale"));
-        let (b_dec, decoder) = (arrays("decoder_bias"), arrays("decoder_weight"));
+        let (threshold, gate_bias) = (arrays("threshold"), arrays("gate_bias"));
+        let (magnitude_bias, log_scale) = (arrays("magnitude_bias"), arrays("magnitude_log_scale"));
+        let (decoder_bias, decoder) = (arrays("decoder_bias"), arrays("decoder_weight"));
         let encoder = Tensor::from_slice(&weight, &[d_sae, d_in]).unwrap();
         Sae::from_tensors(&SaeTensors {
             k: (self.meta["k"] != "0").then(|| self.number("k") as usize),
             encoder_layout: Some(Layout::LatentMajor),
-            b_enc: view(&bias, &[d_sae]),
-            b_dec: view(&b_dec, &[d_in]),
+            encoder_bias: view(&bias, &[d_sae]),
+            decoder_bias: view(&decoder_bias, &[d_in]),
             threshold: view(&threshold, &[d_sae]),
-            b_gate: view(&b_gate, &[d_sae]),
-            b_mag: view(&b_mag, &[d_sae]),
-            r_mag: view(&r_mag, &[d_sae]),
-            decoder: view(&decoder, &[d_sae, d_in]),
-            apply_b_dec: self.flag("apply_b_dec_to_input"),
-            fold_decoder_norm: self.flag("rescale_acts_by_decoder_norm"),
-            scale: self.number("input_scale"),
+            gate_bias: view(&gate_bias, &[d_sae]),
+            magnitude_bias: view(&magnitude_bias, &[d_sae]),
+            magnitude_log_scale: view(&log_scale, &[d_sae]),
+            decoder_weight: view(&decoder, &[d_sae, d_in]),
+            apply_b_dec_to_input: self.flag("apply_b_dec_to_input"),
+            rescale_acts_by_decoder_norm: self.flag("rescale_acts_by_decoder_norm"),
+            input_scale: self.number("input_scale"),
             ..SaeTensors::new(self.architecture(), d_in, d_sae, encoder)
         })
         .unwrap()

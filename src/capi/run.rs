@@ -118,7 +118,8 @@ pub unsafe extern "C" fn blockem_penalty_backward(
     guard(|| unsafe { run(plan, args, stream, |plan, args| plan.backward(args)) })
 }
 
-/// Forward and backward in one pass over hidden: same bits as the two calls.
+/// Forward and backward in one pass over hidden: same bits as the two calls (the REFERENCE backend
+/// keeps its coefficients in F64 in between).
 /// stream, errors, thread-safety: as blockem_encode; also WORKSPACE_TOO_SMALL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_penalty(

@@ -141,7 +141,7 @@ pub unsafe extern "C" fn blockem_sae_open(
 /// Makes an SAE from arrays on the host, which are copied.
 /// out: a new handle, to be freed with blockem_sae_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH,
-/// NON_FINITE. Thread-safe.
+/// TENSOR_MISSING, RECIPE_INCOMPLETE (k of a TOPK SAE), NON_FINITE. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_sae_from_tensors(
     desc: *const blockem_sae_desc,
@@ -258,22 +258,22 @@ unsafe fn sae_tensors<'a>(desc: &blockem_sae_desc) -> Result<SaeTensors<'a>> {
             d_in: size("d_in", desc.d_in)?,
             d_sae: size("d_sae", desc.d_sae)?,
             k: (k > 0).then_some(k),
-            encoder: desc.encoder_weight.required("encoder_weight")?,
+            encoder_weight: desc.encoder_weight.required("encoder_weight")?,
             encoder_layout: encoder_layout(desc.encoder_layout)?,
-            b_enc: desc.encoder_bias.optional("encoder_bias")?,
-            b_dec: desc.decoder_bias.optional("decoder_bias")?,
+            encoder_bias: desc.encoder_bias.optional("encoder_bias")?,
+            decoder_bias: desc.decoder_bias.optional("decoder_bias")?,
             threshold: desc.threshold.optional("threshold")?,
-            b_gate: desc.gate_bias.optional("gate_bias")?,
-            b_mag: desc.magnitude_bias.optional("magnitude_bias")?,
-            r_mag: desc.magnitude_log_scale.optional("magnitude_log_scale")?,
-            decoder: desc.decoder_weight.optional("decoder_weight")?,
-            apply_b_dec: flag("apply_b_dec_to_input", desc.apply_b_dec_to_input)?,
-            fold_decoder_norm: flag(
+            gate_bias: desc.gate_bias.optional("gate_bias")?,
+            magnitude_bias: desc.magnitude_bias.optional("magnitude_bias")?,
+            magnitude_log_scale: desc.magnitude_log_scale.optional("magnitude_log_scale")?,
+            decoder_weight: desc.decoder_weight.optional("decoder_weight")?,
+            apply_b_dec_to_input: flag("apply_b_dec_to_input", desc.apply_b_dec_to_input)?,
+            rescale_acts_by_decoder_norm: flag(
                 "rescale_acts_by_decoder_norm",
                 desc.rescale_acts_by_decoder_norm,
             )?,
-            scale: given_scale(desc.input_scale)?.unwrap_or(1.0),
-            hook: read_text("hook_name", desc.hook_name)?.map(str::to_owned),
+            input_scale: given_scale(desc.input_scale)?.unwrap_or(1.0),
+            hook_name: read_text("hook_name", desc.hook_name)?.map(str::to_owned),
             model: None,
         })
     }

@@ -8,7 +8,7 @@ use super::checkpoint::{Checkpoint, GateArrays};
 use super::hook::HookPlace;
 use super::{Architecture, Recipe};
 
-/// The arrays of an SAE and how they combine; the names are SAELens'.
+/// The arrays of an SAE and how they combine; the names are those of the C header.
 ///
 /// Elements are f32, f16, bf16 or f64, in CPU memory, with any strides.
 #[derive(Clone, Debug)]
@@ -19,28 +19,28 @@ pub struct SaeTensors<'a> {
     /// Active latents per token; TopK only.
     pub k: Option<usize>,
     /// [d_sae, d_in] or [d_in, d_sae].
-    pub encoder: Tensor<'a>,
+    pub encoder_weight: Tensor<'a>,
     /// Which of the two; without it the shape decides, and a square encoder is refused.
     pub encoder_layout: Option<Layout>,
     /// [d_sae]; all but gated.
-    pub b_enc: Option<Tensor<'a>>,
-    /// [d_in]; needed if `apply_b_dec`.
-    pub b_dec: Option<Tensor<'a>>,
+    pub encoder_bias: Option<Tensor<'a>>,
+    /// [d_in]; needed if `apply_b_dec_to_input`.
+    pub decoder_bias: Option<Tensor<'a>>,
     /// [d_sae]; JumpReLU only.
     pub threshold: Option<Tensor<'a>>,
     /// [d_sae]; gated only, as the next two.
-    pub b_gate: Option<Tensor<'a>>,
-    pub b_mag: Option<Tensor<'a>>,
-    pub r_mag: Option<Tensor<'a>>,
-    /// [d_sae, d_in]; needed if `fold_decoder_norm`.
-    pub decoder: Option<Tensor<'a>>,
+    pub gate_bias: Option<Tensor<'a>>,
+    pub magnitude_bias: Option<Tensor<'a>>,
+    pub magnitude_log_scale: Option<Tensor<'a>>,
+    /// [d_sae, d_in]; needed if `rescale_acts_by_decoder_norm`.
+    pub decoder_weight: Option<Tensor<'a>>,
     /// b_dec is subtracted from the (scaled) input.
-    pub apply_b_dec: bool,
+    pub apply_b_dec_to_input: bool,
     /// Pre-activations are scaled by the norm of their decoder row; TopK only.
-    pub fold_decoder_norm: bool,
+    pub rescale_acts_by_decoder_norm: bool,
     /// The input is multiplied by this first; 1 for none.
-    pub scale: f64,
-    pub hook: Option<String>,
+    pub input_scale: f64,
+    pub hook_name: Option<String>,
     pub model: Option<String>,
 }
 
@@ -50,26 +50,26 @@ impl<'a> SaeTensors<'a> {
         architecture: Architecture,
         d_in: usize,
         d_sae: usize,
-        encoder: Tensor<'a>,
+        encoder_weight: Tensor<'a>,
     ) -> SaeTensors<'a> {
         SaeTensors {
             architecture,
             d_in,
             d_sae,
             k: None,
-            encoder,
+            encoder_weight,
             encoder_layout: None,
-            b_enc: None,
-            b_dec: None,
+            encoder_bias: None,
+            decoder_bias: None,
             threshold: None,
-            b_gate: None,
-            b_mag: None,
-            r_mag: None,
-            decoder: None,
-            apply_b_dec: false,
-            fold_decoder_norm: false,
-            scale: 1.0,
-            hook: None,
+            gate_bias: None,
+            magnitude_bias: None,
+            magnitude_log_scale: None,
+            decoder_weight: None,
+            apply_b_dec_to_input: false,
+            rescale_acts_by_decoder_norm: false,
+            input_scale: 1.0,
+            hook_name: None,
             model: None,
         }
     }
@@ -79,11 +79,12 @@ impl<'a> SaeTensors<'a> {
 pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
     check_rules(t)?;
     let gated = t.architecture == Architecture::Gated;
-    let (bias, bias_name) = if gated { (t.b_mag, "b_mag") } else { (t.b_enc, "b_enc") };
+    let (bias, bias_name) =
+        if gated { (t.magnitude_bias, "magnitude_bias") } else { (t.encoder_bias, "encoder_bias") };
     let gate = match gated {
         true => Some(GateArrays {
-            b_gate: needed("b_gate", t.b_gate, t.architecture)?,
-            r_mag: needed("r_mag", t.r_mag, t.architecture)?,
+            b_gate: needed("gate_bias", t.gate_bias, t.architecture)?,
+            r_mag: needed("magnitude_log_scale", t.magnitude_log_scale, t.architecture)?,
         }),
         false => None,
     };
@@ -91,31 +92,36 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         Architecture::JumpRelu => Some(needed("threshold", t.threshold, t.architecture)?),
         _ => None,
     };
-    let decoder = t.decoder.filter(|_| t.fold_decoder_norm);
-    let w_dec = decoder.map(|d| copy("decoder", &d)).transpose()?;
+    let decoder = t.decoder_weight.filter(|_| t.rescale_acts_by_decoder_norm);
+    let w_dec = decoder.map(|d| copy("decoder_weight", &d)).transpose()?;
     let checkpoint = Checkpoint {
-        w_enc: Matrix::new(copy("encoder", &t.encoder)?, encoder_layout(t)?),
+        w_enc: Matrix::new(copy("encoder_weight", &t.encoder_weight)?, encoder_layout(t)?),
         b_enc: needed(bias_name, bias, t.architecture)?,
         threshold,
         gate,
-        b_dec: t.b_dec.filter(|_| t.apply_b_dec).map(|b| copy("b_dec", &b)).transpose()?,
+        b_dec: t
+            .decoder_bias
+            .filter(|_| t.apply_b_dec_to_input)
+            .map(|b| copy("decoder_bias", &b))
+            .transpose()?,
         w_dec: w_dec.map(|array| Matrix::new(array, Layout::LatentMajor)),
         stored: None,
     };
     checkpoint.check()?;
-    let place = t.hook.as_deref().map(HookPlace::parse).unwrap_or_default();
+    let place = t.hook_name.as_deref().map(HookPlace::parse).unwrap_or_default();
     let recipe = Recipe {
         format: "tensors",
         architecture: t.architecture,
         d_in: t.d_in,
         d_sae: t.d_sae,
-        k: t.k.filter(|_| t.architecture == Architecture::TopK),
-        dtype: t.encoder.dtype,
-        b_dec_subtracted: t.apply_b_dec,
-        normalization: if t.scale == 1.0 { "none" } else { "expected_average_only_in" }.to_string(),
-        scale: t.scale,
-        decoder_norm_folded: t.fold_decoder_norm,
-        hook: t.hook.clone(),
+        k: t.k,
+        dtype: t.encoder_weight.dtype,
+        b_dec_subtracted: t.apply_b_dec_to_input,
+        normalization: if t.input_scale == 1.0 { "none" } else { "expected_average_only_in" }
+            .to_string(),
+        scale: t.input_scale,
+        decoder_norm_folded: t.rescale_acts_by_decoder_norm,
+        hook: t.hook_name.clone(),
         layer: place.layer,
         hidden_states_index: place.hidden_states_index,
         model: t.model.clone(),
@@ -125,21 +131,34 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
 
 /// What must hold before any array is looked at.
 fn check_rules(t: &SaeTensors<'_>) -> Result<()> {
-    if !(t.scale.is_finite() && t.scale > 0.0) {
-        bail!(InvalidArgument, "the scale is {}; it must be above 0 and finite", t.scale);
+    if !(t.input_scale.is_finite() && t.input_scale > 0.0) {
+        bail!(InvalidArgument, "input_scale is {}; it must be above 0 and finite", t.input_scale);
     }
-    if t.apply_b_dec && t.b_dec.is_none() {
-        bail!(TensorMissing, "b_dec is missing, but apply_b_dec is set");
+    if t.apply_b_dec_to_input && t.decoder_bias.is_none() {
+        bail!(TensorMissing, "decoder_bias is missing, but apply_b_dec_to_input is set");
     }
-    if t.fold_decoder_norm && t.decoder.is_none() {
-        bail!(TensorMissing, "the decoder is missing, but fold_decoder_norm is set");
+    if t.rescale_acts_by_decoder_norm && t.decoder_weight.is_none() {
+        bail!(TensorMissing, "decoder_weight is missing, but rescale_acts_by_decoder_norm is set");
     }
-    if t.fold_decoder_norm && t.architecture != Architecture::TopK {
+    if t.rescale_acts_by_decoder_norm && t.architecture != Architecture::TopK {
         bail!(
             InvalidArgument,
-            "fold_decoder_norm is a rule of topk, not of {}",
+            "rescale_acts_by_decoder_norm is a rule of topk, not of {}",
             t.architecture.name()
         );
+    }
+    let gated = t.architecture == Architecture::Gated;
+    let jumprelu = t.architecture == Architecture::JumpRelu;
+    let foreign = [
+        ("encoder_bias", t.encoder_bias.is_some() && gated),
+        ("threshold", t.threshold.is_some() && !jumprelu),
+        ("gate_bias", t.gate_bias.is_some() && !gated),
+        ("magnitude_bias", t.magnitude_bias.is_some() && !gated),
+        ("magnitude_log_scale", t.magnitude_log_scale.is_some() && !gated),
+        ("k", t.k.is_some() && t.architecture != Architecture::TopK),
+    ];
+    if let Some((name, _)) = foreign.iter().find(|(_, given)| *given) {
+        bail!(InvalidArgument, "{name} was given, but {} has none", t.architecture.name());
     }
     if t.architecture == Architecture::TopK {
         match t.k {
@@ -154,7 +173,7 @@ fn check_rules(t: &SaeTensors<'_>) -> Result<()> {
 }
 
 fn encoder_layout(t: &SaeTensors<'_>) -> Result<Layout> {
-    let fits = |layout: Layout| t.encoder.shape() == layout.shape(t.d_sae, t.d_in);
+    let fits = |layout: Layout| t.encoder_weight.shape() == layout.shape(t.d_sae, t.d_in);
     match t.encoder_layout {
         Some(layout) if fits(layout) => Ok(layout),
         None if t.d_in == t.d_sae && fits(Layout::LatentMajor) => bail!(
@@ -167,7 +186,7 @@ fn encoder_layout(t: &SaeTensors<'_>) -> Result<Layout> {
         _ => bail!(
             Shape,
             "the encoder has the shape {:?}, which does not fit d_sae {} and d_in {}",
-            t.encoder.shape(),
+            t.encoder_weight.shape(),
             t.d_sae,
             t.d_in
         ),

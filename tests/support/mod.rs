@@ -82,11 +82,11 @@ impl RandomSae {
         tensors.encoder_layout = Some(Layout::LatentMajor);
         match self.architecture {
             Architecture::Gated => {
-                tensors.b_mag = vector(&self.bias);
-                tensors.b_gate = vector(&self.gate_bias);
-                tensors.r_mag = vector(&self.r_mag);
+                tensors.magnitude_bias = vector(&self.bias);
+                tensors.gate_bias = vector(&self.gate_bias);
+                tensors.magnitude_log_scale = vector(&self.r_mag);
             }
-            _ => tensors.b_enc = vector(&self.bias),
+            _ => tensors.encoder_bias = vector(&self.bias),
         }
         if self.architecture == Architecture::JumpRelu {
             tensors.threshold = vector(&self.threshold);
