@@ -1,25 +1,28 @@
-//! weight · hidden for a slab of tokens: register tiles of tokens × latents, with hidden states
-//! converted once per chunk into a panel of the first-level cache.
+//! weight · hidden for a slab of tokens: register tiles of tokens × latents that stream both from
+//! the second-level cache.
 //!
 //! One accumulator register per (token, latent) takes the inputs in ascending order, whatever the
 //! tile, chunk or group: so the bits depend on the two rows alone.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
-use super::lanes::{Bf16Dot, Element, LANES, Lanes, Line, Work, prefetch};
+use super::lanes::{Bf16Dot, Element, F32, LANES, Lanes, Line, Work};
 use super::pack::{PANEL, Panels};
 
-/// Steps of a chunk: the panel of hidden states and a tile's weights share the 32 KiB cache.
+/// Steps of a chunk: six rows and a tile's weights share the 32 KiB cache.
 const CHUNK: usize = 32;
+/// Lines from one converted row to the next: not a power of two, so that they share no cache set.
+const CONVERTED: usize = CHUNK + 5;
 /// Tokens of the largest tile.
 const TOKENS: usize = 6;
 /// Latents that one pass over the slab takes, at most.
-const GROUP: usize = 64;
+const GROUP: usize = 32;
 /// Bytes of weights that stay in the second-level cache during a pass.
 const GROUP_BYTES: usize = 512 << 10;
 
-/// How hidden states are read and multiplied: one step takes `INPUTS` elements into a register.
+/// How hidden states are multiplied: one step takes `INPUTS` elements of a row into a register.
 pub(super) trait Product: Copy {
     type L: Lanes;
     type Hidden: Copy;
@@ -27,14 +30,11 @@ pub(super) trait Product: Copy {
     const INPUTS: usize;
     /// Lines of weights in one step.
     const TERMS: usize;
-    /// Bytes of one hidden element.
-    const BYTES: usize;
 
     unsafe fn enter<W: Work>(work: W) -> W::Out;
-    unsafe fn load(row: *const u8) -> Self::Hidden;
-    unsafe fn save(panel: *mut Line, h: Self::Hidden);
-    unsafe fn reload(panel: *const Line) -> Self::Hidden;
-    unsafe fn weight(line: *const Line) -> Self::Weight;
+    /// One line of hidden states.
+    unsafe fn hidden(line: *const u8) -> Self::Hidden;
+    unsafe fn weight(lines: *const Line) -> Self::Weight;
     unsafe fn accumulate(
         sum: <Self::L as Lanes>::V,
         h: Self::Hidden,
@@ -42,17 +42,16 @@ pub(super) trait Product: Copy {
     ) -> <Self::L as Lanes>::V;
 }
 
-/// f32 products of hidden states converted to f32, which is exact.
+/// f32 times f32.
 #[derive(Clone, Copy)]
-pub(super) struct Canonical<L, E>(PhantomData<(L, E)>);
+pub(super) struct Canonical<L>(PhantomData<L>);
 
-impl<L: Lanes, E: Element> Product for Canonical<L, E> {
+impl<L: Lanes> Product for Canonical<L> {
     type L = L;
     type Hidden = L::V;
     type Weight = L::V;
     const INPUTS: usize = LANES;
     const TERMS: usize = 1;
-    const BYTES: usize = E::BYTES;
 
     unsafe fn enter<W: Work>(work: W) -> W::Out {
         // SAFETY: the caller's promise to `Lanes`.
@@ -60,21 +59,9 @@ impl<L: Lanes, E: Element> Product for Canonical<L, E> {
     }
 
     #[inline(always)]
-    unsafe fn load(row: *const u8) -> L::V {
+    unsafe fn hidden(line: *const u8) -> L::V {
         // SAFETY: the caller's promise to `Lanes`.
-        unsafe { E::load::<L>(row) }
-    }
-
-    #[inline(always)]
-    unsafe fn save(panel: *mut Line, h: L::V) {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::store(panel.cast(), h) }
-    }
-
-    #[inline(always)]
-    unsafe fn reload(panel: *const Line) -> L::V {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::load(panel.cast()) }
+        unsafe { L::load(line.cast()) }
     }
 
     #[inline(always)]
@@ -100,7 +87,6 @@ impl<L: Bf16Dot> Product for Split<L> {
     type Weight = [L::Pairs; 2];
     const INPUTS: usize = 2 * LANES;
     const TERMS: usize = 2;
-    const BYTES: usize = 2;
 
     unsafe fn enter<W: Work>(work: W) -> W::Out {
         // SAFETY: the caller's promise to `Lanes`.
@@ -108,21 +94,9 @@ impl<L: Bf16Dot> Product for Split<L> {
     }
 
     #[inline(always)]
-    unsafe fn load(row: *const u8) -> L::Pairs {
+    unsafe fn hidden(line: *const u8) -> L::Pairs {
         // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::load_pairs(row) }
-    }
-
-    #[inline(always)]
-    unsafe fn save(panel: *mut Line, h: L::Pairs) {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::store_pairs(panel, h) }
-    }
-
-    #[inline(always)]
-    unsafe fn reload(panel: *const Line) -> L::Pairs {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::load_pairs(panel.cast()) }
+        unsafe { L::load_pairs(line) }
     }
 
     #[inline(always)]
@@ -138,12 +112,42 @@ impl<L: Bf16Dot> Product for Split<L> {
     }
 }
 
+/// Where a tile finds its hidden states.
+pub(super) trait Source {
+    type P: Product;
+    /// Bytes of an element in the caller's rows.
+    const BYTES: usize;
+    /// Whether chunks are converted to f32 first.
+    const CONVERT: bool;
+    type E: Element;
+}
+
+/// In the caller's rows.
+pub(super) struct Direct<P>(PhantomData<P>);
+
+impl<P: Product> Source for Direct<P> {
+    type P = P;
+    type E = F32;
+    const BYTES: usize = size_of::<Line>() / P::INPUTS;
+    const CONVERT: bool = false;
+}
+
+/// In rows of f32 that the caller's are converted to, which is exact.
+pub(super) struct Converted<L, E>(PhantomData<(L, E)>);
+
+impl<L: Lanes, E: Element> Source for Converted<L, E> {
+    type P = Canonical<L>;
+    type E = E;
+    const BYTES: usize = E::BYTES;
+    const CONVERT: bool = E::BYTES != F32::BYTES;
+}
+
 /// Writes weight[k] · hidden[t] for k < `count` to out[t][k].
 ///
 /// # Safety
 /// The machine must have the product's instructions; every row must hold d_in elements, and every
 /// output `count` numbers.
-pub(super) unsafe fn dots<P: Product>(
+pub(super) unsafe fn dots<S: Source>(
     panels: &Panels<'_>,
     d_in: usize,
     count: usize,
@@ -151,15 +155,19 @@ pub(super) unsafe fn dots<P: Product>(
     out: &[*mut f32],
 ) {
     let group = group_size(panels, count);
-    let tiles = hidden.len().div_ceil(P::L::TOKENS);
+    let most = <S::P as Product>::L::TOKENS;
     for k in (0..count).step_by(group) {
-        let latents = k..count.min(k + group);
-        for tile in 0..tiles {
-            let tokens = tile * P::L::TOKENS..hidden.len().min((tile + 1) * P::L::TOKENS);
-            let next = hidden.get(tokens.end..).unwrap_or_default();
-            let pass = Pass { panels, d_in, latents: latents.clone(), next };
+        for start in (0..hidden.len()).step_by(most) {
+            let tokens = start..hidden.len().min(start + most);
+            let pass = Pass {
+                panels,
+                d_in,
+                latents: k..count.min(k + group),
+                hidden: &hidden[tokens.clone()],
+                out: &out[tokens],
+            };
             // SAFETY: the caller's promise.
-            unsafe { pass.run::<P>(&hidden[tokens.clone()], &out[tokens]) }
+            unsafe { pass.run::<S>() }
         }
     }
 }
@@ -167,60 +175,94 @@ pub(super) unsafe fn dots<P: Product>(
 /// Latents of a pass: whole panels, about equally many in each, within the caches' room.
 fn group_size(panels: &Panels<'_>, count: usize) -> usize {
     let panel_bytes = panels.panel() * size_of::<Line>();
-    let most = (GROUP_BYTES / panel_bytes.max(1) * PANEL).clamp(PANEL, GROUP);
-    let groups = count.div_ceil(most).max(1);
-    count.div_ceil(groups).next_multiple_of(PANEL)
+    let most = (GROUP_BYTES / panel_bytes * PANEL).clamp(PANEL, GROUP);
+    count.div_ceil(count.div_ceil(most)).next_multiple_of(PANEL)
 }
 
 /// All inputs of one tile of tokens against a group of latents.
 struct Pass<'a> {
     panels: &'a Panels<'a>,
     d_in: usize,
-    latents: std::ops::Range<usize>,
-    /// The tokens after this tile, to be prefetched.
-    next: &'a [*const u8],
+    latents: Range<usize>,
+    hidden: &'a [*const u8],
+    out: &'a [*mut f32],
 }
 
 impl Pass<'_> {
-    unsafe fn run<P: Product>(&self, hidden: &[*const u8], out: &[*mut f32]) {
+    unsafe fn run<S: Source>(&self) {
         let mut sums = [const { MaybeUninit::<Line>::uninit() }; GROUP * TOKENS];
-        let mut panel = [const { MaybeUninit::<Line>::uninit() }; CHUNK * TOKENS];
-        for start in (0..self.panels.steps).step_by(CHUNK) {
-            let end = self.panels.steps.min(start + CHUNK);
-            let ahead = self.ahead::<P>(hidden, end);
-            for (i, k) in self.latents.clone().step_by(P::L::LATENTS).enumerate() {
-                let latents = P::L::LATENTS.min(self.latents.end - k);
-                let done = k - self.latents.start;
-                let tile = Tile {
-                    hidden,
-                    out,
-                    ahead: [ahead.get(2 * i), ahead.get(2 * i + 1)]
-                        .map(|row| row.copied().flatten().unwrap_or(panel.as_ptr().cast())),
-                    weights: self.panels.row(k, start),
-                    sums: sums[done * TOKENS..].as_mut_ptr().cast(),
-                    panel: panel.as_mut_ptr().cast(),
-                    k,
-                    start,
-                    steps: end - start,
-                    // The last step may end inside a register.
-                    inputs: (self.d_in - start * P::INPUTS).min((end - start) * P::INPUTS),
-                    first: start == 0,
-                    last: end == self.panels.steps,
+        let mut converted = [const { MaybeUninit::<Line>::uninit() }; CONVERTED * TOKENS];
+        let converted = converted.as_mut_ptr().cast::<Line>();
+        let steps = self.panels.steps;
+        for start in (0..steps).step_by(CHUNK) {
+            let end = steps.min(start + CHUNK);
+            let at = start * <S::P>::INPUTS;
+            let chunk = Chunk {
+                hidden: self.hidden,
+                at: at * S::BYTES,
+                // The last step may end inside a register.
+                inputs: self.d_in.min(end * <S::P>::INPUTS) - at,
+            };
+            let mut rows = [std::ptr::null(); TOKENS];
+            for (m, (row, hidden)) in rows.iter_mut().zip(self.hidden).enumerate() {
+                *row = match S::CONVERT {
+                    true => converted.wrapping_add(m * CONVERTED).cast(),
+                    false => hidden.wrapping_add(chunk.at),
                 };
-                // SAFETY: the caller's promise; the tile's scratch has room for TOKENS × LATENTS
-                // sums and TOKENS × CHUNK lines, and its weights are inside the panels.
-                unsafe { tile.dispatch::<P>(latents, done == 0) }
+            }
+            if S::CONVERT {
+                let work = Convert::<S>(chunk, converted, PhantomData);
+                // SAFETY: the caller's promise; there is room for TOKENS × CHUNK lines.
+                unsafe { <S::P>::enter(work) }
+            }
+            for k in self.latents.clone().step_by(<S::P as Product>::L::LATENTS) {
+                let tile = Tile {
+                    hidden: &rows[..self.hidden.len()],
+                    inputs: chunk.inputs,
+                    weights: self.panels.row(k, start),
+                    sums: sums[(k - self.latents.start) * TOKENS..].as_mut_ptr().cast(),
+                    first: start == 0,
+                    out: (end == steps).then_some((self.out, k)),
+                };
+                // SAFETY: the caller's promise; the scratch has room for TOKENS × LATENTS sums, and
+                // the tile's weights are inside the panels.
+                unsafe { tile.dispatch::<S::P>(self.latents.end - k) }
             }
         }
     }
+}
 
-    /// Where the hidden states of the next chunk begin: this tile's, or the next one's.
-    fn ahead<P: Product>(&self, hidden: &[*const u8], end: usize) -> [Option<*const u8>; TOKENS] {
-        let (rows, at) = match end < self.panels.steps {
-            true => (hidden, end * P::INPUTS * P::BYTES),
-            false => (self.next, 0),
-        };
-        std::array::from_fn(|m| rows.get(m).map(|row| row.wrapping_add(at)))
+/// A chunk of inputs of every row.
+#[derive(Clone, Copy)]
+struct Chunk<'a> {
+    hidden: &'a [*const u8],
+    /// Where it begins, in bytes.
+    at: usize,
+    inputs: usize,
+}
+
+/// Converts a chunk to f32.
+struct Convert<'a, S>(Chunk<'a>, *mut Line, PhantomData<S>);
+
+impl<S: Source> Work for Convert<'_, S> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Convert(chunk, lines, _) = self;
+        for (m, row) in chunk.hidden.iter().enumerate() {
+            // SAFETY: the caller's promise: `inputs` elements from `at` on, CHUNK lines per row.
+            unsafe {
+                let (row, line) = (row.add(chunk.at), lines.add(m * CONVERTED));
+                for s in 0..chunk.inputs / LANES {
+                    let h = S::E::load::<<S::P as Product>::L>(row.add(s * LANES * S::BYTES));
+                    <S::P as Product>::L::store(line.add(s).cast(), h);
+                }
+                for i in chunk.inputs / LANES * LANES..chunk.inputs {
+                    *line.cast::<f32>().add(i) = S::E::widen(row.add(i * S::BYTES));
+                }
+            }
+        }
     }
 }
 
@@ -228,37 +270,26 @@ impl Pass<'_> {
 #[derive(Clone, Copy)]
 struct Tile<'a> {
     hidden: &'a [*const u8],
-    out: &'a [*mut f32],
-    /// Two rows whose next chunk is prefetched meanwhile.
-    ahead: [*const u8; 2],
-    weights: *const Line,
-    sums: *mut Line,
-    panel: *mut Line,
-    k: usize,
-    start: usize,
-    steps: usize,
     inputs: usize,
+    weights: *const Line,
+    /// Between chunks: [latent][TOKENS].
+    sums: *mut Line,
     first: bool,
-    last: bool,
+    /// After the last chunk: the tokens' outputs, and the first latent.
+    out: Option<(&'a [*mut f32], usize)>,
 }
 
 impl Tile<'_> {
     /// Enters the kernel that was compiled for this many tokens and latents.
-    unsafe fn dispatch<P: Product>(self, latents: usize, fresh: bool) {
+    unsafe fn dispatch<P: Product>(self, latents: usize) {
         macro_rules! kernels {
             ($($m:literal: $($n:literal)*),*) => {
-                match (self.hidden.len(), latents) {
-                    // The first arm's condition keeps kernels that the lanes never use out.
+                match (self.hidden.len(), latents.min(P::L::LATENTS)) {
                     $($(($m, $n) if $m <= P::L::TOKENS && $n <= P::L::LATENTS => {
                         // SAFETY: the caller's promise.
-                        unsafe {
-                            match fresh {
-                                true => P::enter(Kernel::<P, $m, $n, true>(self, PhantomData)),
-                                false => P::enter(Kernel::<P, $m, $n, false>(self, PhantomData)),
-                            }
-                        }
+                        unsafe { P::enter(Kernel::<P, $m, $n>(self, PhantomData)) }
                     })*)*
-                    _ => unreachable!("no tile of {} × {latents}", self.hidden.len()),
+                    (m, n) => unreachable!("no tile of {m} × {n}"),
                 }
             };
         }
@@ -266,19 +297,17 @@ impl Tile<'_> {
     }
 }
 
-/// A tile of M tokens × N latents; FRESH reads the rows and fills the panel, else it reads that.
-struct Kernel<'a, P, const M: usize, const N: usize, const FRESH: bool>(Tile<'a>, PhantomData<P>);
+/// A tile of M tokens × N latents.
+struct Kernel<'a, P, const M: usize, const N: usize>(Tile<'a>, PhantomData<P>);
 
-impl<P: Product, const M: usize, const N: usize, const FRESH: bool> Work
-    for Kernel<'_, P, M, N, FRESH>
-{
+impl<P: Product, const M: usize, const N: usize> Work for Kernel<'_, P, M, N> {
     type Out = ();
 
     #[inline(always)]
     unsafe fn run(self) {
         let t = self.0;
-        // SAFETY: the caller's promise: M rows with `inputs` elements from `start` on, N packed
-        // rows of `steps` steps, room for M × N sums and M × steps lines, M outputs of k + N.
+        // SAFETY: the caller's promise: M rows of `inputs` elements, N packed rows, room for M × N
+        // sums, M outputs of k + N.
         unsafe {
             let mut sums = [[P::L::zero(); N]; M];
             if !t.first {
@@ -288,30 +317,33 @@ impl<P: Product, const M: usize, const N: usize, const FRESH: bool> Work
                     }
                 }
             }
-            // Steps that lie wholly inside the row.
-            let whole = t.inputs / P::INPUTS;
             let mut rows = [std::ptr::null(); M];
-            if FRESH {
-                for (row, hidden) in rows.iter_mut().zip(t.hidden) {
-                    *row = hidden.add(t.start * P::INPUTS * P::BYTES);
-                }
-                fill_tail::<P, M>(&t, &rows, whole);
-                fill::<P, M>(&t, &rows, 0, whole);
+            rows.copy_from_slice(&t.hidden[..M]);
+            let whole = t.inputs / P::INPUTS;
+            for s in 0..whole {
+                step::<P, M, N>(
+                    &mut sums,
+                    &rows,
+                    s * size_of::<Line>(),
+                    t.weights.add(s * PANEL * P::TERMS),
+                );
             }
-            for s in 0..t.steps {
-                prefetch(t.ahead[0].wrapping_add(s * P::INPUTS * P::BYTES));
-                prefetch(t.ahead[1].wrapping_add(s * P::INPUTS * P::BYTES));
-                if FRESH {
-                    // One step ahead: what is stored now is not loaded at once.
-                    fill::<P, M>(&t, &rows, s + 1, whole);
+            if whole * P::INPUTS < t.inputs {
+                // Zeros follow the end of a row.
+                let mut ends = [Line([0.0; LANES]); M];
+                let bytes = (t.inputs - whole * P::INPUTS) * (size_of::<Line>() / P::INPUTS);
+                for (end, row) in ends.iter_mut().zip(&mut rows) {
+                    let from = row.add(whole * size_of::<Line>());
+                    *row = (&raw const *end).cast();
+                    from.copy_to_nonoverlapping((&raw mut *end).cast(), bytes);
                 }
-                step::<P, M, N>(&t, s, &mut sums);
+                step::<P, M, N>(&mut sums, &rows, 0, t.weights.add(whole * PANEL * P::TERMS));
             }
             for (m, sums) in sums.iter().enumerate() {
                 for (n, sum) in sums.iter().enumerate() {
-                    match t.last {
-                        true => *t.out.get_unchecked(m).add(t.k + n) = P::L::sum(*sum),
-                        false => P::L::store(t.sums.add(n * TOKENS + m).cast(), *sum),
+                    match t.out {
+                        Some((out, k)) => *out.get_unchecked(m).add(k + n) = P::L::sum(*sum),
+                        None => P::L::store(t.sums.add(n * TOKENS + m).cast(), *sum),
                     }
                 }
             }
@@ -319,60 +351,22 @@ impl<P: Product, const M: usize, const N: usize, const FRESH: bool> Work
     }
 }
 
-/// Converts step s of M rows into the panel, if the rows have it whole.
-#[inline(always)]
-unsafe fn fill<P: Product, const M: usize>(
-    t: &Tile<'_>,
-    rows: &[*const u8; M],
-    s: usize,
-    whole: usize,
-) {
-    if s < whole {
-        let at = s * P::INPUTS * P::BYTES;
-        for (m, row) in rows.iter().enumerate() {
-            // SAFETY: the caller's promise: the rows hold `whole` steps from `start` on.
-            unsafe {
-                let h = P::load(row.add(at));
-                P::save(t.panel.add(s * TOKENS + m), h);
-            }
-        }
-    }
-}
-
-/// The step in which the rows end, if they end inside one: zeros follow.
-#[inline(always)]
-unsafe fn fill_tail<P: Product, const M: usize>(t: &Tile<'_>, rows: &[*const u8; M], whole: usize) {
-    if whole < t.steps {
-        let at = whole * P::INPUTS * P::BYTES;
-        let bytes = (t.inputs - whole * P::INPUTS) * P::BYTES;
-        for (m, row) in rows.iter().enumerate() {
-            let mut tail = Line([0.0; LANES]);
-            let tail = (&raw mut tail).cast::<u8>();
-            // SAFETY: the caller's promise: the rows hold `inputs` elements from `start` on.
-            unsafe {
-                row.add(at).copy_to_nonoverlapping(tail, bytes);
-                P::save(t.panel.add(whole * TOKENS + m), P::load(tail));
-            }
-        }
-    }
-}
-
-/// One register of inputs of M tokens × N latents.
+/// One line of every row.
 #[inline(always)]
 unsafe fn step<P: Product, const M: usize, const N: usize>(
-    t: &Tile<'_>,
-    s: usize,
     sums: &mut [[<P::L as Lanes>::V; N]; M],
+    rows: &[*const u8; M],
+    at: usize,
+    weights: *const Line,
 ) {
-    // SAFETY: the caller's promise: step s is within the packed rows and the panel.
+    // SAFETY: the caller's promise: a line of each row at this byte, and of N packed rows.
     unsafe {
-        let weights = t.weights.add(s * PANEL * P::TERMS);
         let mut w = [P::weight(weights); N];
         for (n, w) in w.iter_mut().enumerate() {
             *w = P::weight(weights.add(n * P::TERMS));
         }
-        for (m, sums) in sums.iter_mut().enumerate() {
-            let h = P::reload(t.panel.add(s * TOKENS + m));
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let h = P::hidden(row.add(at));
             for (sum, w) in sums.iter_mut().zip(w) {
                 *sum = P::accumulate(*sum, h, w);
             }

@@ -17,6 +17,20 @@ const WIDTH: usize = 16;
 /// Tokens of a slab.
 pub(super) const SLAB: usize = 48;
 
+/// Repeats a statement for each line of a strip. Unrolled by hand: a loop that the compiler leaves
+/// rolled keeps the sums in memory.
+macro_rules! lines {
+    ($i:ident < $w:ident => $body:expr) => {
+        lines!($i < $w => $body; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    ($i:ident < $w:ident => $body:expr; $($n:literal)*) => {{
+        $(if $n < $w {
+            let $i = $n;
+            $body;
+        })*
+    }};
+}
+
 /// How rows are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Write {
@@ -62,9 +76,13 @@ impl Gradient<'_> {
 
     unsafe fn strips<L: Lanes, E: Element>(&self, coef: &[*const f32], out: &[*mut u8]) {
         let mut sums = [const { MaybeUninit::<Line>::uninit() }; SLAB * WIDTH];
-        let mut step = 0;
+        let (mut step, whole) = (0, self.d_in / LANES);
         while step < self.panels.steps {
-            let width = (1 << (self.panels.steps - step).ilog2()).min(L::WIDTH);
+            // The line in which a row ends is a strip of its own.
+            let width = match whole - step {
+                0 => 1,
+                left => (1 << left.ilog2()).min(L::WIDTH),
+            };
             for k in (0..self.count).step_by(BLOCK) {
                 let strip = Strip {
                     coef,
@@ -141,55 +159,57 @@ impl<L: Lanes, E: Element, const W: usize> Work for Kernel<'_, L, E, W> {
                 let sums = s.sums.add(t * WIDTH);
                 let mut sum = [L::zero(); W];
                 if !s.first {
-                    for (i, sum) in sum.iter_mut().enumerate() {
-                        *sum = L::load(sums.add(i).cast());
-                    }
+                    lines!(i < W => sum[i] = L::load(sums.add(i).cast()));
                 }
                 while active != 0 {
                     let k = active.trailing_zeros() as usize;
                     active &= active - 1;
                     let c = L::mul(factor, L::splat(*coef.add(k)));
                     let row = s.weights.add(k / PANEL * s.panel + k % PANEL);
-                    for (i, sum) in sum.iter_mut().enumerate() {
-                        *sum = L::fma(c, L::load(row.add(i * PANEL).cast()), *sum);
-                    }
+                    lines!(i < W => sum[i] = L::fma(c, L::load(row.add(i * PANEL).cast()), sum[i]));
                 }
-                let out = out.add(s.start * E::BYTES);
-                for (i, sum) in sum.iter().enumerate() {
-                    if s.last {
-                        put::<L, E>(&s, out, i, *sum);
-                    } else {
-                        L::store(sums.add(i).cast(), *sum);
-                    }
+                if !s.last {
+                    lines!(i < W => L::store(sums.add(i).cast(), sum[i]));
+                } else if s.inputs < LANES {
+                    put_part::<L, E>(&s, out.add(s.start * E::BYTES), sum[0]);
+                } else {
+                    put::<L, E, W>(s.write, out.add(s.start * E::BYTES), &sum);
                 }
             }
         }
     }
 }
 
-/// Writes line i of a strip, which may end inside it.
+/// Writes a strip of whole lines.
 #[inline(always)]
-unsafe fn put<L: Lanes, E: Element>(s: &Strip<'_>, out: *mut u8, i: usize, sum: L::V) {
-    let left = s.inputs - i * LANES;
-    // SAFETY: the caller's promise: `left` elements may be written, all of them may be read.
+unsafe fn put<L: Lanes, E: Element, const W: usize>(write: Write, out: *mut u8, sum: &[L::V; W]) {
+    let line = LANES * E::BYTES;
+    // SAFETY: the caller's promise: W lines may be written, and read to add to them.
     unsafe {
-        let out = out.add(i * LANES * E::BYTES);
-        if left >= LANES {
-            match s.write {
-                Write::Store => E::store::<L>(out, sum),
-                Write::Stream => E::stream::<L>(out, sum),
-                Write::Add => E::store::<L>(out, L::add(E::load::<L>(out), sum)),
-            }
-        } else {
-            let mut tail = Line([0.0; LANES]);
-            let tail = (&raw mut tail).cast::<u8>();
-            if s.write == Write::Add {
-                out.copy_to_nonoverlapping(tail, left * E::BYTES);
-                E::store::<L>(tail, L::add(E::load::<L>(tail), sum));
-            } else {
-                E::store::<L>(tail, sum);
-            }
-            tail.copy_to_nonoverlapping(out, left * E::BYTES);
+        match write {
+            Write::Store => lines!(i < W => E::store::<L>(out.add(i * line), sum[i])),
+            Write::Stream => lines!(i < W => E::stream::<L>(out.add(i * line), sum[i])),
+            Write::Add => lines!(i < W => {
+                let out = out.add(i * line);
+                E::store::<L>(out, L::add(E::load::<L>(out), sum[i]));
+            }),
         }
+    }
+}
+
+/// Writes the line in which a row ends.
+#[inline(always)]
+unsafe fn put_part<L: Lanes, E: Element>(s: &Strip<'_>, out: *mut u8, sum: L::V) {
+    let mut line = Line([0.0; LANES]);
+    let line = (&raw mut line).cast::<u8>();
+    // SAFETY: the caller's promise: `inputs` elements may be written, and read to add to them.
+    unsafe {
+        if s.write == Write::Add {
+            out.copy_to_nonoverlapping(line, s.inputs * E::BYTES);
+            E::store::<L>(line, L::add(E::load::<L>(line), sum));
+        } else {
+            E::store::<L>(line, sum);
+        }
+        line.copy_to_nonoverlapping(out, s.inputs * E::BYTES);
     }
 }

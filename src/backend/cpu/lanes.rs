@@ -186,15 +186,17 @@ pub(super) trait Element: Copy {
     unsafe fn load<L: Lanes>(p: *const u8) -> L::V;
     unsafe fn store<L: Lanes>(p: *mut u8, v: L::V);
     unsafe fn stream<L: Lanes>(p: *mut u8, v: L::V);
+    /// One element.
+    unsafe fn widen(p: *const u8) -> f32;
 }
 
 macro_rules! element {
-    ($name:ident, $bytes:literal, $load:ident, $store:ident, $stream:ident) => {
+    ($name:ident, $t:ty, $load:ident, $store:ident, $stream:ident) => {
         #[derive(Clone, Copy)]
         pub(super) struct $name;
 
         impl Element for $name {
-            const BYTES: usize = $bytes;
+            const BYTES: usize = size_of::<$t>();
 
             #[inline(always)]
             unsafe fn load<L: Lanes>(p: *const u8) -> L::V {
@@ -213,12 +215,18 @@ macro_rules! element {
                 // SAFETY: the caller's promise to `Lanes`.
                 unsafe { L::$stream(p.cast(), v) }
             }
+
+            #[inline(always)]
+            unsafe fn widen(p: *const u8) -> f32 {
+                // SAFETY: the caller's promise: an aligned element.
+                unsafe { (*p.cast::<$t>()).into() }
+            }
         }
     };
 }
-element!(F32, 4, load, store, stream);
-element!(Bf16, 2, load_bf16, store_bf16, stream_bf16);
-element!(F16, 2, load_f16, store_f16, stream_f16);
+element!(F32, f32, load, store, stream);
+element!(Bf16, half::bf16, load_bf16, store_bf16, stream_bf16);
+element!(F16, half::f16, load_f16, store_f16, stream_f16);
 
 /// Runs an expression with the element type of a dtype; the boundary lets no other through.
 macro_rules! with_element {
@@ -240,18 +248,6 @@ macro_rules! with_element {
     };
 }
 pub(super) use with_element;
-
-/// Asks for the cache line at `p` in the second-level cache; any address is legal.
-#[inline(always)]
-pub(super) fn prefetch(p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64, and a prefetch never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
-}
 
 /// Makes streamed stores visible to other threads.
 pub(super) fn fence() {

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::encode::{Canonical, Split, dots};
+use super::encode::{Converted, Direct, Split, dots};
 use super::finish::{Coefficients, Latents};
 use super::gradient::{Gradient, SLAB, Write};
 use super::lanes::{Isa, Lanes, Line, with_element, with_lanes};
@@ -303,14 +303,14 @@ impl Kernels<'_> {
             match (self.isa, dtype, &self.bf16) {
                 #[cfg(target_arch = "x86_64")]
                 (Isa::Avx512Bf16, DType::BF16, Some(panels)) => {
-                    dots::<Split<super::lanes::Avx512>>(panels, d_in, count, hidden, out)
+                    dots::<Direct<Split<super::lanes::Avx512>>>(panels, d_in, count, hidden, out)
                 }
                 #[cfg(test)]
                 (Isa::PortableBf16, DType::BF16, Some(panels)) => {
-                    dots::<Split<super::lanes::Portable>>(panels, d_in, count, hidden, out)
+                    dots::<Direct<Split<super::lanes::Portable>>>(panels, d_in, count, hidden, out)
                 }
                 _ => with_lanes!(self.isa, L => with_element!(dtype, E => {
-                    dots::<Canonical<L, E>>(&self.panels, d_in, count, hidden, out)
+                    dots::<Converted<L, E>>(&self.panels, d_in, count, hidden, out)
                 })),
             }
         }
