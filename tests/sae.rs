@@ -575,7 +575,8 @@ mod wrong {
         };
         assert_eq!(status(&|t| t.encoder_bias = None), Status::TensorMissing);
         assert_eq!(status(&|t| t.architecture = Architecture::JumpRelu), Status::TensorMissing);
-        assert_eq!(status(&|t| t.architecture = Architecture::Gated), Status::TensorMissing);
+        assert_eq!(status(&|t| t.architecture = Architecture::Gated), Status::InvalidArgument);
+        assert_eq!(status(&|t| t.k = Some(1)), Status::InvalidArgument);
         assert_eq!(status(&|t| t.architecture = Architecture::TopK), Status::RecipeIncomplete);
         assert_eq!(status(&|t| t.apply_b_dec_to_input = true), Status::TensorMissing);
         assert_eq!(status(&|t| t.rescale_acts_by_decoder_norm = true), Status::TensorMissing);

@@ -128,11 +128,12 @@ impl<'a> Columns<'a> {
             let (start, end) = (self.position(rows.start, 0), self.position(rows.end, 0));
             let bytes = (end - start) as usize;
             let mut pick = |window: *const u8| {
-                for row in rows.clone() {
-                    for (column, slot) in &self.wanted {
-                        let at = (self.position(row, *column) - start) as usize;
-                        // SAFETY: the element lies within the window.
-                        unsafe { part.copy(*slot, row, window.add(at), self.size) }
+                // SAFETY: the window holds these rows.
+                unsafe {
+                    match self.size {
+                        2 => self.pick::<2>(part, &rows, window),
+                        4 => self.pick::<4>(part, &rows, window),
+                        _ => self.pick::<8>(part, &rows, window),
                     }
                 }
             };
@@ -140,6 +141,27 @@ impl<'a> Columns<'a> {
                 return;
             }
             part.drop_rows_before(rows.end, self.size);
+        }
+    }
+
+    /// Copies the wanted elements of S bytes out of a window that begins with the first row.
+    ///
+    /// # Safety
+    /// `window` must be readable for all of `rows`.
+    unsafe fn pick<const S: usize>(
+        &self,
+        part: &mut Part<'_>,
+        rows: &Range<usize>,
+        window: *const u8,
+    ) {
+        let first = rows.start - part.rows.start;
+        for (column, slot) in &self.wanted {
+            let out = part.out[*slot].as_chunks_mut::<S>().0;
+            for (i, to) in out[first..first + rows.len()].iter_mut().enumerate() {
+                let at = (i * self.width + column) * S;
+                // SAFETY: the element lies within the window.
+                *to = unsafe { window.add(at).cast::<[u8; S]>().read_unaligned() };
+            }
         }
     }
 
@@ -214,15 +236,6 @@ impl Part<'_> {
     fn put(&mut self, slot: usize, row: usize, element: &[u8]) {
         let at = (row - self.rows.start) * element.len();
         self.out[slot][at..at + element.len()].copy_from_slice(element);
-    }
-
-    /// # Safety
-    /// `size` bytes at `element` must be readable.
-    unsafe fn copy(&mut self, slot: usize, row: usize, element: *const u8, size: usize) {
-        let at = (row - self.rows.start) * size;
-        let to = &mut self.out[slot][at..at + size];
-        // SAFETY: `to` has `size` bytes, the caller promises as many to read.
-        unsafe { element.copy_to_nonoverlapping(to.as_mut_ptr(), size) }
     }
 
     fn drop_rows_before(&mut self, row: usize, size: usize) {
