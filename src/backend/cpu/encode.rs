@@ -117,7 +117,7 @@ pub(super) trait Source {
     type P: Product;
     /// Bytes of an element in the caller's rows.
     const BYTES: usize;
-    /// Whether chunks are converted to f32 first.
+    /// Whether chunks of E are converted to f32 first.
     const CONVERT: bool;
     type E: Element;
 }

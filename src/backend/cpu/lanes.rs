@@ -1,8 +1,6 @@
 //! Sixteen f32 lanes on every instruction set, with the same bits on each: only operations that
 //! IEEE 754 rounds in one way (fma, add, mul, conversions), in an order that the caller fixes.
 
-use crate::tensor::DType;
-
 /// A cache line of packed numbers.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -174,7 +172,6 @@ pub(super) trait Bf16Dot: Lanes {
 
     unsafe fn enter_bf16<W: Work>(work: W) -> W::Out;
     unsafe fn load_pairs(p: *const u8) -> Self::Pairs;
-    unsafe fn store_pairs(p: *mut Line, v: Self::Pairs);
     /// c + a[2l+1] · b[2l+1], then + a[2l] · b[2l]: rounded after each, denormals are zero.
     unsafe fn dot(c: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V;
 }
@@ -331,7 +328,6 @@ impl Bf16Dot for Portable {
 
     methods! {
         fn load_pairs(p: *const u8) -> Self::Pairs { p.cast::<Self::Pairs>().read_unaligned() }
-        fn store_pairs(p: *mut Line, v: Self::Pairs) { p.cast::<Self::Pairs>().write_unaligned(v) }
         fn dot(c: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V {
             let normal = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
             let wide = |x: u16| normal(f32::from_bits((x as u32) << 16));
@@ -355,7 +351,7 @@ pub(super) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Bf16Dot, Lanes, Line, Work};
+    use super::{Bf16Dot, Lanes, Work};
 
     /// Two 256-bit registers.
     #[derive(Clone, Copy)]
@@ -496,14 +492,11 @@ mod x86 {
     }
 
     impl Bf16Dot for Avx512 {
-        type Pairs = __m512i;
+        type Pairs = __m512bh;
 
         methods! {
-            fn load_pairs(p: *const u8) -> __m512i { _mm512_loadu_si512(p.cast()) }
-            fn store_pairs(p: *mut Line, v: __m512i) { _mm512_store_si512(p.cast(), v) }
-            fn dot(c: __m512, a: __m512i, b: __m512i) -> __m512 {
-                _mm512_dpbf16_ps(c, std::mem::transmute(a), std::mem::transmute(b))
-            }
+            fn load_pairs(p: *const u8) -> __m512bh { p.cast::<__m512bh>().read_unaligned() }
+            fn dot(c: __m512, a: __m512bh, b: __m512bh) -> __m512 { _mm512_dpbf16_ps(c, a, b) }
         }
 
         unsafe fn enter_bf16<W: Work>(work: W) -> W::Out {
