@@ -634,3 +634,30 @@ fn the_hosts_float_mode_changes_no_bit() {
     assert_eq!(after & 0x8040, FLUSH & 0x8040, "the host's mode is gone");
     second.assert_same(&first, "flushed denormals", &p);
 }
+
+/// The pool's threads are not in the child: it must do the work itself, to the same bits.
+#[cfg(unix)]
+#[test]
+fn a_forked_child_computes_without_the_pool() {
+    let p = Problem::random(&mut Random::fresh(), 257, 64, 768);
+    let cpu = Cpu::new(&p.rows(), 2);
+    let (mut parent, mut child) = (Outputs::new(&p), Outputs::new(&p));
+    let mut lines = space(cpu.workspace_size(p.tokens));
+    let call = parent.call(&p, true, workspace(&mut lines));
+    // SAFETY: every matrix has the problem's shape.
+    unsafe { cpu.penalty(&call) };
+    let call = child.call(&p, true, workspace(&mut lines));
+    // SAFETY: the child calls nothing but the backend, and leaves without running destructors.
+    unsafe {
+        let pid = libc::fork();
+        if pid == 0 {
+            libc::alarm(60);
+            cpu.penalty(&call);
+            libc::_exit((child.loss.to_bits() != parent.loss.to_bits()) as i32);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+        assert!(libc::WIFEXITED(status), "the child hung or crashed: {}", p.name);
+        assert_eq!(libc::WEXITSTATUS(status), 0, "another loss in the child: {}", p.name);
+    }
+}
