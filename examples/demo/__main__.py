@@ -33,7 +33,7 @@ LAYER = model.LAYERS // 2  # 0-based: the output of the middle decoder block
 K = 20
 RATIO = 1.0  # lambda makes the plain run's drift cost RATIO times what tuning gains
 
-PRETRAIN = dict(steps=1000, batch=4, lr=2.5e-3)
+PRETRAIN = dict(steps=800, batch=4, lr=2.5e-3)
 SAE = dict(steps=500, batch=1024, lr=1e-3)
 SAE_ROWS = 1200  # packed rows of pretraining text whose activations train the SAE
 TUNE = dict(steps=150, batch=16, lr=4e-3)
