@@ -2,8 +2,10 @@
 //!
 //! For latent k with encoder row W_k, bias b_k, decoder row D_k, input scale s:
 //!
-//!     u_k = f_k · ((s·h − b_dec)·W_k + b_k)          f_k = ‖D_k‖/s if decoder norms are folded, else 1
-//!         = (f_k·s·W_k)·h + f_k·(b_k − b_dec·W_k)    b_dec only where it is subtracted
+//! ```text
+//! u_k = f_k · ((s·h − b_dec)·W_k + b_k)          f_k = ‖D_k‖/s if decoder norms are folded, else 1
+//!     = (f_k·s·W_k)·h + f_k·(b_k − b_dec·W_k)    b_dec only where it is subtracted
+//! ```
 //!
 //! Every fold is computed in f64 and rounded to f32 once.
 
