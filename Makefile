@@ -43,7 +43,7 @@ test-sanitizers: ## the unsafe parts under AddressSanitizer
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
 	  --target-dir target/asan
 
-test-install: $(LIB) ## install into a scratch prefix, build the examples against it
+test-install: $(LIB) $(VENV)/tools ## install into a scratch prefix, build the examples against it
 	tests/capi/install_test.sh
 
 lint: ## formatting, clippy (which also checks the MSRV)
@@ -75,7 +75,8 @@ $(VENV)/package: $(VENV)/requirements $(LIB) $(PACKAGE)
 	$(VENV)/bin/pip install --quiet ./bindings/python
 	@touch $@
 
-# valgrind runs the C programs of tests/capi.
+# valgrind runs the C programs of tests/capi, pkg-config finds the installed library.
 $(VENV)/tools: | $(VENV)/requirements
-	@command -v valgrind >/dev/null || { apt-get update -qq && apt-get install -y -qq valgrind; }
+	@{ command -v valgrind && command -v pkg-config; } >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq valgrind pkg-config; }
 	@touch $@

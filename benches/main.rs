@@ -1,12 +1,17 @@
-//! Criterion groups of the run calls: `cargo bench`, or `cargo bench -- fused/f32` for one.
+//! Criterion groups of the run calls and of loading: `cargo bench`, or `cargo bench -- fused/f32` for one.
 //!
 //! Throughput counts the bytes of hidden, which every call but backward reads once.
 
-mod backward;
+mod calls;
 mod case;
-mod encode;
-mod forward;
-mod fused;
+mod load;
 
-criterion::criterion_group!(benches, encode::group, forward::group, backward::group, fused::group);
+criterion::criterion_group!(
+    benches,
+    calls::encode,
+    calls::forward,
+    calls::backward,
+    calls::fused,
+    load::group
+);
 criterion::criterion_main!(benches);
