@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::Cpu;
 use crate::backend::reference::Reference;
-use crate::backend::{Backend, Gate, Rows};
+use crate::backend::{Backend, OwnedGate, OwnedRows};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
 use crate::sae::{Architecture, EncoderRows, Sae};
@@ -103,7 +103,7 @@ impl Plan {
         let columns = Columns::new(sae, latents, &encoder, options.activation);
         let identity = columns.identity(0..latents.len());
         check_provenance(latents, &identity, options.activation)?;
-        let rows = LatentRows::new(encoder, latents, sae.recipe().architecture, options.activation);
+        let rows = latent_rows(encoder, latents, sae.recipe().architecture, options.activation);
         let backend: Box<dyn Backend> = match kind {
             BackendKind::Reference => Box::new(Reference::new(rows)),
             _ => Box::new(Cpu::new(&rows.borrow(), options.num_threads)),
@@ -291,66 +291,29 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
 }
 
 /// Rows with the gate that the activation chose, and the signs and weights of the set.
-pub(crate) struct LatentRows {
-    d_in: usize,
-    weight: Vec<f32>,
-    bias: Vec<f32>,
-    scale: Option<Vec<f32>>,
-    gate: OwnedGate,
-    sign_weight: Vec<f32>,
-}
-
-enum OwnedGate {
-    Open,
-    Relu,
-    Threshold(Vec<f32>),
-    Gated(Vec<f32>),
-}
-
-impl LatentRows {
-    fn new(
-        rows: EncoderRows,
-        latents: &Latents,
-        architecture: Architecture,
-        activation: Activation,
-    ) -> LatentRows {
-        let zeros = vec![0.0; rows.bias.len()];
-        let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
-        let gate = match (activation, architecture) {
-            (Activation::Preactivation, _) => OwnedGate::Open,
-            (Activation::Native, Architecture::JumpRelu) => {
-                OwnedGate::Threshold(rows.threshold.unwrap_or(zeros))
-            }
-            (Activation::Native, Architecture::Gated) => {
-                OwnedGate::Gated(gate_bias.unwrap_or(zeros))
-            }
-            _ => OwnedGate::Relu,
-        };
-        let signed = latents.signs().iter().zip(latents.weights());
-        LatentRows {
-            d_in: rows.d_in,
-            weight: rows.weight,
-            bias: rows.bias,
-            scale,
-            gate,
-            sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),
+fn latent_rows(
+    rows: EncoderRows,
+    latents: &Latents,
+    architecture: Architecture,
+    activation: Activation,
+) -> OwnedRows {
+    let zeros = vec![0.0; rows.bias.len()];
+    let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
+    let gate = match (activation, architecture) {
+        (Activation::Preactivation, _) => OwnedGate::Open,
+        (Activation::Native, Architecture::JumpRelu) => {
+            OwnedGate::Threshold(rows.threshold.unwrap_or(zeros))
         }
-    }
-
-    pub fn borrow(&self) -> Rows<'_> {
-        Rows {
-            d_in: self.d_in,
-            weight: &self.weight,
-            weight_stride: self.d_in,
-            bias: &self.bias,
-            scale: self.scale.as_deref(),
-            gate: match &self.gate {
-                OwnedGate::Open => Gate::Open,
-                OwnedGate::Relu => Gate::Relu,
-                OwnedGate::Threshold(th) => Gate::Threshold(th),
-                OwnedGate::Gated(bias) => Gate::Gated(bias),
-            },
-            sign_weight: &self.sign_weight,
-        }
+        (Activation::Native, Architecture::Gated) => OwnedGate::Gated(gate_bias.unwrap_or(zeros)),
+        _ => OwnedGate::Relu,
+    };
+    let signed = latents.signs().iter().zip(latents.weights());
+    OwnedRows {
+        d_in: rows.d_in,
+        weight: rows.weight,
+        bias: rows.bias,
+        scale,
+        gate,
+        sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),
     }
 }

@@ -31,6 +31,23 @@ impl Rows<'_> {
     pub fn row(&self, k: usize) -> &[f32] {
         &self.weight[k * self.weight_stride..][..self.d_in]
     }
+
+    /// Copies of all but the weights.
+    pub fn without_weight(&self) -> OwnedRows {
+        OwnedRows {
+            d_in: self.d_in,
+            weight: Vec::new(),
+            bias: self.bias.to_vec(),
+            scale: self.scale.map(<[f32]>::to_vec),
+            gate: match self.gate {
+                Gate::Open => OwnedGate::Open,
+                Gate::Relu => OwnedGate::Relu,
+                Gate::Threshold(th) => OwnedGate::Threshold(th.to_vec()),
+                Gate::Gated(bias) => OwnedGate::Gated(bias.to_vec()),
+            },
+            sign_weight: self.sign_weight.to_vec(),
+        }
+    }
 }
 
 /// From pre-activation to latent. NaN passes every gate.
@@ -44,6 +61,43 @@ pub(crate) enum Gate<'a> {
     Threshold(&'a [f32]),
     /// z = (weight · h + bias <= 0 or pre <= 0) ? 0 : pre
     Gated(&'a [f32]),
+}
+
+/// [`Rows`] that own their arrays.
+pub(crate) struct OwnedRows {
+    pub d_in: usize,
+    /// [K, d_in], or empty where a backend keeps the weights in a form of its own.
+    pub weight: Vec<f32>,
+    pub bias: Vec<f32>,
+    pub scale: Option<Vec<f32>>,
+    pub gate: OwnedGate,
+    pub sign_weight: Vec<f32>,
+}
+
+pub(crate) enum OwnedGate {
+    Open,
+    Relu,
+    Threshold(Vec<f32>),
+    Gated(Vec<f32>),
+}
+
+impl OwnedRows {
+    pub fn borrow(&self) -> Rows<'_> {
+        Rows {
+            d_in: self.d_in,
+            weight: &self.weight,
+            weight_stride: self.d_in,
+            bias: &self.bias,
+            scale: self.scale.as_deref(),
+            gate: match &self.gate {
+                OwnedGate::Open => Gate::Open,
+                OwnedGate::Relu => Gate::Relu,
+                OwnedGate::Threshold(th) => Gate::Threshold(th),
+                OwnedGate::Gated(bias) => Gate::Gated(bias),
+            },
+            sign_weight: &self.sign_weight,
+        }
+    }
 }
 
 /// Rows of a matrix in caller memory: unit stride inside a row, aligned to the element.

@@ -3,16 +3,15 @@
 
 use half::{bf16, f16};
 
-use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows};
-use crate::plan::LatentRows;
+use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedRows, PenaltyCall, Rows};
 use crate::tensor::DType;
 
 pub(crate) struct Reference {
-    rows: LatentRows,
+    rows: OwnedRows,
 }
 
 impl Reference {
-    pub fn new(rows: LatentRows) -> Reference {
+    pub fn new(rows: OwnedRows) -> Reference {
         Reference { rows }
     }
 }

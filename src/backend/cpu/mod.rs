@@ -18,7 +18,7 @@ use self::lanes::{Isa, LANES, Line};
 use self::pack::{Panels, bf16_lines, f32_lines, pack_bf16, pack_f32};
 use self::slab::Kernels;
 use self::threads::Threads;
-use super::{Backend, BackwardCall, EncodeCall, Gate, PenaltyCall, Rows, Workspace};
+use super::{Backend, BackwardCall, EncodeCall, OwnedRows, PenaltyCall, Rows, Workspace};
 use crate::tensor::DType;
 
 /// The instruction set that the kernels use on this machine.
@@ -51,7 +51,7 @@ impl Cpu {
             panels
         });
         let threads = Threads::pool(num_threads);
-        Cpu { isa, rows: OwnedRows::new(rows), panels, bf16_panels, threads }
+        Cpu { isa, rows: rows.without_weight(), panels, bf16_panels, threads }
     }
 
     fn kernels(&self) -> Kernels<'_> {
@@ -114,7 +114,7 @@ impl Backend for Cpu {
     }
 
     fn workspace_size(&self, tokens: usize) -> usize {
-        Kernels::workspace_size(self.rows.count, tokens, self.threads.count())
+        Kernels::workspace_size(self.rows.bias.len(), tokens, self.threads.count())
     }
 
     unsafe fn encode(&self, call: &EncodeCall) {
@@ -130,58 +130,6 @@ impl Backend for Cpu {
     unsafe fn backward(&self, call: &BackwardCall) {
         // SAFETY: the caller's promise.
         unsafe { self.kernels().backward(&self.threads, call) }
-    }
-}
-
-/// Rows without their weights, which are in the panels.
-struct OwnedRows {
-    d_in: usize,
-    count: usize,
-    bias: Box<[f32]>,
-    scale: Option<Box<[f32]>>,
-    gate: OwnedGate,
-    sign_weight: Box<[f32]>,
-}
-
-enum OwnedGate {
-    Open,
-    Relu,
-    Threshold(Box<[f32]>),
-    Gated(Box<[f32]>),
-}
-
-impl OwnedRows {
-    fn new(rows: &Rows<'_>) -> OwnedRows {
-        OwnedRows {
-            d_in: rows.d_in,
-            count: rows.count(),
-            bias: rows.bias.into(),
-            scale: rows.scale.map(Into::into),
-            gate: match rows.gate {
-                Gate::Open => OwnedGate::Open,
-                Gate::Relu => OwnedGate::Relu,
-                Gate::Threshold(th) => OwnedGate::Threshold(th.into()),
-                Gate::Gated(bias) => OwnedGate::Gated(bias.into()),
-            },
-            sign_weight: rows.sign_weight.into(),
-        }
-    }
-
-    fn borrow(&self) -> Rows<'_> {
-        Rows {
-            d_in: self.d_in,
-            weight: &[],
-            weight_stride: 0,
-            bias: &self.bias,
-            scale: self.scale.as_deref(),
-            gate: match &self.gate {
-                OwnedGate::Open => Gate::Open,
-                OwnedGate::Relu => Gate::Relu,
-                OwnedGate::Threshold(th) => Gate::Threshold(th),
-                OwnedGate::Gated(bias) => Gate::Gated(bias),
-            },
-            sign_weight: &self.sign_weight,
-        }
     }
 }
 
