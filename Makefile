@@ -34,6 +34,7 @@ test: lint test-rust test-python test-sanitizers test-install ## every test
 
 test-rust: $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 	$(CARGO) test --locked
+	$(CARGO) test --locked -p blockem-cxx
 
 test-python: $(VENV)/package ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
@@ -49,8 +50,8 @@ test-install: $(LIB) $(VENV)/tools ## install into a scratch prefix, build the e
 lint: ## formatting, clippy (which also checks the MSRV)
 	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \
 	  || rustup component add clippy rustfmt
-	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 header: ## regenerate include/blockem.h
 	BLOCKEM_WRITE_HEADER=1 $(CARGO) test --test header
