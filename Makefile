@@ -15,7 +15,7 @@ RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs'
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .PHONY: help build demo test test-rust test-python test-sanitizers test-install lint header \
-        bench bench-load install clean
+        gpu-check bench install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,18 @@ test-rust: $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 
 test-python: $(VENV)/package ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
+	$(PY) tests/gpu/check.py --device cpu --repeats 20
+
+# Needs a GPU, torch and a built tree; neither cargo nor the network. GPU_PYTHON is the python that has torch.
+GPU_PYTHON ?= python3
+BENCH ?= quick
+gpu-check: ## the CUDA backend on this machine's GPU, then the benchmark: BENCH=quick, I/N (a part) or none
+	$(GPU_PYTHON) tests/gpu/check.py
+	@case '$(BENCH)' in \
+	  none) ;; \
+	  quick) $(GPU_PYTHON) benches/gpu/compare.py --quick ;; \
+	  *) $(GPU_PYTHON) benches/gpu/compare.py --part '$(BENCH)' ;; \
+	esac
 
 test-sanitizers: ## the unsafe parts under AddressSanitizer
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \

@@ -1,0 +1,501 @@
+"""Does the CUDA backend keep its promises on this machine's GPU?
+
+    python tests/gpu/check.py [--device cuda:0] [--only SECTION ...] [--repeats 1000]
+
+Needs torch and a built tree (target/release/libblockem.so), no cargo, no network. Sections: parity, masks, layouts,
+bits, streams, capture, context, delay, errors, sanitizer. Each prints a line; exit status 1 if one fails. With
+`--device cpu` the sections that need no GPU run on the CPU backend, which is how this file itself is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bindings" / "python"), str(ROOT / "benches" / "gpu")]
+
+import torch  # noqa: E402
+
+import blockem  # noqa: E402
+import blockem.torch  # noqa: E402
+import calls  # noqa: E402
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GATES = (
+    ("standard", "native"),
+    ("jumprelu", "native"),
+    ("gated", "native"),
+    ("gated", "dense_relu"),
+    ("gated", "preactivation"),
+)
+# (T, d, K): odd sizes, one of each tile, more than one of each.
+SHAPES = ((1, 1, 1), (17, 63, 3), (64, 64, 8), (65, 100, 20), (200, 520, 33), (129, 1030, 70), (300, 2304, 130))
+SECTIONS: dict[str, object] = {}
+NEEDS_GPU = {"streams", "capture", "context", "delay", "errors", "sanitizer"}
+# A short run for the sanitizer: every kernel, few shapes.
+SANITIZED = ("parity", "masks", "layouts")
+
+
+def section(function):
+    SECTIONS[function.__name__] = function
+    return function
+
+
+class Failure(AssertionError):
+    pass
+
+
+def expect(holds: bool, text: str) -> None:
+    if not holds:
+        raise Failure(text)
+
+
+def refused(name: str, run) -> None:
+    try:
+        run()
+    except blockem.Error as error:
+        expect(error.name == name, f"answers {error.name} ({error}), not {name}")
+    else:
+        raise Failure(f"{name} was not answered")
+
+
+class Case:
+    """A random SAE and set on a device, with the formulas in float64 torch as the oracle."""
+
+    def __init__(self, o: Options, architecture: str, activation: str, width: int, count: int, seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        normal = lambda *shape: torch.randn(*shape, generator=draw)
+        self.architecture, self.activation, self.device = architecture, activation, o.device
+        self.width, self.count = width, count
+        self.weight = normal(count, width) / width**0.5
+        self.bias = 0.2 * normal(count)
+        self.threshold = 0.3 * torch.rand(count, generator=draw)
+        self.gate_bias, self.r_mag = 0.2 * normal(count), 0.2 * normal(count)
+        self.sign = torch.where(torch.rand(count, generator=draw) < 0.5, 1, -1).to(torch.int8)
+        self.scale = 0.5 + torch.rand(count, generator=draw)
+        arrays = {"encoder_bias": self.bias}
+        if architecture == "jumprelu":
+            arrays["threshold"] = self.threshold
+        if architecture == "gated":
+            arrays = {"gate_bias": self.gate_bias, "magnitude_bias": self.bias, "magnitude_log_scale": self.r_mag}
+        self.sae = blockem.Sae.from_tensors(
+            encoder_weight=self.weight, encoder_layout="f_d", architecture=architecture, **arrays
+        )
+        self.plan = self.plan_of(range(count))
+
+    def plan_of(self, ids) -> blockem.Plan:
+        ids = list(ids)
+        latents = blockem.Latents(ids, self.sign[ids].tolist(), self.scale[ids].tolist())
+        return blockem.Plan(self.sae, latents, device=self.device, activation=self.activation)
+
+    def hidden(self, tokens: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randn(tokens, self.width, generator=draw).to(dtype).to(self.device)
+
+    def oracle(self, hidden, reference, mask, factor):
+        """z, distance to the gate's edge, loss, per-latent loss, coefficients, gradient, in float64 on the CPU."""
+        wide = lambda x: x.detach().cpu().double()
+        w, h = wide(self.weight), wide(hidden)
+        kept = (mask != 0).cpu()[:, None]
+        dot = torch.where(kept, h, 0.0) @ w.T
+        slope = torch.exp(wide(self.r_mag)) if self.architecture == "gated" else torch.ones(self.count).double()
+        pre = slope * dot + wide(self.bias)
+        edges = [pre]
+        if self.activation == "preactivation":
+            edges = [torch.full_like(pre, torch.inf)]
+        elif self.architecture == "jumprelu":
+            edges = [pre - wide(self.threshold)]
+        elif self.architecture == "gated" and self.activation == "native":
+            edges = [pre, dot + wide(self.gate_bias)]
+        off = torch.stack([edge <= 0 for edge in edges]).any(0)
+        z = torch.where(off, 0.0, pre)
+        sign, weight, m = wide(self.sign), wide(self.scale), wide(mask)[:, None]
+        rise = torch.relu(sign * (z - torch.where(kept, wide(reference), 0.0)))
+        losses = torch.where(kept, m * weight * rise**2, 0.0)
+        coef = torch.where(kept & ~off, m * 2 * weight * sign * rise * slope, 0.0)
+        margin = torch.stack([edge.abs() for edge in edges]).amin(0)
+        return z, margin, losses.sum().item(), losses.sum(0), coef, factor * coef @ w
+
+
+class Options:
+    def __init__(self, device: str, repeats: int, quick: bool) -> None:
+        self.device, self.repeats, self.quick = device, repeats, quick
+        self.on_gpu = device.startswith("cuda")
+
+    def shapes(self):
+        return SHAPES[2:5] if self.quick else SHAPES
+
+
+def rounding(case: Case, dtype: torch.dtype) -> float:
+    """How far z may be off, as a share of |W| |h|."""
+    in_two_terms = case.plan.numerics.endswith("bf16dot") and dtype == torch.bfloat16
+    return 2.0**-16 if in_two_terms else 2e-6
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str) -> None:
+    error = (found.detach().cpu().double() - exact).abs().max().item() if exact.numel() else 0.0
+    expect(error <= tolerance, f"{what}: off by {error:.2e}, may be {tolerance:.2e}")
+
+
+def poisoned(*shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.full(shape, float("nan"), device=like.device, dtype=dtype or like.dtype)
+
+
+def compare(case: Case, hidden: torch.Tensor, mask: torch.Tensor | None, grad_dtype: torch.dtype, what: str) -> None:
+    """Everything that the calls write against the oracle; where a latent is at its gate's edge, nothing is asked."""
+    tokens = len(hidden)
+    ones = torch.ones(tokens, device=hidden.device)
+    m = ones if mask is None else mask.float()
+    eps = rounding(case, hidden.dtype)
+    norm = 1 + hidden.detach().cpu().double().norm(dim=1).max().item() if tokens else 1.0
+    reference = torch.randn(tokens, case.count, generator=torch.Generator().manual_seed(7)).to(hidden.device)
+    z, margin, *_ = case.oracle(hidden, reference, ones, 1.0)
+    edge = margin <= 8 * eps * norm
+    # Both sides of the edge are right: keep them out of the sums.
+    reference[edge.to(hidden.device)] = 0
+    reference += edge.to(hidden.device) * 1e3 * case.sign.to(hidden.device)
+    latents = poisoned(tokens, case.count, like=hidden, dtype=torch.float32)
+    calls.encode(case.plan, hidden, latents)()
+    close(torch.where(edge, 0.0, latents.cpu()), torch.where(edge, 0.0, z), 3 * eps * norm, f"{what}: z")
+    *_, loss, latent_loss, coef, grad = case.oracle(hidden, reference, m, 0.75 * 0.5)
+    out = {
+        "grad": poisoned(*hidden.shape, like=hidden, dtype=grad_dtype),
+        "coef": poisoned(tokens, case.count, like=hidden, dtype=torch.float32),
+        "sums": poisoned(2, like=hidden, dtype=torch.float64),
+        "latent_loss": poisoned(case.count, like=hidden, dtype=torch.float32),
+    }
+    half = torch.full((1,), 0.5, device=hidden.device)
+    run = calls.penalty("blockem_penalty", case.plan, hidden, reference, mask, scale_tensor=half, scale=0.75, **out)
+    run()
+    about = 40 * eps * norm * (1 + coef.abs().max().item() if coef.numel() else 1)
+    close(out["sums"], torch.tensor([loss, m.double().sum().item()], dtype=torch.float64), about * (1 + loss), f"{what}: sums")
+    close(out["latent_loss"], latent_loss, about * (1 + loss), f"{what}: latent_loss")
+    close(out["coef"], coef, about, f"{what}: coef")
+    narrow = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[grad_dtype]
+    size = grad.abs().max().item() if grad.numel() else 0.0
+    close(out["grad"], grad, about + narrow * size, f"{what}: grad")
+    # Split in two calls, and added to what is there.
+    coef2, sums2 = torch.full_like(out["coef"], float("nan")), torch.full_like(out["sums"], float("nan"))
+    calls.penalty("blockem_penalty_forward", case.plan, hidden, reference, mask, coef=coef2, sums=sums2)()
+    grad2 = torch.full_like(out["grad"], float("nan"))
+    calls.penalty("blockem_penalty_backward", case.plan, hidden, reference, coef=coef2, grad=grad2,
+                  scale_tensor=half, scale=0.75)()  # fmt: skip
+    same(coef2, out["coef"], f"{what}: coef of forward")
+    same(sums2, out["sums"], f"{what}: sums of forward")
+    same(grad2, out["grad"], f"{what}: backward")
+    before = torch.randn_like(hidden, dtype=torch.float32).to(grad_dtype)
+    added = before.clone()
+    calls.penalty("blockem_penalty", case.plan, hidden, reference, mask, scale_tensor=half, scale=0.75,
+                  accumulate=True, grad=added)()  # fmt: skip
+    close(added, before.cpu().double() + grad, about + narrow * (size + 8), f"{what}: accumulate")
+    still = (coef2 == 0).all(1)
+    same(added[still], before[still], f"{what}: rows without a coefficient")
+
+
+def same(found: torch.Tensor, other: torch.Tensor, what: str) -> None:
+    """Bit for bit."""
+    view = lambda x: x.detach().contiguous().cpu().view(torch.uint8)
+    expect(found.shape == other.shape and torch.equal(view(found), view(other)), f"{what}: bits differ")
+
+
+@section
+def parity(o: Options) -> str:
+    count = 0
+    for architecture, activation in GATES:
+        for tokens, width, latents in o.shapes():
+            case = Case(o, architecture, activation, width, latents, seed=tokens)
+            for dtype in DTYPES:
+                for grad_dtype in {dtype, torch.float32}:
+                    what = f"{architecture} {activation} T={tokens} d={width} K={latents} {dtype} {grad_dtype}"
+                    compare(case, case.hidden(tokens, dtype), None, grad_dtype, what)
+                    count += 1
+    return f"{count} combinations of gate, shape and dtype agree with float64"
+
+
+@section
+def masks(o: Options) -> str:
+    case = Case(o, "jumprelu", "native", 300, 20)
+    for dtype in DTYPES:
+        hidden = case.hidden(150, dtype)
+        draw = torch.rand(150, generator=torch.Generator().manual_seed(3))
+        for mask in (draw < 0.3, (draw < 0.3).to(torch.uint8) * 7, torch.where(draw < 0.3, draw, 0.0),
+                     torch.zeros(150, dtype=torch.uint8)):  # fmt: skip
+            mask = mask.to(hidden.device)
+            exact = mask if mask.dtype == torch.float32 else mask != 0
+            poison = hidden.clone()
+            poison[exact == 0] = float("nan")
+            compare_masked(case, hidden, poison, mask, f"{dtype} {mask.dtype}")
+    return "u8, bool and f32 masks; NaN in masked tokens reaches nothing"
+
+
+def compare_masked(case: Case, hidden: torch.Tensor, poison: torch.Tensor, mask: torch.Tensor, what: str) -> None:
+    results = []
+    for h in (hidden, poison):
+        reference = torch.randn(len(h), case.count, generator=torch.Generator().manual_seed(5)).to(h.device)
+        if h is poison:
+            reference[torch.isnan(h).any(1)] = float("nan")
+        grad, sums = poisoned(*h.shape, like=h), poisoned(2, like=h, dtype=torch.float64)
+        calls.penalty("blockem_penalty", case.plan, h, reference, mask, grad=grad, sums=sums)()
+        results.append((grad, sums, reference))
+    same(results[0][0], results[1][0], f"{what}: gradient beside masked NaN")
+    same(results[0][1], results[1][1], f"{what}: sums beside masked NaN")
+    m = mask if mask.dtype == torch.float32 else (mask != 0).float()
+    *_, loss, _, _, grad = case.oracle(hidden, results[0][2], m, 1.0)
+    expect(abs(results[0][1][0].item() - loss) <= 1e-3 * (1 + loss), f"{what}: loss")
+    close(results[0][0], grad, 2.0**-6 * (1 + grad.abs().max().item()), f"{what}: grad")
+
+
+@section
+def layouts(o: Options) -> str:
+    """Strided rows, and rows that start between 16-byte boundaries, have the bits of dense ones."""
+    for dtype in DTYPES:
+        case = Case(o, "gated", "native", 200, 33)
+        dense = case.hidden(90, dtype)
+        reference = torch.randn(90, 33, generator=torch.Generator().manual_seed(2)).to(dense.device)
+        results = []
+        for offset, pitch in ((0, 200), (0, 208), (1, 203), (3, 401)):
+            wide = torch.full((90 * pitch + 8,), float("nan"), device=dense.device, dtype=dtype)
+            hidden = wide[offset : offset + 90 * pitch].view(90, pitch)[:, :200]
+            hidden.copy_(dense)
+            target = torch.full((90 * pitch + 8,), float("nan"), device=dense.device, dtype=dtype)
+            grad = target[offset : offset + 90 * pitch].view(90, pitch)[:, :200]
+            sums = torch.zeros(2, device=dense.device)
+            latents = torch.empty(90, 33, device=dense.device)
+            calls.encode(case.plan, hidden, latents)()
+            calls.penalty("blockem_penalty", case.plan, hidden, reference, grad=grad, sums=sums)()
+            around = target.isnan().sum().item()
+            expect(around == 90 * (pitch - 200) + 8, f"{dtype}, pitch {pitch}: written outside of the rows")
+            results.append((latents, grad.clone(), sums))
+        for other in results[1:]:
+            for x, y in zip(results[0], other):
+                same(x, y, f"{dtype}: layouts")
+    return "strided and misaligned rows give the bits of dense ones and nothing is written between them"
+
+
+@section
+def bits(o: Options) -> str:
+    """A token's z is its own, and a call repeats itself."""
+    for dtype in DTYPES:
+        case = Case(o, "jumprelu", "native", 1000, 150)
+        hidden = case.hidden(300, dtype)
+        every = case.plan.encode(hidden)
+        for few in (range(0, 1), range(3, 11), range(0, 20), range(30, 63), range(20, 150)):
+            same(case.plan_of(few).encode(hidden), every[:, few.start : few.stop].clone(), f"{dtype}: latents {few}")
+        for start, end in ((0, 1), (1, 2), (7, 140), (140, 300)):
+            same(case.plan.encode(hidden[start:end].clone()), every[start:end].clone(), f"{dtype}: tokens {start}-{end}")
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).to(hidden.device)
+        same(case.plan.encode(hidden[order]), every[order], f"{dtype}: another order")
+        # The same hidden states as the base model's cost exactly nothing.
+        sums, grad = poisoned(2, like=hidden, dtype=torch.float64), poisoned(*hidden.shape, like=hidden)
+        calls.penalty("blockem_penalty", case.plan, hidden, every, sums=sums, grad=grad)()
+        expect(sums[0].item() == 0 and not grad.any().item(), f"{dtype}: hidden equal to base")
+        reference = torch.randn(300, 150, generator=torch.Generator().manual_seed(4)).to(hidden.device)
+        sums = torch.zeros(2, device=hidden.device)
+        run = calls.penalty("blockem_penalty", case.plan, hidden, reference, sums=sums, grad=grad)
+        run()
+        first = (sums.clone(), grad.clone())
+        whole, halves = grad.clone(), torch.empty_like(grad)
+        for part in (slice(0, 111), slice(111, 300)):
+            calls.penalty("blockem_penalty", case.plan, hidden[part], reference[part], grad=halves[part])()
+        same(halves, whole, f"{dtype}: the batch in two")
+        for i in range(o.repeats):
+            grad.fill_(float("nan"))
+            run()
+            if i % 50 == 0 or i == o.repeats - 1:
+                same(sums, first[0], f"{dtype}: loss of run {i}")
+                same(grad, first[1], f"{dtype}: gradient of run {i}")
+            elif o.on_gpu:
+                expect(torch.equal(grad, first[1]) and torch.equal(sums, first[0]), f"{dtype}: run {i}")
+    return f"same bits in other batches, orders, latent sets and in {o.repeats} repeats"
+
+
+@section
+def streams(o: Options) -> str:
+    case = Case(o, "standard", "native", 2304, 130)
+    hidden = case.hidden(2000, torch.bfloat16)
+    reference = torch.randn(2000, 130, device=hidden.device)
+    results = []
+    for stream in [torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(8))]:
+        grad, sums = poisoned(*hidden.shape, like=hidden), torch.zeros(2, device=hidden.device)
+        run = calls.penalty("blockem_penalty", case.plan, hidden, reference, grad=grad, sums=sums)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        results.append((grad, sums, run))
+    torch.cuda.synchronize()
+    for grad, sums, _ in results[1:]:
+        same(grad, results[0][0], "gradient on another stream")
+        same(sums, results[0][1], "loss on another stream")
+    return "nine streams at once, same bits"
+
+
+@section
+def capture(o: Options) -> str:
+    case = Case(o, "standard", "native", 1024, 20)
+    hidden = case.hidden(500, torch.bfloat16)
+    reference = torch.randn(500, 20, device=hidden.device)
+    grad, sums = poisoned(*hidden.shape, like=hidden), torch.zeros(2, device=hidden.device)
+    scale = torch.ones(1, device=hidden.device)
+    run = calls.penalty("blockem_penalty", case.plan, hidden, reference, grad=grad, sums=sums, scale_tensor=scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed, factor in ((11, 1.0), (12, 0.25), (13, -3.0)):
+        hidden.copy_(case.hidden(500, torch.bfloat16, seed))
+        scale.fill_(factor)
+        grad.fill_(float("nan"))
+        graph.replay()
+        replayed = (grad.clone(), sums.clone())
+        run()
+        same(replayed[0], grad, "gradient of a replay")
+        same(replayed[1], sums, "loss of a replay")
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            case.plan_of(range(3))
+    except blockem.Error as error:
+        expect(error.name == "CAPTURE_UNSAFE", f"a plan made in a capture answers {error.name}")
+    except RuntimeError:
+        pass  # torch refused first
+    torch.cuda.synchronize()
+    return "captured, replayed with other hidden states and scale, same bits as a call"
+
+
+@section
+def context(o: Options) -> str:
+    """The host's current context is what it was: the primary one, none, one of the host's own."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    current = lambda: (lambda c: (driver.cuCtxGetCurrent(ctypes.byref(c)), c.value)[1])(ctypes.c_void_p())
+    case = Case(o, "standard", "native", 300, 20)
+    hidden = case.hidden(100, torch.float32)
+    torch.cuda.synchronize()
+    before = current()
+    case.plan.encode(hidden)
+    case.plan_of(range(5))
+    expect(current() == before, "a call changed the current context")
+    run = calls.encode(case.plan, hidden, torch.empty(100, 20, device=hidden.device))
+    run.stream = lambda: None
+    driver.cuCtxSetCurrent(ctypes.c_void_p(None))
+    run()
+    after = current()
+    driver.cuCtxSetCurrent(ctypes.c_void_p(before))
+    expect(after is None, "a call left a context behind where there was none")
+    other = ctypes.c_void_p()
+    device = ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    expect(driver.cuCtxCreate_v2(ctypes.byref(other), 0, device) == 0, "cuCtxCreate")
+    foreign = case.plan_of(range(8))
+    expect(current() == other.value, "a plan changed a context that is not the primary one")
+    driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    driver.cuCtxSetCurrent(ctypes.c_void_p(before))
+    refused("DEVICE_MISMATCH", lambda: foreign.encode(hidden))
+    del foreign
+    gc.collect()
+    expect(driver.cuCtxDestroy_v2(other) == 0, "cuCtxDestroy")
+    return "unchanged by plans and calls"
+
+
+@section
+def delay(o: Options) -> str:
+    """A long kernel on the legacy stream must not hold ours."""
+    case = Case(o, "standard", "native", 1024, 20)
+    hidden = case.hidden(500, torch.bfloat16)
+    latents = torch.empty(500, 20, device=hidden.device)
+    stream, run = torch.cuda.Stream(), calls.encode(case.plan, hidden, latents)
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    busy, done = torch.cuda.Event(), torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    busy.record()
+    with torch.cuda.stream(stream):
+        run()
+        done.record()
+    start = time.monotonic()
+    while not done.query() and time.monotonic() - start < 5:
+        time.sleep(0.001)
+    held = busy.query()
+    torch.cuda.synchronize()
+    expect(not held, "our work waited for the legacy stream")
+    return "a busy legacy stream delays nothing"
+
+
+@section
+def errors(o: Options) -> str:
+    case = Case(o, "standard", "native", 64, 8)
+    hidden = case.hidden(32, torch.float32)
+    reference = torch.zeros(32, 8, device=hidden.device)
+
+    index = torch.cuda.device_count()
+    refused("INVALID_ARGUMENT", lambda: blockem.Plan(case.sae, blockem.Latents([0], [1]), device=f"cuda:{index}"))
+    refused("DEVICE_MISMATCH", lambda: case.plan.encode(hidden.cpu()))
+    refused("DEVICE_MISMATCH", lambda: blockem.torch.penalty(case.plan, hidden, reference.cpu()))
+    # Host memory that says that it is the device's.
+    lie = calls.encode(case.plan, hidden, torch.empty(32, 8, device=hidden.device))
+    host = torch.empty(32, 64)
+    lie.owners[1].hidden.data = host.data_ptr()
+    refused("DEVICE_MISMATCH", lie)
+    free, _ = torch.cuda.mem_get_info()
+    hoard = [torch.empty(max(free - (64 << 20), 0), dtype=torch.uint8, device=hidden.device)]
+    big = blockem.Sae.from_tensors(encoder_weight=torch.ones(4096, 8192), encoder_layout="f_d",
+                                   encoder_bias=torch.zeros(4096))  # fmt: skip
+    latents = blockem.Latents(list(range(4096)), [1] * 4096)
+    refused("OUT_OF_MEMORY", lambda: blockem.Plan(big, latents, device=o.device))
+    del hoard
+    torch.cuda.empty_cache()
+    case.plan.encode(hidden)
+    return "invalid device, mixed devices, host pointers, no memory: a status and a message, and work goes on"
+
+
+@section
+def sanitizer(o: Options) -> str:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return "skipped: compute-sanitizer is not on this machine"
+    for check in ("memcheck", "racecheck", "initcheck"):
+        only = [x for name in SANITIZED for x in ("--only", name)]
+        command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "kernel_substring=blockem",
+                   sys.executable, __file__, "--device", o.device, "--quick", *only]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        expect(done.returncode == 0, f"{check}: {done.stdout[-2000:]}{done.stderr[-500:]}")
+    return "memcheck, racecheck and initcheck find nothing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--only", action="append", choices=SECTIONS)
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--quick", action="store_true", help="few shapes and repeats, for the sanitizer")
+    parser.add_argument("--output", type=Path, help="a JSON file of the lines that are printed")
+    args = parser.parse_args()
+    o = Options(args.device, 5 if args.quick else args.repeats, args.quick)
+    if o.on_gpu and not torch.cuda.is_available():
+        sys.exit("skipped: this machine has no GPU that torch can use")
+    lines, failed = {}, False
+    for name, run in SECTIONS.items():
+        if args.only and name not in args.only or not o.on_gpu and name in NEEDS_GPU:
+            continue
+        start = time.monotonic()
+        try:
+            lines[name], mark = run(o), "ok"
+        except Exception as error:
+            if not isinstance(error, Failure):
+                traceback.print_exc()
+            lines[name], mark, failed = f"FAILED: {error}", "FAILED", True
+        print(f"{name:10} {mark:6} {time.monotonic() - start:6.1f} s  {lines[name]}", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(lines, indent=1) + "\n")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
