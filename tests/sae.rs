@@ -524,18 +524,19 @@ mod wrong {
     }
 
     #[test]
-    fn pickles_are_never_read() {
+    fn what_only_looks_like_a_checkpoint_is_refused() {
         let temp = TempDir::new().unwrap();
-        for start in
-            [&b"PK\x03\x04\x00\x00\x08\x08\x00\x00"[..], b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"]
-        {
-            let path = temp.path().join("ae.pt");
+        let path = temp.path().join("ae.pt");
+        for (start, status) in [
+            (&b"PK\x03\x04\x00\x00\x08\x08\x00\x00"[..], Status::Format),
+            (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9", Status::UnsafePickle),
+        ] {
             fs::write(&path, [start, &[0; 64]].concat()).unwrap();
-            let error = Sae::open(&path, &SaeOptions::default()).err().unwrap();
-            assert_eq!(error.status, Status::UnsafePickle);
-            assert!(error.message.contains("safetensors"), "{error}");
-            let error = Sae::open(temp.path(), &SaeOptions::default()).err().unwrap();
-            assert_eq!(error.status, Status::UnsafePickle);
+            for place in [path.as_path(), temp.path()] {
+                let error = Sae::open(place, &SaeOptions::default()).err().unwrap();
+                assert_eq!(error.status, status);
+                assert!(error.message.contains("ae.pt"), "{error}");
+            }
         }
     }
 

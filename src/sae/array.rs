@@ -7,6 +7,7 @@ use crate::error::{Error, Result, Status, bail};
 use crate::tensor::DType;
 
 use super::columns::Columns;
+use super::container::MemberReader;
 use super::file::DataFile;
 
 /// A row-major array of a known element type.
@@ -14,6 +15,8 @@ pub(crate) struct Array {
     name: String,
     dtype: DType,
     shape: Vec<usize>,
+    /// The bytes are those of the transpose.
+    turned: bool,
     place: Place,
 }
 
@@ -22,6 +25,13 @@ enum Place {
     File {
         file: Arc<DataFile>,
         offset: u64,
+    },
+    /// A deflated stream of a file, whose first `skip` inflated bytes are a header.
+    Deflated {
+        file: Arc<DataFile>,
+        start: u64,
+        stored_len: u64,
+        skip: u64,
     },
     Memory(Vec<u8>),
 }
@@ -34,14 +44,33 @@ impl Array {
         file: Arc<DataFile>,
         offset: u64,
     ) -> Array {
-        let place = Place::File { file, offset };
-        Array { name: name.to_string(), dtype, shape: shape.to_vec(), place }
+        Array::new(name, dtype, shape, Place::File { file, offset })
+    }
+
+    /// `place` is where the stream begins, how many bytes it has, and how many inflated ones come
+    /// before the elements.
+    pub fn deflated(
+        name: &str,
+        dtype: DType,
+        shape: &[usize],
+        file: Arc<DataFile>,
+        [start, stored_len, skip]: [u64; 3],
+    ) -> Array {
+        Array::new(name, dtype, shape, Place::Deflated { file, start, stored_len, skip })
     }
 
     /// `bytes` are the elements of the whole shape.
     pub fn in_memory(name: &str, dtype: DType, shape: &[usize], bytes: Vec<u8>) -> Array {
-        let place = Place::Memory(bytes);
-        Array { name: name.to_string(), dtype, shape: shape.to_vec(), place }
+        Array::new(name, dtype, shape, Place::Memory(bytes))
+    }
+
+    fn new(name: &str, dtype: DType, shape: &[usize], place: Place) -> Array {
+        Array { name: name.to_string(), dtype, shape: shape.to_vec(), turned: false, place }
+    }
+
+    /// The same, of a matrix whose bytes are those of the transpose.
+    pub fn turned(self, turned: bool) -> Array {
+        Array { turned, ..self }
     }
 
     pub fn dtype(&self) -> DType {
@@ -54,15 +83,15 @@ impl Array {
 
     /// How messages name it: the file, if it has one, and the tensor.
     pub fn label(&self) -> String {
-        match &self.place {
-            Place::File { file, .. } => format!("{}: tensor {}", file.path().display(), self.name),
-            Place::Memory(_) => format!("tensor {}", self.name),
+        match self.file() {
+            Some(file) => format!("{}: tensor {}", file.path().display(), self.name),
+            None => format!("tensor {}", self.name),
         }
     }
 
     pub fn file(&self) -> Option<&Arc<DataFile>> {
         match &self.place {
-            Place::File { file, .. } => Some(file),
+            Place::File { file, .. } | Place::Deflated { file, .. } => Some(file),
             Place::Memory(_) => None,
         }
     }
@@ -145,10 +174,15 @@ impl Array {
         Ok(())
     }
 
-    /// Fills `to` with the array's bytes from `start` on.
+    /// Fills `to` with the array's bytes from `start` on; not of a matrix that lies transposed.
     pub fn read_bytes(&self, start: usize, to: &mut [u8]) -> Result<()> {
+        if self.turned {
+            let text = "is stored column by column; save it row-major".to_string();
+            return Err(self.fault(Status::Layout, text));
+        }
         match &self.place {
             Place::File { file, offset } => file.read_at(to, offset + start as u64),
+            Place::Deflated { .. } => self.stream(start as u64)?.fill(to),
             Place::Memory(bytes) => {
                 to.copy_from_slice(&bytes[start..][..to.len()]);
                 Ok(())
@@ -156,17 +190,25 @@ impl Array {
         }
     }
 
-    /// The whole array, in its own element type.
+    /// The whole array, in its own element type; not of a matrix that lies transposed.
     pub fn bytes(&self) -> Result<Vec<u8>> {
-        let count = self.shape.iter().product::<usize>() * self.dtype.size();
-        match &self.place {
-            Place::File { file, offset } => {
-                let mut bytes = zeroed(count, file.path())?;
-                file.read_at(&mut bytes, *offset)?;
-                Ok(bytes)
-            }
-            Place::Memory(bytes) => Ok(bytes.clone()),
+        if let Place::Memory(bytes) = &self.place {
+            return Ok(bytes.clone());
         }
+        let count = self.shape.iter().product::<usize>() * self.dtype.size();
+        let mut bytes = zeroed(count, Path::new(&self.label()))?;
+        self.read_bytes(0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The elements of a deflated array as a stream, from this byte on.
+    fn stream(&self, from: u64) -> Result<MemberReader> {
+        let Place::Deflated { file, start, stored_len, skip } = &self.place else {
+            bail!(Internal, "{} is not deflated", self.label());
+        };
+        let mut reader = MemberReader::new(file, *start, *stored_len, true, &self.name);
+        reader.skip(skip + from)?;
+        Ok(reader)
     }
 }
 
@@ -234,23 +276,31 @@ impl Matrix {
         let Some(total) = row.checked_mul(latents.len()) else {
             bail!(InvalidArgument, "{} latents do not fit into memory", latents.len());
         };
-        match &self.array.place {
-            Place::Memory(bytes) => {
-                let mut out = zeroed(total, Path::new(&self.array.name))?;
-                self.gather_memory(bytes, latents, &mut out);
-                Ok(out)
+        let mut out = zeroed(total, Path::new(&self.array.label()))?;
+        match (&self.array.place, self.physical()) {
+            (Place::Memory(bytes), physical) => {
+                self.gather_memory(bytes, physical, latents, &mut out)
             }
-            Place::File { file, offset } => {
-                let mut out = zeroed(total, file.path())?;
-                match self.layout {
-                    Layout::LatentMajor => read_rows(file, *offset, row, latents, &mut out)?,
-                    Layout::InputMajor => {
-                        let shape = [self.inputs(), self.latents()];
-                        Columns::new(file, *offset, shape, size, latents).read(&mut out)?;
-                    }
-                }
-                Ok(out)
+            (Place::Deflated { .. }, physical) => {
+                self.gather_stream(self.array.stream(0)?, physical, latents, &mut out)?;
             }
+            (Place::File { file, offset }, Layout::LatentMajor) => {
+                read_rows(file, *offset, row, latents, &mut out)?;
+            }
+            (Place::File { file, offset }, Layout::InputMajor) => {
+                let shape = [self.inputs(), self.latents()];
+                Columns::new(file, *offset, shape, size, latents).read(&mut out)?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// How the bytes lie.
+    fn physical(&self) -> Layout {
+        match (self.layout, self.array.turned) {
+            (layout, false) => layout,
+            (Layout::LatentMajor, true) => Layout::InputMajor,
+            (Layout::InputMajor, true) => Layout::LatentMajor,
         }
     }
 
@@ -265,10 +315,10 @@ impl Matrix {
         Ok(())
     }
 
-    fn gather_memory(&self, bytes: &[u8], latents: &[usize], out: &mut [u8]) {
+    fn gather_memory(&self, bytes: &[u8], physical: Layout, latents: &[usize], out: &mut [u8]) {
         let (size, inputs) = (self.array.dtype.size(), self.inputs());
         for (latent, row) in latents.iter().zip(out.chunks_exact_mut(inputs * size)) {
-            match self.layout {
+            match physical {
                 Layout::LatentMajor => {
                     row.copy_from_slice(&bytes[latent * inputs * size..][..inputs * size]);
                 }
@@ -280,6 +330,55 @@ impl Matrix {
                 }
             }
         }
+    }
+
+    /// From front to back: a stream has no other way.
+    fn gather_stream(
+        &self,
+        mut stream: MemberReader,
+        physical: Layout,
+        latents: &[usize],
+        out: &mut [u8],
+    ) -> Result<()> {
+        let (size, inputs) = (self.array.dtype.size(), self.inputs());
+        let mut order: Vec<(usize, usize)> = latents.iter().copied().zip(0..).collect();
+        order.sort_unstable();
+        let mut at = 0;
+        match physical {
+            Layout::LatentMajor => {
+                let row = inputs * size;
+                for (i, (latent, slot)) in order.iter().enumerate() {
+                    if i > 0 && order[i - 1].0 == *latent {
+                        out.copy_within(
+                            order[i - 1].1 * row..(order[i - 1].1 + 1) * row,
+                            slot * row,
+                        );
+                        continue;
+                    }
+                    let start = (latent * row) as u64;
+                    stream.skip(start - at)?;
+                    stream.fill(&mut out[slot * row..][..row])?;
+                    at = start + row as u64;
+                }
+            }
+            Layout::InputMajor => {
+                for input in 0..inputs {
+                    for (i, (latent, slot)) in order.iter().enumerate() {
+                        let to = (slot * inputs + input) * size;
+                        if i > 0 && order[i - 1].0 == *latent {
+                            let from = (order[i - 1].1 * inputs + input) * size;
+                            out.copy_within(from..from + size, to);
+                            continue;
+                        }
+                        let start = ((input * self.latents() + latent) * size) as u64;
+                        stream.skip(start - at)?;
+                        stream.fill(&mut out[to..][..size])?;
+                        at = start + size as u64;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -5,20 +5,20 @@
 //! does not, and the key `layout` must: `latent_major` ([d_sae, d_in]) or `input_major`
 //! ([d_in, d_sae]). Decoders lie as [d_sae, d_in] then.
 
-use std::path::Path;
-
 use crate::error::{Result, Status, bail};
 
+use super::Opened;
 use super::array::Layout;
 use super::config::Config;
 use super::container::Container;
-use super::saelens::{Rules, Source};
-use super::{Opened, SaeOptions};
+use super::saelens::{self, Rules};
+use super::source::Source;
 
-pub(super) fn open(path: &Path, options: &SaeOptions) -> Result<Opened> {
-    let container = Container::open(path)?;
-    let config = Config::from_metadata(path, container.metadata(), options.recipe.as_ref())?;
-    let rules = Rules::read(&config, Source::Bare, options)?;
+pub(super) fn open(source: Source<'_>) -> Result<Opened> {
+    let (container, options) = (source.container, source.options);
+    let path = container.file().path().to_path_buf();
+    let config = Config::from_metadata(&path, container.metadata(), options.recipe.as_ref())?;
+    let rules = Rules::read(&config, saelens::Source::Bare, options)?;
     let layout = layout(&container, &config, rules.latent_vector())?;
     let checkpoint = rules.find_arrays(&container, &config, layout)?;
     let recipe = rules.recipe("safetensors", &config, &checkpoint)?;

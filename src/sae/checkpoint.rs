@@ -3,7 +3,7 @@
 //! For latent k with encoder row W_k, bias b_k, decoder row D_k, input scale s:
 //!
 //! ```text
-//! u_k = f_k · ((s·h − b_dec)·W_k + b_k)          f_k = ‖D_k‖/s if decoder norms are folded, else 1
+//! u_k = f_k · ((s·h − b_dec)·W_k + b_k)          f_k = ‖D_k‖/s_out if decoder norms are folded, else 1
 //!     = (f_k·s·W_k)·h + f_k·(b_k − b_dec·W_k)    b_dec only where it is subtracted
 //! ```
 //!
@@ -115,7 +115,7 @@ impl Checkpoint {
             d_in: d,
             weight: Vec::with_capacity(ids.len() * d),
             bias: Vec::with_capacity(ids.len()),
-            threshold: self.picked_thresholds(&rows)?,
+            threshold: self.picked_thresholds(recipe, ids, &rows)?,
             gate: gate.is_some().then(GateRows::default),
         };
         let mut row = Vec::with_capacity(d);
@@ -177,26 +177,45 @@ impl Checkpoint {
         }
     }
 
-    /// f_k. As in SAELens the decoder is divided by the input scale before its norms are taken.
+    /// f_k. As in SAELens the decoder is divided by the scale before its norms are taken.
     fn factors(&self, recipe: &Recipe, ids: &[u64], rows: &[usize]) -> Result<Vec<f64>> {
-        let w_dec = match &self.w_dec {
-            Some(w_dec) if recipe.decoder_norm_folded => w_dec,
-            _ => return Ok(vec![1.0; ids.len()]),
-        };
-        let raw = w_dec.gather(rows)?;
-        let mut row = Vec::with_capacity(recipe.d_in);
-        let mut factors = Vec::with_capacity(ids.len());
-        for (k, bytes) in raw.chunks_exact(recipe.d_in * w_dec.array().dtype().size()).enumerate() {
-            w_dec.decode_row(ids[k], bytes, &mut row)?;
-            factors.push(row.iter().map(|v| v * v).sum::<f64>().sqrt() / recipe.scale);
+        if !recipe.decoder_norm_folded {
+            return Ok(vec![1.0; ids.len()]);
         }
-        Ok(factors)
+        let norms = self.decoder_norms(ids, rows)?;
+        Ok(norms.into_iter().map(|norm| norm / recipe.output_scale).collect())
+    }
+
+    /// Of the given latents; 1 where the checkpoint has no decoder.
+    fn decoder_norms(&self, ids: &[u64], rows: &[usize]) -> Result<Vec<f64>> {
+        let Some(w_dec) = &self.w_dec else { return Ok(vec![1.0; ids.len()]) };
+        let raw = w_dec.gather(rows)?;
+        let mut row = Vec::with_capacity(w_dec.inputs());
+        let mut norms = Vec::with_capacity(ids.len());
+        let size = w_dec.inputs() * w_dec.array().dtype().size();
+        for (id, bytes) in ids.iter().zip(raw.chunks_exact(size)) {
+            w_dec.decode_row(*id, bytes, &mut row)?;
+            norms.push(row.iter().map(|v| v * v).sum::<f64>().sqrt());
+        }
+        Ok(norms)
     }
 
     /// z = relu(u) where u > threshold: a threshold below 0 is the same as 0.
-    fn picked_thresholds(&self, rows: &[usize]) -> Result<Option<Vec<f32>>> {
+    fn picked_thresholds(
+        &self,
+        recipe: &Recipe,
+        ids: &[u64],
+        rows: &[usize],
+    ) -> Result<Option<Vec<f32>>> {
         let Some(array) = &self.threshold else { return Ok(None) };
-        Ok(Some(array.pick(rows)?.into_iter().map(|v| v.max(0.0) as f32).collect()))
+        let mut picked = array.pick(rows)?;
+        if recipe.threshold_on_decoder_norm {
+            // n u > th; with n = 0 that is never so.
+            for (th, norm) in picked.iter_mut().zip(self.decoder_norms(ids, rows)?) {
+                *th = (*th / norm).min(f32::MAX as f64);
+            }
+        }
+        Ok(Some(picked.into_iter().map(|v| v.max(0.0) as f32).collect()))
     }
 
     fn rounded(&self, latent: u64, value: f64) -> Result<f32> {

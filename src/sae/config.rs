@@ -92,6 +92,11 @@ impl Config {
         }
     }
 
+    /// The layer that a converted file states where no hook does.
+    pub fn layer(&self) -> Result<Option<i64>> {
+        Ok(self.count("layer")?.and_then(|n| i64::try_from(n).ok()))
+    }
+
     pub fn real(&self, key: &str) -> Result<Option<f64>> {
         match self.find(key) {
             None => Ok(None),

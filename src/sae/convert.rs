@@ -139,11 +139,24 @@ fn configuration(recipe: &Recipe) -> Map<String, Value> {
     set("dtype", json!(recipe.dtype.name()));
     set("layout", json!(Layout::LatentMajor.name()));
     set("apply_b_dec_to_input", json!(recipe.b_dec_subtracted));
-    set("normalize_activations", json!(recipe.normalization));
+    // Whatever the owner calls a fixed factor, this is the name that the bare format has for it.
+    let normalization = if recipe.scale == 1.0 { "none" } else { "expected_average_only_in" };
+    set("normalize_activations", json!(normalization));
     set("input_scale", json!(recipe.scale));
     if recipe.architecture == Architecture::TopK {
         set("k", json!(recipe.k));
+    }
+    if recipe.architecture == Architecture::TopK || recipe.decoder_norm_folded {
         set("rescale_acts_by_decoder_norm", json!(recipe.decoder_norm_folded));
+    }
+    if recipe.output_scale != recipe.scale {
+        set("output_scale", json!(recipe.output_scale));
+    }
+    if recipe.threshold_on_decoder_norm {
+        set("threshold_on_decoder_norm", json!(true));
+    }
+    if let Some(layer) = recipe.layer.filter(|_| recipe.hidden_states_index.is_none()) {
+        set("layer", json!(layer));
     }
     if let Some(hook) = &recipe.hook {
         set("hook_name", json!(hook));

@@ -1,8 +1,8 @@
 //! Sparse autoencoders: the one internal form that every format folds into, and opening files.
 //!
-//! A format's file in this folder ([`saelens`], [`bare`], [`tensors`]) finds its arrays and states
-//! its [`Recipe`]; [`checkpoint`] folds them. Nothing outside knows how a checkpoint is laid out.
-//! A new format adds its file and one line in [`detect`].
+//! A format's file in this folder ([`saelens`], [`gemma_scope`], …) finds its arrays and states its
+//! [`Recipe`]; [`checkpoint`] folds them. Nothing outside knows how a checkpoint is laid out.
+//! A new format adds its file and one line in [`FORMATS`].
 
 mod array;
 mod bare;
@@ -11,9 +11,18 @@ mod columns;
 mod config;
 mod container;
 mod convert;
+mod dictionary_learning;
 mod file;
+mod found;
+mod gemma_scope;
+mod goodfire;
 mod hook;
+mod llama_scope;
+mod named;
+mod openmoss;
 mod saelens;
+mod source;
+mod sparsify;
 mod tensors;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +34,7 @@ use crate::error::{Result, bail};
 use crate::tensor::DType;
 
 use checkpoint::Checkpoint;
+use source::Source;
 
 pub(crate) use array::Array;
 pub use array::Layout;
@@ -84,8 +94,12 @@ pub struct Recipe {
     pub normalization: String,
     /// Hidden is multiplied by this before encoding (folded into the rows).
     pub scale: f64,
-    /// Rows are scaled by the norm of their decoder row (TopK with decoder-norm rescale).
+    /// What decoder norms are divided by before they are folded; differs from `scale` in transcoders.
+    pub output_scale: f64,
+    /// Rows are scaled by the norm of their decoder row.
     pub decoder_norm_folded: bool,
+    /// Thresholds are for pre-activations times the norm of their decoder row; values are without it.
+    pub threshold_on_decoder_norm: bool,
     pub hook: Option<String>,
     /// 0-based decoder block: the one whose output is read, or in which the hook lies.
     pub layer: Option<i64>,
@@ -211,7 +225,9 @@ impl Sae {
             "b_dec_subtracted": r.b_dec_subtracted,
             "normalization": r.normalization,
             "scale": r.scale,
+            "output_scale": r.output_scale,
             "decoder_norm_folded": r.decoder_norm_folded,
+            "threshold_on_decoder_norm": r.threshold_on_decoder_norm,
             "threshold": threshold,
             "hook": r.hook,
             "layer": r.layer,
@@ -229,11 +245,36 @@ struct Opened {
     config: Map<String, Value>,
 }
 
-/// Finds the format. Each looks at what lies under the path, the most specific first.
+/// How a format is recognised, and opened. The most specific come first; names of files and folders
+/// find the weights, but their tensors decide.
+type Format = (fn(&Source<'_>) -> bool, fn(&Source<'_>) -> Result<Opened>);
+const FORMATS: [Format; 12] = [
+    (goodfire::is_llama, goodfire::open_llama),
+    (goodfire::is_r1, goodfire::open_r1),
+    (named::is_openai, named::open_openai),
+    (openmoss::matches, openmoss::open),
+    (llama_scope::is_r1_distill, llama_scope::open_r1_distill),
+    (llama_scope::matches, llama_scope::open),
+    (sparsify::matches, sparsify::open),
+    (dictionary_learning::matches, dictionary_learning::open),
+    (gemma_scope::is_first, gemma_scope::open_first),
+    (gemma_scope::is_second, gemma_scope::open_second),
+    (named::is_matrices, named::open_matrices),
+    (named::is_qresearch, named::open_qresearch),
+];
+
 fn detect(path: &Path, options: &SaeOptions) -> Result<Opened> {
-    match saelens::folder_of(path) {
+    let saelens = saelens::folder_of(path);
+    if let Some(folder) = saelens.as_ref().filter(|folder| saelens::is_complete(folder)) {
+        return saelens::open(folder, options);
+    }
+    let source = Source::find(path, options)?;
+    if let Some((_, open)) = FORMATS.iter().find(|(matches, _)| matches(&source)) {
+        return open(&source);
+    }
+    match saelens {
         Some(folder) => saelens::open(&folder, options),
-        None => bare::open(path, options),
+        None => bare::open(source),
     }
 }
 

@@ -14,6 +14,7 @@ use super::checkpoint::{Checkpoint, GateArrays, StoredLatents};
 use super::config::{Config, parse_object};
 use super::container::Container;
 use super::hook::HookPlace;
+use super::source::matrix;
 use super::{Architecture, Opened, Recipe, SaeOptions};
 
 const CONFIG: &str = "cfg.json";
@@ -30,6 +31,10 @@ pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
     let folder = path.parent()?;
     let ours = name == CONFIG || (name == WEIGHTS && folder.join(CONFIG).is_file());
     ours.then(|| folder.to_path_buf())
+}
+
+pub(super) fn is_complete(folder: &Path) -> bool {
+    folder.join(CONFIG).is_file() && folder.join(WEIGHTS).is_file()
 }
 
 pub(super) fn open(folder: &Path, options: &SaeOptions) -> Result<Opened> {
@@ -61,15 +66,6 @@ fn member(folder: &Path, name: &str) -> Result<PathBuf> {
         .collect();
     held.sort();
     let list = if held.is_empty() { "nothing".to_string() } else { held.join(", ") };
-    if held.iter().any(|n| n.ends_with(".pt") || n.ends_with(".pth")) {
-        bail!(
-            UnsafePickle,
-            "{}: {name} is missing; the folder holds {list}, and PyTorch pickles can run any code \
-             when they are loaded: convert them once where that is safe \
-             (safetensors.torch.save_file(torch.load(path, weights_only=True), out))",
-            folder.display()
-        );
-    }
     bail!(
         Io,
         "{}: {name} is missing; the folder holds {list}. Give a SAELens folder ({CONFIG} and \
@@ -94,7 +90,10 @@ pub(super) struct Rules {
     apply_b_dec: Option<bool>,
     normalization: &'static str,
     scale: f64,
+    output_scale: f64,
     decoder_norm: bool,
+    /// Of converted files alone.
+    threshold_on_norm: bool,
 }
 
 impl Rules {
@@ -103,13 +102,18 @@ impl Rules {
         let topk = architecture == Architecture::TopK;
         let normalization = normalization(config)?;
         let rescale = config.flag("rescale_acts_by_decoder_norm")?.unwrap_or(false);
+        let scale = input_scale(config, source, options, normalization)?;
+        let bare = matches!(source, Source::Bare);
         Ok(Rules {
             architecture,
             k: if topk { Some(k(config)?) } else { None },
             apply_b_dec: config.flag("apply_b_dec_to_input")?,
             normalization,
-            scale: input_scale(config, source, options, normalization)?,
-            decoder_norm: topk && rescale,
+            scale,
+            output_scale: config.real("output_scale")?.filter(|_| bare).unwrap_or(scale),
+            // SAELens knows the key for topk alone; converted files use it for any.
+            decoder_norm: rescale && (topk || bare),
+            threshold_on_norm: bare && config.flag("threshold_on_decoder_norm")?.unwrap_or(false),
         })
     }
 
@@ -139,7 +143,7 @@ impl Rules {
             (found, _) => found,
         };
         let w_dec = match container.find("W_dec")? {
-            None if self.decoder_norm => Some(container.need("W_dec")?),
+            None if self.decoder_norm || self.threshold_on_norm => Some(container.need("W_dec")?),
             found => found,
         };
         let gate = match self.architecture {
@@ -190,9 +194,11 @@ impl Rules {
             b_dec_subtracted: self.apply_b_dec.unwrap_or(true),
             normalization: self.normalization.to_string(),
             scale: self.scale,
+            output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm,
+            threshold_on_decoder_norm: self.threshold_on_norm,
             hook: hook.map(str::to_string),
-            layer: place.layer,
+            layer: place.layer.or(config.layer()?),
             hidden_states_index: place.hidden_states_index,
             model: config.text("model_name")?.map(str::to_string),
         })
@@ -418,15 +424,6 @@ fn scaler_file(path: &Path) -> Result<Option<f64>> {
     let origin = path.display().to_string();
     let keys = parse_object(&origin, &text)?;
     Config::new(origin, keys, None).real("scaling_factor")
-}
-
-/// Two dimensions of which `layout` says which is which.
-pub(super) fn matrix(array: Array, layout: Layout) -> Result<Matrix> {
-    if array.shape().len() != 2 {
-        let text = format!("has the shape {:?}; expected two dimensions", array.shape());
-        return Err(array.fault(Status::Shape, text));
-    }
-    Ok(Matrix::new(array, layout))
 }
 
 /// The decoder lies as [d_sae, d_in] unless only the other way fits.

@@ -120,6 +120,8 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         normalization: if t.input_scale == 1.0 { "none" } else { "expected_average_only_in" }
             .to_string(),
         scale: t.input_scale,
+        output_scale: t.input_scale,
+        threshold_on_decoder_norm: false,
         decoder_norm_folded: t.rescale_acts_by_decoder_norm,
         hook: t.hook_name.clone(),
         layer: place.layer,

@@ -1,0 +1,130 @@
+//! Containers against their twins, and hostile files (tests/data/pickles, whose note.json says what
+//! must happen to each).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::Container;
+use crate::error::{Error, Status};
+use crate::sae::array::Layout;
+use crate::sae::source::matrix;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pickles")
+}
+
+/// All elements of a tensor, row-major, whatever the container.
+fn elements(container: &Container, name: &str) -> Result<Vec<u8>, Error> {
+    let array = container.need(name)?;
+    match array.shape().len() {
+        2 => {
+            let rows: Vec<usize> = (0..array.shape()[0]).collect();
+            matrix(array, Layout::LatentMajor)?.gather(&rows)
+        }
+        _ => array.bytes(),
+    }
+}
+
+/// Opens a file and reads every tensor of it.
+fn read_all(path: &Path) -> Result<Container, Error> {
+    let container = Container::open(path)?;
+    for entry in &container.entries {
+        elements(&container, &entry.name)?;
+    }
+    Ok(container)
+}
+
+#[test]
+fn pickles_hold_what_their_owners_saved_or_are_refused() {
+    let note: Value =
+        serde_json::from_slice(&fs::read(folder().join("note.json")).unwrap()).unwrap();
+    let (mut loaded, mut refused) = (0, 0);
+    for (file, must) in note.as_object().unwrap() {
+        let path = folder().join(file);
+        let start = Instant::now();
+        let read = read_all(&path);
+        assert!(start.elapsed() < Duration::from_secs(1), "{file} takes too long");
+        match (must["must"].as_str().unwrap(), read) {
+            ("loads", Ok(container)) => {
+                compare(file, &container, must);
+                loaded += 1;
+            }
+            ("loads", Err(error)) => panic!("{file}: {error}"),
+            ("refused", Ok(_)) => panic!("{file} must be refused: {}", must["why"]),
+            (_, Err(error)) => {
+                assert!(error.message.contains(file), "{file} is not named: {error}");
+                let data = matches!(
+                    error.status,
+                    Status::Format
+                        | Status::UnsafePickle
+                        | Status::Unsupported
+                        | Status::TensorMissing
+                );
+                assert!(data, "{file}: {:?} {error}", error.status);
+                refused += 1;
+            }
+            _ => {}
+        }
+    }
+    assert!(loaded >= 15 && refused >= 80, "{loaded} loaded, {refused} refused");
+}
+
+fn compare(file: &str, container: &Container, must: &Value) {
+    let twin = folder().join(file).with_extension("safetensors");
+    let twin = Container::open(&twin).unwrap_or_else(|e| panic!("{file}: {e}"));
+    let mut compared = 0;
+    for name in must["tensors"].as_object().unwrap().keys() {
+        assert_eq!(container.shape(name), twin.shape(name), "{file}: {name}");
+        let (found, expected) = (elements(container, name), elements(&twin, name));
+        assert_eq!(found.unwrap(), expected.unwrap(), "{file}: {name}");
+        compared += 1;
+    }
+    assert!(compared > 0, "{file}");
+}
+
+#[test]
+fn refusals_name_the_opcode_or_the_name() {
+    for (file, named) in [
+        ("global_os_system.pt", "os.system"),
+        ("stack_global_os_system.pt", "system"),
+        ("inst_os_system.pt", "INST"),
+        ("ext1.pt", "EXT"),
+        ("module.pt", "torch.nn.modules.linear.Linear"),
+        ("numpy_scalar.pt", "numpy"),
+        ("legacy.pt", "before PyTorch 1.6"),
+    ] {
+        let error = Container::open(&folder().join(file)).err().expect(file);
+        assert_eq!(error.status, Status::UnsafePickle, "{file}: {error}");
+        assert!(error.message.contains(named), "{file}: {error}");
+    }
+}
+
+/// Damaged at any byte, and cut anywhere, files are read or refused in bounded time.
+#[test]
+fn damage_is_never_more_than_an_error() {
+    let formats = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/formats");
+    let sources = [
+        folder().join("by_hand.pt"),
+        folder().join("zip64.pt"),
+        formats.join("gemma_scope_deflated/layer_20/width_65k/canonical/params.npz"),
+    ];
+    let temp = tempfile::TempDir::new().unwrap();
+    let path = temp.path().join("damaged.pt");
+    for source in sources {
+        let whole = fs::read(&source).unwrap();
+        let step = (whole.len() / 150).max(1);
+        for at in (0..whole.len()).step_by(step) {
+            for change in [0x01, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= change;
+                fs::write(&path, &bytes).unwrap();
+                drop(read_all(&path));
+            }
+            fs::write(&path, &whole[..at]).unwrap();
+            assert!(read_all(&path).is_err(), "{} cut at {at} is read", source.display());
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! What a format found, before it is checked: arrays and rules, with the defaults of most formats.
+
+use crate::error::{Result, Status, bail};
+use crate::tensor::DType;
+
+use super::array::{Array, Layout, Matrix};
+use super::checkpoint::{Checkpoint, GateArrays};
+use super::config::Config;
+use super::hook::HookPlace;
+use super::{Architecture, Opened, Recipe};
+
+pub(super) struct Found {
+    pub format: &'static str,
+    pub architecture: Architecture,
+    pub k: Option<usize>,
+    pub w_enc: Matrix,
+    /// Of a gated SAE the magnitude bias.
+    pub b_enc: Array,
+    pub threshold: Option<Array>,
+    pub gate: Option<GateArrays>,
+    pub b_dec: Option<Array>,
+    pub b_dec_subtracted: bool,
+    pub w_dec: Option<Matrix>,
+    pub decoder_norm_folded: bool,
+    pub threshold_on_decoder_norm: bool,
+    pub normalization: &'static str,
+    pub scale: f64,
+    /// What the decoder's norms are divided by.
+    pub output_scale: f64,
+    pub hook: Option<String>,
+    pub layer: Option<i64>,
+    pub model: Option<String>,
+}
+
+impl Found {
+    /// z = relu(W_enc · h + b_enc), nothing folded.
+    pub fn standard(format: &'static str, w_enc: Matrix, b_enc: Array) -> Found {
+        Found {
+            format,
+            architecture: Architecture::Standard,
+            k: None,
+            w_enc,
+            b_enc,
+            threshold: None,
+            gate: None,
+            b_dec: None,
+            b_dec_subtracted: false,
+            w_dec: None,
+            decoder_norm_folded: false,
+            threshold_on_decoder_norm: false,
+            normalization: "none",
+            scale: 1.0,
+            output_scale: 1.0,
+            hook: None,
+            layer: None,
+            model: None,
+        }
+    }
+
+    /// The same with a threshold for each latent.
+    pub fn jumprelu(self, threshold: Array) -> Found {
+        Found { architecture: Architecture::JumpRelu, threshold: Some(threshold), ..self }
+    }
+
+    /// The k largest.
+    pub fn topk(self, k: usize, origin: &str) -> Result<Found> {
+        let d_sae = self.w_enc.latents();
+        if !(1..=d_sae).contains(&k) {
+            bail!(Format, "{origin}: k is {k}; the SAE has {d_sae} latents");
+        }
+        Ok(Found { architecture: Architecture::TopK, k: Some(k), ..self })
+    }
+
+    /// The output of a decoder block, or where a hook's name says.
+    pub fn at(self, hook: Option<String>, layer: Option<i64>) -> Found {
+        Found { hook, layer, ..self }
+    }
+
+    pub fn open(self, config: Config) -> Result<Opened> {
+        let named = self.hook.as_deref().map(HookPlace::parse).unwrap_or_default();
+        let block = self.layer.map(|n| HookPlace { layer: Some(n), hidden_states_index: None });
+        let place = if named.layer.is_some() { named } else { block.unwrap_or(named) };
+        let recipe = Recipe {
+            format: self.format,
+            architecture: self.architecture,
+            d_in: self.w_enc.inputs(),
+            d_sae: self.w_enc.latents(),
+            k: self.k,
+            dtype: self.w_enc.array().dtype(),
+            b_dec_subtracted: self.b_dec_subtracted,
+            normalization: self.normalization.to_string(),
+            scale: self.scale,
+            output_scale: self.output_scale,
+            decoder_norm_folded: self.decoder_norm_folded,
+            threshold_on_decoder_norm: self.threshold_on_decoder_norm,
+            hook: self.hook,
+            layer: place.layer,
+            hidden_states_index: place.hidden_states_index,
+            model: self.model,
+        };
+        let checkpoint = Checkpoint {
+            w_enc: self.w_enc,
+            b_enc: self.b_enc,
+            threshold: self.threshold,
+            gate: self.gate,
+            b_dec: self.b_dec,
+            w_dec: self.w_dec,
+            stored: None,
+        };
+        checkpoint.check()?;
+        Ok(Opened { recipe, checkpoint, config: config.into_file() })
+    }
+}
+
+/// One number for each latent.
+pub(super) fn repeated(name: &str, value: f64, count: usize) -> Array {
+    let bytes = value.to_le_bytes().repeat(count);
+    Array::in_memory(name, DType::F64, &[count], bytes)
+}
+
+/// The one number of an array without dimensions (or with one element).
+pub(super) fn scalar(array: &Array) -> Result<f64> {
+    array.expect_float()?;
+    match array.shape().iter().product::<usize>() {
+        1 => array.finite(array.vector()?[0], String::new),
+        n => Err(array.fault(Status::Shape, format!("has {n} elements; expected one"))),
+    }
+}
+
+/// The one whole number of an array without dimensions.
+pub(super) fn integer(array: &Array) -> Result<usize> {
+    match array.integers()?[..] {
+        [n] if n >= 0 => Ok(n as usize),
+        _ => {
+            let text = format!("of shape {:?} must hold one whole number", array.shape());
+            Err(array.fault(Status::Format, text))
+        }
+    }
+}
+
+/// e^x of every element.
+pub(super) fn exp(array: &Array) -> Result<Array> {
+    array.expect_float()?;
+    let bytes = array.vector()?.into_iter().flat_map(|x| x.exp().to_le_bytes()).collect();
+    Ok(Array::in_memory("threshold", DType::F64, array.shape(), bytes))
+}
+
+/// A threshold that calibration must have raised above zero, repeated for every latent.
+pub(super) fn calibrated(threshold: &Array, latents: usize) -> Result<Array> {
+    let value = scalar(threshold)?;
+    if value < 0.0 {
+        bail!(
+            RecipeIncomplete,
+            "{} is {value}: training never calibrated it, and reading it as zero would turn BatchTopK \
+             into a plain ReLU; use a finished checkpoint",
+            threshold.label()
+        );
+    }
+    Ok(repeated("threshold", value, latents))
+}
+
+/// The file says that a matrix lies as linear layers keep their output weights.
+pub(super) const LINEAR_DECODER: Layout = Layout::InputMajor;

@@ -1,0 +1,77 @@
+//! OpenMOSS as it is now (llamascopium): `config.json` and `sae_weights.safetensors`.
+//!
+//! With s = √d / mean‖x‖ (kept in the file) or 1, n the decoder's norms if
+//! `sparsity_include_decoder_norm`, else 1:
+//!
+//! ```text
+//! u = s x W_E + b_E,    relu: z = relu(u),    jumprelu: z = u where n u > e^log_jumprelu_threshold
+//! ```
+
+use crate::error::{Result, bail};
+
+use super::Opened;
+use super::array::Layout;
+use super::config::Config;
+use super::found::{Found, exp};
+use super::llama_scope::dataset_scale;
+use super::source::Source;
+
+const THETAS: &str = "activation_function.log_jumprelu_threshold";
+
+pub(super) fn matches(s: &Source<'_>) -> bool {
+    s.container.has("W_E") && s.container.has("b_E")
+}
+
+pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
+    let config = s.config_or_options("config.json")?;
+    if s.container.has("W_E_glu") || config.flag("use_glu_encoder")?.unwrap_or(false) {
+        return unsupported(&config, "use_glu_encoder is true: a second encoder gates the first");
+    }
+    let b_enc = s.container.need("b_E")?;
+    let w_enc = s.oriented("W_E", &b_enc, Some(Layout::InputMajor))?;
+    let mut found = Found::standard("openmoss", w_enc, b_enc);
+    found.w_dec = s.same_width_decoder("W_D", &found.w_enc, Layout::LatentMajor)?;
+    found.b_dec = s.container.find("b_D")?;
+    found.hook = config.text("hook_point_in")?.map(str::to_string);
+    match config.text("norm_activation")? {
+        Some("inference") => {}
+        Some("dataset-wise") => {
+            found.normalization = "dataset-wise";
+            let hook = found.hook.as_deref();
+            found.scale = dataset_scale(s, &config, hook, found.w_enc.inputs(), s.options)?;
+        }
+        Some(other) => {
+            let text =
+                format!("norm_activation is {other}: the factor depends on the token or batch");
+            return unsupported(&config, &text);
+        }
+        None => return config.missing("norm_activation", "state dataset-wise or inference"),
+    }
+    let Some(on_norm) = config.flag("sparsity_include_decoder_norm")? else {
+        return config.missing(
+            "sparsity_include_decoder_norm",
+            "state whether thresholds are for pre-activations times the decoder's norms",
+        );
+    };
+    match config.text("act_fn")? {
+        Some("relu") => {}
+        Some("jumprelu") => {
+            found = found.jumprelu(exp(&s.container.need(THETAS)?)?);
+            if on_norm && found.w_dec.is_none() {
+                s.container.need("W_D")?;
+            }
+            found.threshold_on_decoder_norm = on_norm;
+        }
+        Some(other) => {
+            let text =
+                format!("act_fn is {other}; relu and jumprelu are read: save it as jumprelu");
+            return unsupported(&config, &text);
+        }
+        None => return config.missing("act_fn", "state relu or jumprelu"),
+    }
+    found.open(config)
+}
+
+fn unsupported<T>(config: &Config, text: &str) -> Result<T> {
+    bail!(Unsupported, "{}: the key {text}, which this version does not compute", config.origin())
+}
