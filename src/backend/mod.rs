@@ -2,6 +2,7 @@
 //! shape, dtype, stride and alignment before a backend sees a pointer.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod reference;
 
 use crate::tensor::DType;
