@@ -161,7 +161,7 @@ impl Input {
             latent_loss: Some(TensorMut::from_slice(&mut part.latent_loss, &[k])?),
             grad_hidden: Some(TensorMut::from_slice(grad, &[count, d])?),
             scale,
-            workspace: &mut workspace[skip..],
+            workspace: (&mut workspace[skip..]).into(),
             ..PenaltyArgs::default()
         })?;
         Ok(part)

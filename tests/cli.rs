@@ -149,7 +149,7 @@ fn penalty_writes_what_the_library_computes() {
         mask: Some(Tensor::from_slice(&case.mask, &[TOKENS]).unwrap()),
         loss_sum: Some(TensorMut::from_slice(&mut loss, &[1]).unwrap()),
         grad_hidden: Some(TensorMut::from_slice(&mut grad, &[TOKENS, d]).unwrap()),
-        workspace: &mut space[skip..],
+        workspace: (&mut space[skip..]).into(),
         ..PenaltyArgs::default()
     })
     .unwrap();

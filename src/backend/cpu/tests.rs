@@ -386,7 +386,7 @@ fn in_two_batches(p: &Problem, isa: Isa, at: usize, whole: &Outputs) -> Outputs 
         // SAFETY: the tails have this many tokens.
         unsafe {
             cpu.penalty(&call, Stream::NULL).unwrap();
-            cpu.encode(&EncodeCall { tokens, hidden, latents });
+            cpu.encode(&EncodeCall { tokens, hidden, latents }, Stream::NULL).unwrap();
         }
     }
     (out.loss, out.count) = (whole.loss, whole.count);

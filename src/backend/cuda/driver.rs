@@ -76,7 +76,7 @@ functions! {
     stream_destroy = cuStreamDestroy_v2(CUstream);
     stream_context = cuStreamGetCtx(CUstream, *mut CUcontext);
     stream_synchronize = cuStreamSynchronize(CUstream);
-    stream_capturing = cuStreamIsCapturing(CUstream, *mut CUstreamCaptureStatus);
+    stream_capturing = cuStreamIsCapturing(CUstream, *mut c_uint);
     exchange_capture_mode = cuThreadExchangeStreamCaptureMode(*mut CUstreamCaptureMode);
     launch = cuLaunchKernel(
         CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
@@ -224,11 +224,11 @@ impl Driver {
     /// Refuses when a stream is being captured. NULL asks for the blocking streams of the current
     /// context; captures of others show when something that they forbid is called.
     pub fn check_not_capturing(&self, stream: *mut c_void) -> Result<()> {
-        let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let mut status = 0;
         // SAFETY: a stream by the caller's promise, and a place for the result.
         let code = unsafe { (self.functions.stream_capturing)(stream.cast(), &mut status) };
         self.check("cuStreamIsCapturing", code)?;
-        if status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+        if status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_uint {
             bail!(CaptureUnsafe, "the stream is being captured{CAPTURE_REMEDY}");
         }
         Ok(())

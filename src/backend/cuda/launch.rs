@@ -271,7 +271,7 @@ impl Launches {
 
 /// A plan's rows in device memory: addresses, 0 where absent.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct DeviceRows {
+pub(crate) struct DeviceRows {
     pub d_in: usize,
     /// K
     pub count: usize,
@@ -291,7 +291,7 @@ pub(super) struct DeviceRows {
 /// [`crate::backend::Gate`] without its values; the numbers are those of kernels/params.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub(super) enum GateKind {
+pub(crate) enum GateKind {
     Open = 0,
     Relu = 1,
     Threshold = 2,
