@@ -37,6 +37,8 @@ fn main() {
             }
         },
     };
+    // For the tests, which compare it with a driver's version.
+    println!("cargo:rustc-env=BLOCKEM_TOOLKIT={}", images.toolkit);
     let path = out_dir().join("images.rs");
     std::fs::write(&path, images.source()).expect("write into OUT_DIR");
 }

@@ -252,11 +252,16 @@ fn open_library() -> Result<Library> {
     // SAFETY: the driver's initialisers are those that every CUDA program runs.
     match unsafe { Library::new(name) } {
         Ok(library) => Ok(library),
-        Err(error) => bail!(
-            CudaUnavailable,
-            "there is no CUDA driver on this machine ({error}); install NVIDIA's, or use the \
-             device CPU"
-        ),
+        Err(error) => {
+            // The loader's own words are the error's source.
+            let said = std::error::Error::source(&error).map(ToString::to_string);
+            bail!(
+                CudaUnavailable,
+                "there is no CUDA driver on this machine ({}); install NVIDIA's, or use the \
+                 device CPU",
+                said.unwrap_or_else(|| format!("{name}: {error}"))
+            )
+        }
     }
 }
 
@@ -348,6 +353,20 @@ impl Context {
         Context::adopt(driver, handle, device, index)
     }
 
+    /// The id of the context that [`Context::of_stream`] would find, `None` for the primary one.
+    pub fn id_of_stream(index: i32, stream: *mut c_void) -> Result<Option<u64>> {
+        let driver = Driver::get()?;
+        if let Some(handle) = driver.stream_context(stream)? {
+            return context_id(driver, handle).map(Some);
+        }
+        match current(driver)? {
+            Some((handle, of)) if of == device(driver, index)? => {
+                context_id(driver, handle).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
     fn primary(driver: &'static Driver, device: CUdevice, index: i32) -> Result<Context> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: a device of the driver and a place for the result.
@@ -382,6 +401,10 @@ impl Context {
 
     pub fn driver(&self) -> &'static Driver {
         self.driver
+    }
+
+    pub fn is_primary(&self) -> bool {
+        self.retained
     }
 
     pub fn device_index(&self) -> i32 {

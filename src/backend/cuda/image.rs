@@ -64,10 +64,16 @@ impl Module {
         Ok(module)
     }
 
-    /// The pinned module of a context, if there is one.
-    pub fn pinned(context: u64) -> Option<Arc<Module>> {
+    /// The pinned module of a device's context; without a context, of its primary one.
+    pub fn pinned(device: i32, context: Option<u64>) -> Option<Arc<Module>> {
         let loaded = loaded_modules();
-        loaded.iter().find(|entry| entry.context == context)?.pinned.clone()
+        let mut modules = loaded.iter().filter_map(|entry| entry.pinned.as_ref());
+        let wanted = |module: &&Arc<Module>| {
+            let found = &module.context;
+            found.device_index() == device
+                && context.map_or(found.is_primary(), |context| found.id() == context)
+        };
+        modules.find(wanted).cloned()
     }
 
     fn load(context: Arc<Context>) -> Result<Module> {

@@ -227,10 +227,11 @@ impl RawDeviceRows {
 
 /// The kernels in the stream's context, loaded by the first raw call there.
 fn raw_module(device: i32, stream: Stream) -> Result<Arc<Module>> {
-    let context = Context::of_stream(device, stream.as_raw())?;
-    if let Some(module) = Module::pinned(context.id()) {
+    let found = Context::id_of_stream(device, stream.as_raw())?;
+    if let Some(module) = Module::pinned(device, found) {
         return Ok(module);
     }
+    let context = Context::of_stream(device, stream.as_raw())?;
     {
         let _entered = context.enter()?;
         context.driver().check_not_capturing(stream.as_raw())?;

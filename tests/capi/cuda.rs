@@ -1,0 +1,151 @@
+//! The CUDA backend without a device: tests/capi/cuda.c on the stub driver of tests/stub_cuda.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockem::capi::version::{blockem_build_info, blockem_build_info_get};
+
+use crate::toolbox::{Link, Program, need_tool, root, run, scratch};
+
+/// The folder of a libcuda.so.1 that is the stub.
+fn stub_driver(folder: &Path) -> PathBuf {
+    let library = folder.join("libcuda.so.1");
+    let mut compiler = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
+    compiler.args(["-std=gnu11", "-g", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]);
+    compiler.args(["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wl,-soname,libcuda.so.1"]);
+    compiler.arg("-o").arg(&library).arg(root().join("tests/stub_cuda/stub.c"));
+    run(compiler.arg("-lpthread"));
+    folder.to_path_buf()
+}
+
+/// Fails with the remedy where this build has no kernels: a check that cannot run is not passed.
+fn need_kernels() {
+    // SAFETY: the struct is plain numbers.
+    let mut info: blockem_build_info = unsafe { std::mem::zeroed() };
+    info.struct_size = size_of::<blockem_build_info>();
+    // SAFETY: sized just now.
+    assert_eq!(unsafe { blockem_build_info_get(&mut info) }, 0);
+    assert!(
+        info.has_cuda == 1,
+        "this build has no CUDA kernels; `make test` installs nvcc, or: pip install -r \
+         requirements.txt into .venv, and touch build.rs"
+    );
+}
+
+fn program(sanitize: bool) -> Program<'static> {
+    Program { sources: &["tests/capi/cuda.c"], dialect: "gnu11", sanitize, link: Link::Shared }
+}
+
+/// Runs one case plain, under AddressSanitizer and UBSan, and under valgrind; returns what it said.
+pub fn check_case(case: &str, env: &[(&str, &str)]) -> String {
+    need_kernels();
+    need_tool("valgrind", "valgrind");
+    let folder = scratch(&format!("cuda-{case}-{}", env.len()));
+    let driver = stub_driver(&folder);
+    let command = |program: &Path, before: &[&str]| {
+        let mut words = before.iter().map(Path::new).chain([program]);
+        let mut command = Command::new(words.next().expect("a program"));
+        command.args(words).arg(&folder).arg(case);
+        command.env("LD_LIBRARY_PATH", &driver).envs(env.iter().copied());
+        command
+    };
+    let plain = program(false).compile(&folder);
+    let output = run(&mut command(&plain, &[]));
+    let sanitized = program(true).compile(&folder);
+    run(command(&sanitized, &[]).env("ASAN_OPTIONS", "detect_leaks=1"));
+    run(&mut command(
+        &plain,
+        &[
+            "valgrind",
+            "-q",
+            "--error-exitcode=99",
+            "--leak-check=full",
+            "--show-leak-kinds=definite",
+            "--errors-for-leak-kinds=definite",
+        ],
+    ));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn run_calls_only_launch() {
+    print!("{}", check_case("runs", &[]));
+}
+
+#[test]
+fn pointers_are_looked_up() {
+    check_case("pointers", &[]);
+}
+
+#[test]
+fn raw_calls() {
+    print!("{}", check_case("raw", &[]));
+}
+
+#[test]
+fn captures() {
+    check_case("capture", &[]);
+}
+
+#[test]
+fn a_forked_child() {
+    check_case("forked", &[]);
+}
+
+#[test]
+fn a_driver_that_is_gone() {
+    check_case("at-exit", &[]);
+}
+
+#[test]
+fn driver_failures() {
+    check_case("failures", &[]);
+}
+
+#[test]
+fn no_device() {
+    check_case("no-device", &[("STUB_CUDA_DEVICES", "0")]);
+}
+
+#[test]
+fn a_driver_that_another_process_initialised() {
+    check_case("forked-before", &[("STUB_CUDA_INIT", "3")]);
+}
+
+/// Kernels load in the drivers of their toolkit's major version and in later ones.
+#[test]
+fn an_old_driver() {
+    need_kernels();
+    let toolkit: u32 = env!("BLOCKEM_TOOLKIT").parse().expect("1000 major + 10 minor");
+    let needed = format!("{}.0", toolkit / 1000);
+    for (version, found, needed) in
+        [("11080", "11.8", "12.0"), ("12000", "12.0", &*needed), ("12090", "12.9", &needed)]
+    {
+        if toolkit < 13000 && version > "12" {
+            continue;
+        }
+        check_case(
+            "old-driver",
+            &[("STUB_CUDA_VERSION", version), ("FOUND", found), ("NEEDED", needed)],
+        );
+    }
+}
+
+#[test]
+fn a_newer_driver() {
+    check_case("runs", &[("STUB_CUDA_VERSION", "14020")]);
+}
+
+#[test]
+fn a_device_that_is_too_old() {
+    check_case("old-device", &[("STUB_CUDA_CAPABILITY", "75")]);
+}
+
+#[test]
+fn no_driver() {
+    let folder = scratch("cuda-no-driver");
+    let plain = program(false).compile(&folder);
+    // An empty file of that name is no driver, on machines that have one too.
+    std::fs::write(folder.join("libcuda.so.1"), "").expect("write");
+    run(Command::new(plain).arg(&folder).arg("no-driver").env("LD_LIBRARY_PATH", &folder));
+}
