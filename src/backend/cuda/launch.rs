@@ -17,13 +17,16 @@ const SHARED_MOST: usize = 96 << 10;
 /// Latents that one CTA takes when a plan has few; more than that go to the wide kernels.
 const FEW: usize = 32;
 /// Tokens and columns of a gradient tile, and its latents at a time.
-const GRADIENT_TOKENS: usize = 128;
+const GRADIENT_TOKENS_FEW: usize = 64;
+const GRADIENT_TOKENS_WIDE: usize = 128;
 const GRADIENT_COLUMNS: usize = 128;
 const GRADIENT_LATENTS: usize = 32;
 /// CTAs that fill every device several times; beyond, a CTA takes more than one token tile.
 const GRADIENT_CTAS: usize = 1024;
 /// Latents of a CTA of the first reduction.
 const REDUCE_LATENTS: usize = 32;
+/// Shared memory of the reductions: a number for each of 256 threads.
+const REDUCE_SHARED: usize = 256 * 8;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
@@ -81,7 +84,8 @@ impl Kernel {
     pub fn shared_limit(self) -> u32 {
         use Kernel::*;
         let bytes = match self {
-            Pack | ReduceLatents | ReduceTotal => 0,
+            Pack => 0,
+            ReduceLatents | ReduceTotal => REDUCE_SHARED,
             GradientF32Few | GradientF32Wide => gradient_shared(self, DType::F32),
             GradientF16Few | GradientF16Wide => gradient_shared(self, DType::F16),
             GradientBf16Few | GradientBf16Wide => gradient_shared(self, DType::BF16),
@@ -475,8 +479,11 @@ pub(super) fn penalty(rows: &DeviceRows, call: &PenaltyCall) -> Launches {
     let Workspace { data, size } = call.workspace;
     let (space, needed) = sections(address(data), rows.count, call.tokens);
     debug_assert!(size >= needed, "a workspace of {size} bytes for {needed}");
-    let own_coef =
-        Matrix { data: space.coef as *mut u8, dtype: DType::F32, row_stride: space.coef_stride };
+    let own_coef = Matrix {
+        data: std::ptr::without_provenance_mut(space.coef as usize),
+        dtype: DType::F32,
+        row_stride: space.coef_stride,
+    };
     let coef = call.coef.or(call.grad.map(|_| own_coef));
     let sums = call.loss_sum.or(call.token_count).or(call.latent_loss).is_some();
     if call.tokens > 0 {
@@ -513,8 +520,13 @@ pub(super) fn penalty(rows: &DeviceRows, call: &PenaltyCall) -> Launches {
             padded_count: padded_count(rows.count) as u32,
         });
         let blocks = rows.count.div_ceil(REDUCE_LATENTS) as u32;
-        let launch =
-            |kernel, blocks| Launch { kernel, grid: [blocks, 1, 1], block: 256, shared: 0, params };
+        let launch = |kernel, blocks| Launch {
+            kernel,
+            grid: [blocks, 1, 1],
+            block: 256,
+            shared: REDUCE_SHARED as u32,
+            params,
+        };
         launches.push(launch(Kernel::ReduceLatents, blocks));
         // A single block has added up the latents itself.
         if blocks > 1 {
@@ -544,11 +556,12 @@ fn gradient_launch(rows: &DeviceRows, tokens: usize, coef: &Matrix, grad: &Grad)
         (_, true) => Kernel::GradientF32Few,
         (_, false) => Kernel::GradientF32Wide,
     };
-    let token_tiles = tokens.div_ceil(GRADIENT_TOKENS);
+    let tile = if few { GRADIENT_TOKENS_FEW } else { GRADIENT_TOKENS_WIDE };
+    let token_tiles = tokens.div_ceil(tile);
     let column_tiles = rows.d_in.div_ceil(GRADIENT_COLUMNS);
     // Few latents stay in shared memory while the CTA walks down the tokens.
     let tiles_per_cta =
-        if few { (token_tiles * column_tiles / GRADIENT_CTAS).clamp(1, 8) } else { 1 };
+        if few { (token_tiles * column_tiles / GRADIENT_CTAS).clamp(1, 16) } else { 1 };
     Launch {
         kernel,
         grid: [(token_tiles.div_ceil(tiles_per_cta) * column_tiles) as u32, 1, 1],

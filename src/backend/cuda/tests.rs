@@ -1,1 +1,584 @@
-//! Kernels, executed without a device.
+//! The kernels, executed without a device: tests/simt compiles kernels/*.cu as C++, runs every
+//! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
+//! f64 arithmetic, and with itself bit for bit.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+use std::{env, fs, thread};
+
+use half::{bf16, f16};
+use sha2::{Digest, Sha256};
+
+use super::launch::{
+    DeviceRows, GateKind, Launch, backward, encode, layout, pack, packed_bytes, penalty,
+    workspace_size,
+};
+use crate::backend::reference::latent;
+use crate::backend::{
+    BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
+};
+use crate::tensor::DType;
+
+/// Where the harness maps a job's memory, so that addresses in parameters need no relocation.
+const ADDRESS: u64 = 0x2000_0000_0000;
+/// Lowest thread first, highest first, and at random.
+const ORDERS: [u64; 3] = [0, 1, 0x5eed];
+
+// ---------------------------------------------------------------------------------- the harness
+
+const KERNELS: [&str; 4] = ["encode.cu", "gradient.cu", "pack.cu", "reduce.cu"];
+const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
+/// Neither instrumented nor slow: it touches nothing but its operands.
+const TENSOR_CORE: &str = "tensor_core.cpp";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Compiles one file; a machine without g++ cannot run these tests, and says so.
+fn compile(source: &Path, object: &Path, kernels: &Path) {
+    let mut gxx = Command::new("g++");
+    gxx.args(["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-x", "c++"]);
+    match source.ends_with(TENSOR_CORE) {
+        true => gxx.arg("-O2"),
+        false => gxx.args(["-O1", "-g1", "-fsanitize=address,undefined"]),
+    };
+    gxx.arg("-fno-sanitize-recover=all").arg("-I").arg(kernels).arg("-I");
+    gxx.arg(root().join("tests/simt")).arg("-c").arg(source).arg("-o").arg(object);
+    finish(gxx);
+}
+
+fn link(objects: &[PathBuf], program: &Path) {
+    let mut gxx = Command::new("g++");
+    gxx.arg("-fsanitize=address,undefined").args(objects).arg("-o").arg(program);
+    finish(gxx);
+}
+
+fn finish(mut command: Command) {
+    let output = command.output().expect("these tests need g++ with its sanitizers: install it");
+    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn object(folder: &Path, source: &str) -> PathBuf {
+    folder.join(source).with_extension("o")
+}
+
+/// The folder with the harness and its objects, built once for each state of the sources.
+fn harness() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let kernels = root().join("kernels");
+        let mut sources: Vec<PathBuf> = [&kernels, &root().join("tests/simt")]
+            .iter()
+            .flat_map(|folder| fs::read_dir(folder).expect("sources beside Cargo.toml"))
+            .map(|entry| entry.expect("a readable folder").path())
+            .collect();
+        sources.sort();
+        sources.push(root().join("src/backend/cuda/tests.rs"));
+        let mut hash = Sha256::new();
+        sources.iter().for_each(|s| hash.update(fs::read(s).expect("a readable source")));
+        let digest: String =
+            hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let folder = root().join("target/simt").join(digest);
+        if !folder.join("simt").exists() {
+            fs::create_dir_all(root().join("target/simt")).expect("a writable target folder");
+            let new = tempfile::tempdir_in(root().join("target/simt")).expect("a folder");
+            build(&kernels, new.path());
+            // Another process may have been faster; its build is the same.
+            let _ = fs::rename(new.path(), &folder);
+        }
+        folder
+    })
+}
+
+fn build(kernels: &Path, folder: &Path) {
+    let files: Vec<PathBuf> = KERNELS
+        .iter()
+        .map(|k| kernels.join(k))
+        .chain(HARNESS.iter().chain(&[TENSOR_CORE]).map(|h| root().join("tests/simt").join(h)))
+        .collect();
+    let objects: Vec<PathBuf> = files
+        .iter()
+        .map(|f| object(folder, f.file_name().and_then(|n| n.to_str()).expect("a plain name")))
+        .collect();
+    thread::scope(|scope| {
+        for (file, object) in files.iter().zip(&objects) {
+            scope.spawn(|| compile(file, object, kernels));
+        }
+    });
+    link(&objects, &folder.join("simt"));
+}
+
+/// Runs the launches in each order of threads; the memory after each, or the harness's message.
+fn run(program: &Path, arena: &Arena, launches: &[Launch]) -> Result<Vec<Vec<u8>>, String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (job, out) = (folder.path().join("job"), folder.path().join("out"));
+    let mut words = vec![ADDRESS, arena.bytes.len() as u64, ORDERS.len() as u64];
+    words.extend(ORDERS);
+    words.push(arena.regions.len() as u64);
+    words.extend(arena.regions.iter().flatten());
+    words.push(launches.len() as u64);
+    let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    for launch in launches {
+        let mut name = [0; 64];
+        let symbol = launch.kernel.name().to_bytes();
+        name[..symbol.len()].copy_from_slice(symbol);
+        bytes.extend(name);
+        assert_eq!(launch.grid[1..], [1, 1]);
+        let params = launch.params.bytes();
+        for word in [launch.grid[0], launch.block, launch.shared, params.len() as u32] {
+            bytes.extend((word as u64).to_le_bytes());
+        }
+        bytes.extend(params);
+    }
+    bytes.extend(&arena.bytes);
+    fs::write(&job, bytes).expect("a writable job");
+    let output = Command::new(program)
+        .arg("run")
+        .args([&job, &out])
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .output()
+        .expect("the harness starts");
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let out = fs::read(&out).expect("the harness's output");
+    assert_eq!(out.len(), ORDERS.len() * arena.bytes.len());
+    Ok(out.chunks(arena.bytes.len().max(1)).map(<[u8]>::to_vec).collect())
+}
+
+// ------------------------------------------------------------------------------------- memory
+
+/// A job's memory. Bytes outside its regions may not be touched by any kernel.
+#[derive(Clone)]
+struct Arena {
+    bytes: Vec<u8>,
+    regions: Vec<[u64; 2]>,
+}
+
+/// A matrix in an arena.
+#[derive(Clone, Copy, Debug)]
+struct Buffer {
+    address: u64,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl Buffer {
+    fn matrix(&self) -> Matrix {
+        Matrix { data: self.pointer(), dtype: self.dtype, row_stride: self.stride }
+    }
+
+    fn pointer(&self) -> *mut u8 {
+        std::ptr::without_provenance_mut(self.address as usize)
+    }
+
+    fn output(&self) -> Output {
+        Output { data: self.pointer(), dtype: self.dtype, stride: self.stride }
+    }
+
+    fn row(&self, t: usize) -> [u64; 2] {
+        let size = self.dtype.size();
+        [self.address + (t * self.stride * size) as u64, (self.cols * size) as u64]
+    }
+
+    fn at(&self, t: usize, i: usize) -> usize {
+        assert!(t < self.rows && i < self.cols);
+        (self.address - ADDRESS) as usize + (t * self.stride + i) * self.dtype.size()
+    }
+
+    fn get(&self, bytes: &[u8], t: usize, i: usize) -> f64 {
+        let at = &bytes[self.at(t, i)..];
+        match self.dtype {
+            DType::F64 => f64::from_le_bytes(at[..8].try_into().expect("eight bytes")),
+            DType::F32 => f32::from_le_bytes(at[..4].try_into().expect("four bytes")) as f64,
+            DType::F16 => f16::from_le_bytes([at[0], at[1]]).to_f64(),
+            DType::BF16 => bf16::from_le_bytes([at[0], at[1]]).to_f64(),
+            _ => at[0] as f64,
+        }
+    }
+
+    fn all(&self, bytes: &[u8]) -> Vec<f64> {
+        (0..self.rows).flat_map(|t| (0..self.cols).map(move |i| self.get(bytes, t, i))).collect()
+    }
+}
+
+impl Arena {
+    fn new() -> Arena {
+        Arena { bytes: Vec::new(), regions: Vec::new() }
+    }
+
+    /// NaN in every element; `gap` elements between rows, the first one `offset` elements off
+    /// alignment.
+    fn matrix(&mut self, dtype: DType, rows: usize, cols: usize, place: Place) -> Buffer {
+        let stride = cols + place.gap;
+        let start = (self.bytes.len() + 64).next_multiple_of(256) + place.offset * dtype.size();
+        self.bytes.resize(start + rows * stride * dtype.size() + 64, 0xff);
+        let buffer = Buffer { address: ADDRESS + start as u64, dtype, rows, cols, stride };
+        self.regions.extend((0..rows).map(|t| buffer.row(t)));
+        buffer
+    }
+
+    fn filled(&mut self, dtype: DType, cols: usize, values: &[f32], place: Place) -> Buffer {
+        let rows = if cols == 0 { 0 } else { values.len() / cols };
+        let buffer = self.matrix(dtype, rows, cols, place);
+        for (n, value) in values.iter().enumerate() {
+            self.set(&buffer, n / cols, n % cols, *value);
+        }
+        buffer
+    }
+
+    fn vector(&mut self, values: &[f32]) -> Buffer {
+        self.filled(DType::F32, values.len(), values, Place::default())
+    }
+
+    fn space(&mut self, bytes: usize) -> Buffer {
+        self.matrix(DType::U8, 1, bytes, Place::default())
+    }
+
+    fn set(&mut self, buffer: &Buffer, t: usize, i: usize, value: f32) {
+        let at = buffer.at(t, i);
+        match buffer.dtype {
+            DType::F32 => self.bytes[at..][..4].copy_from_slice(&value.to_le_bytes()),
+            DType::F16 => {
+                self.bytes[at..][..2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+            }
+            DType::BF16 => {
+                self.bytes[at..][..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+            }
+            _ => self.bytes[at] = value as u8,
+        }
+    }
+
+    /// Takes a row back from the kernels.
+    fn forbid(&mut self, buffer: &Buffer, t: usize) {
+        let row = buffer.row(t);
+        self.regions.retain(|region| *region != row);
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    gap: usize,
+    offset: usize,
+}
+
+// ------------------------------------------------------------------------------------ problems
+
+/// xorshift64*; every run starts elsewhere and failures print where.
+#[derive(Clone, Copy, Debug)]
+struct Random(u64);
+
+impl Random {
+    fn fresh() -> Random {
+        let seed = env::var("BLOCKEM_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+        Random(seed.unwrap_or(now.as_nanos() as u64) | 1)
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Roughly normal, standard deviation 1.
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
+        (sum - 2.0) * 1.73
+    }
+
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+fn round(dtype: DType, x: f32) -> f32 {
+    match dtype {
+        DType::F16 => f16::from_f32(x).to_f32(),
+        DType::BF16 => bf16::from_f32(x).to_f32(),
+        _ => x,
+    }
+}
+
+/// Inputs of every call.
+#[derive(Clone, Debug)]
+struct Problem {
+    name: String,
+    tokens: usize,
+    count: usize,
+    d_in: usize,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    scale: Option<Vec<f32>>,
+    gate: GateKind,
+    gate_values: Vec<f32>,
+    sign_weight: Vec<f32>,
+    hidden_dtype: DType,
+    hidden: Vec<f32>,
+    reference: Vec<f32>,
+    mask: Option<(DType, Vec<f32>)>,
+    grad_dtype: DType,
+    grad: Vec<f32>,
+    accumulate: bool,
+    /// The sums' dtype.
+    sums: DType,
+    /// Whether the fused call keeps the coefficients.
+    keeps_coef: bool,
+    /// Of hidden, latents, reference, mask, coefficients, gradient, weights.
+    places: [Place; 7],
+}
+
+const FACTOR: (f64, f32) = (1.4, 0.5);
+
+impl Problem {
+    fn random(random: &mut Random, hidden_dtype: DType, shape: [usize; 3]) -> Problem {
+        let [tokens, d_in, count] = shape;
+        let gate =
+            random.pick(&[GateKind::Open, GateKind::Relu, GateKind::Threshold, GateKind::Gated]);
+        let seed = *random;
+        let grad_dtype = random.pick(&[DType::F32, hidden_dtype]);
+        let norm = 1.0 / (d_in as f32).sqrt();
+        let sign_weight: Vec<f32> =
+            (0..count).map(|_| random.pick(&[1.0, -1.0, 0.3, -2.5])).collect();
+        // Some tokens violate nothing: their references are beyond reach.
+        let calm: Vec<bool> = (0..tokens).map(|_| random.below(5) < 2).collect();
+        let reference = (0..tokens * count)
+            .map(|n| match calm[n / count] {
+                true => 1e3 * sign_weight[n % count].signum(),
+                false => random.normal(),
+            })
+            .collect();
+        let mask_dtype = random.pick(&[DType::U8, DType::Bool, DType::F32]);
+        let masks: &[f32] =
+            if mask_dtype == DType::F32 { &[0.0, 1.0, 0.37, 1.5] } else { &[0.0, 1.0, 1.0, 7.0] };
+        let mask = (random.below(3) > 0)
+            .then(|| (mask_dtype, (0..tokens).map(|_| random.pick(masks)).collect()));
+        let mut place = |gaps: &[usize]| Place {
+            gap: random.pick(gaps),
+            offset: if random.below(3) == 0 { random.below(7) + 1 } else { 0 },
+        };
+        // Rows on sixteen bytes, or not.
+        let aligned = d_in.next_multiple_of(8) - d_in;
+        let wide = [aligned, aligned + 64, 1, 0];
+        let places = [
+            place(&wide),
+            place(&[0, 3, 8]),
+            place(&[0, 3, 8]),
+            place(&[0, 2]),
+            place(&[0, 3, count % 2]),
+            place(&wide),
+            place(&[0, 3]),
+        ];
+        Problem {
+            name: format!(
+                "T {tokens}, d {d_in}, K {count}, {hidden_dtype:?} to {grad_dtype:?}, {gate:?}, \
+                 {places:?}, {seed:?}"
+            ),
+            tokens,
+            count,
+            d_in,
+            weight: random.normals(count * d_in).iter().map(|w| w * norm).collect(),
+            bias: random.normals(count).iter().map(|b| 0.2 * b).collect(),
+            scale: (random.below(2) == 0)
+                .then(|| random.normals(count).iter().map(|x| x.abs() + 0.2).collect()),
+            gate,
+            gate_values: random.normals(count).iter().map(|b| 0.2 * b).collect(),
+            sign_weight,
+            hidden_dtype,
+            hidden: random
+                .normals(tokens * d_in)
+                .into_iter()
+                .map(|x| round(hidden_dtype, x))
+                .collect(),
+            reference,
+            mask,
+            grad_dtype,
+            grad: random.normals(tokens * d_in).into_iter().map(|x| round(grad_dtype, x)).collect(),
+            accumulate: random.below(2) == 0,
+            sums: random.pick(&[DType::F32, DType::F64]),
+            keeps_coef: random.below(2) == 0,
+            places,
+        }
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows {
+            d_in: self.d_in,
+            weight: &self.weight,
+            weight_stride: self.d_in,
+            bias: &self.bias,
+            scale: self.scale.as_deref(),
+            gate: match self.gate {
+                GateKind::Open => Gate::Open,
+                GateKind::Relu => Gate::Relu,
+                GateKind::Threshold => Gate::Threshold(&self.gate_values),
+                GateKind::Gated => Gate::Gated(&self.gate_values),
+            },
+            sign_weight: &self.sign_weight,
+        }
+    }
+
+    fn mask(&self, t: usize) -> f32 {
+        match &self.mask {
+            None => 1.0,
+            Some((DType::F32, mask)) => mask[t],
+            Some((_, mask)) => (mask[t] != 0.0) as u8 as f32,
+        }
+    }
+
+    fn scale(&self, k: usize) -> f32 {
+        self.scale.as_ref().map_or(1.0, |s| s[k])
+    }
+
+    fn hidden_row(&self, t: usize) -> Vec<f64> {
+        self.hidden[t * self.d_in..][..self.d_in].iter().map(|h| *h as f64).collect()
+    }
+}
+
+/// A problem laid out for the device, with every launch of four calls: encode, the fused penalty,
+/// forward and backward.
+struct Job {
+    arena: Arena,
+    launches: Vec<Launch>,
+    hidden: Buffer,
+    reference: Buffer,
+    latents: Buffer,
+    coef: Buffer,
+    fused_coef: Option<Buffer>,
+    /// loss, count and latent losses of the fused call, then of forward.
+    sums: [[Buffer; 3]; 2],
+    /// Of the fused call, then of backward.
+    grads: [Buffer; 2],
+}
+
+impl Job {
+    fn new(p: &Problem) -> Job {
+        let mut arena = Arena::new();
+        let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
+        let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
+        let rows = DeviceRows {
+            d_in: p.d_in,
+            count: p.count,
+            gate: p.gate,
+            packed: arena.space(packed_bytes(p.count, p.d_in)).address,
+            bias: arena.vector(&p.bias).address,
+            scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
+            gate_values: match p.gate {
+                GateKind::Open | GateKind::Relu => 0,
+                _ => arena.vector(&p.gate_values).address,
+            },
+            sign_weight: arena.vector(&p.sign_weight).address,
+        };
+        let hidden = arena.filled(p.hidden_dtype, p.d_in, &p.hidden, hidden_at);
+        let reference = arena.filled(DType::F32, p.count, &p.reference, reference_at);
+        let mask = p.mask.as_ref().map(|(dtype, mask)| {
+            let buffer = arena.filled(*dtype, 1, mask, mask_at);
+            Mask { data: buffer.pointer(), dtype: *dtype, stride: buffer.stride }
+        });
+        // No kernel reads what belongs to a token that does not count.
+        for t in (0..p.tokens).filter(|t| p.mask(*t) == 0.0) {
+            arena.forbid(&reference, t);
+        }
+        let latents = arena.matrix(DType::F32, p.tokens, p.count, latents_at);
+        let coef = arena.matrix(DType::F32, p.tokens, p.count, coef_at);
+        let fused_coef =
+            p.keeps_coef.then(|| arena.matrix(DType::F32, p.tokens, p.count, Place::default()));
+        let sums = [0, 1].map(|_| {
+            [1, 1, p.count].map(|n| {
+                let gap = n % 3;
+                let b = arena.matrix(p.sums, n, 1, Place { gap, offset: 0 });
+                Buffer { stride: 1 + gap, ..b }
+            })
+        });
+        let grads = [grad_at, Place::default()].map(|place| match p.accumulate {
+            true => arena.filled(p.grad_dtype, p.d_in, &p.grad, place),
+            false => arena.matrix(p.grad_dtype, p.tokens, p.d_in, place),
+        });
+        let factor = arena.vector(&[FACTOR.1]);
+        let size = workspace_size(p.count, p.d_in, p.tokens);
+        let space = arena.space(size);
+
+        let grad = |n: usize| Grad {
+            rows: grads[n].matrix(),
+            accumulate: p.accumulate,
+            scale: FACTOR.0,
+            scale_tensor: Some(factor.pointer().cast::<f32>().cast_const()),
+        };
+        let fused = PenaltyCall {
+            tokens: p.tokens,
+            hidden: hidden.matrix(),
+            reference: reference.matrix(),
+            mask,
+            coef: fused_coef.map(|b| b.matrix()),
+            loss_sum: Some(sums[0][0].output()),
+            token_count: Some(sums[0][1].output()),
+            latent_loss: Some(sums[0][2].output()),
+            grad: Some(grad(0)),
+            workspace: Workspace { data: space.pointer(), size },
+        };
+        let forward = PenaltyCall {
+            coef: Some(coef.matrix()),
+            loss_sum: Some(sums[1][0].output()),
+            token_count: Some(sums[1][1].output()),
+            latent_loss: Some(sums[1][2].output()),
+            grad: None,
+            ..fused
+        };
+        let (tokens, hidden_rows) = (p.tokens, hidden.matrix());
+        let mut launches = vec![pack(weight.address, weight.stride, &rows)];
+        let calls = [
+            penalty(&rows, &fused),
+            penalty(&rows, &forward),
+            backward(&rows, &BackwardCall { tokens, coef: coef.matrix(), grad: grad(1) }),
+        ];
+        launches.extend(calls.iter().flat_map(|call| call.iter()));
+        // Encode has no mask: it comes last, in a job of its own where some hidden states are
+        // forbidden.
+        let call = EncodeCall { tokens, hidden: hidden_rows, latents: latents.matrix() };
+        launches.extend(encode(&rows, &call).iter());
+        Job { arena, launches, hidden, reference, latents, coef, fused_coef, sums, grads }
+    }
+
+    /// Runs it; every order of threads must leave the same bytes.
+    fn run(&self, name: &str) -> Vec<u8> {
+        let memories = run(&harness().join("simt"), &self.arena, &self.launches)
+            .unwrap_or_else(|message| panic!("{name}\n{message}"));
+        for (memory, order) in memories.iter().zip(ORDERS) {
+            assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
+        }
+        memories.into_iter().next().expect("there are orders")
+    }
+}
+
+#[test]
+fn parameter_structs_are_laid_out_alike() {
+    let output = Command::new(harness().join("simt")).arg("layout").output().expect("it starts");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), layout());
+}
+
+#[test]
+fn one() {
+    let mut random = Random::fresh();
+    let p = Problem::random(&mut random, DType::BF16, [17, 100, 3]);
+    let job = Job::new(&p);
+    let memory = job.run(&p.name);
+    for k in 0..3 {
+        let (z, _) = latent(&p.rows(), k, &p.hidden_row(0));
+        println!("{} {}", job.latents.get(&memory, 0, k), z);
+    }
+    panic!();
+}
