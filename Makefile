@@ -11,10 +11,11 @@ CARGO ?= cargo
 VENV := .venv
 PY := $(VENV)/bin/python
 LIB := target/release/libblockem.so
-RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs')
+RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo test test-rust test-python test-sanitizers test-install lint header \
+.PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels \
+        lint header \
         bench bench-load install clean
 
 help: ## list the targets
@@ -29,10 +30,10 @@ $(LIB): $(RUST)
 demo: $(VENV)/package ## the main job, in out/demo
 	$(PY) -m examples.demo
 
-test: lint test-rust test-python test-sanitizers test-install ## every test
+test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-install test-kernels ## every test
 	@echo "make test: all passed"
 
-test-rust: $(LIB) $(VENV)/tools ## Rust, C and C++ tests
+test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 	$(CARGO) test --locked
 
 test-python: $(VENV)/package ## Python tests
@@ -43,8 +44,11 @@ test-sanitizers: ## the unsafe parts under AddressSanitizer
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
 	  --target-dir target/asan
 
-test-install: $(LIB) $(VENV)/tools ## install into a scratch prefix, build the examples against it
+test-install: $(VENV)/requirements $(LIB) $(VENV)/tools ## install into a scratch prefix, build the examples against it
 	tests/capi/install_test.sh
+
+test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
+	tests/compile_kernels.sh
 
 lint: ## formatting, clippy (which also checks the MSRV)
 	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \
@@ -69,6 +73,7 @@ $(VENV)/requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet -r requirements.txt
+	@touch build.rs # it looks for nvcc, which is here now
 	@touch $@
 
 $(VENV)/package: $(VENV)/requirements $(LIB) $(PACKAGE)

@@ -6,6 +6,7 @@
 
 use std::env;
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -140,10 +141,29 @@ fn compile(nvcc: &Path, kernels: &[PathBuf]) -> Result<Images> {
         }
         let newest = ARCHITECTURES[ARCHITECTURES.len() - 1];
         command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
-        run(command.arg("-o").arg(&image).arg(kernel))?;
+        command.arg("-o").arg(&image).arg(kernel);
+        // Cargo also comes here when only the environment or the build script changed.
+        let (key, stamp) = (key(&command, toolkit), image.with_extension("key"));
+        if !image.is_file() || std::fs::read_to_string(&stamp).ok() != Some(key.clone()) {
+            run(&mut command)?;
+            std::fs::write(&stamp, key).map_err(|e| e.to_string())?;
+        }
         images.files.push((name, image));
     }
     Ok(images)
+}
+
+/// Names all that an image is made of.
+fn key(command: &Command, toolkit: u32) -> String {
+    let mut hash = DefaultHasher::new();
+    (format!("{command:?}"), toolkit).hash(&mut hash);
+    let entries = std::fs::read_dir("kernels").into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        (std::fs::read(&path).unwrap_or_default(), path).hash(&mut hash);
+    }
+    format!("{:016x}", hash.finish())
 }
 
 /// From "release 13.0, V13.0.88".
