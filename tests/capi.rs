@@ -10,6 +10,8 @@
 mod cuda;
 #[path = "capi/header.rs"]
 mod header;
+#[path = "support/stub_cuda.rs"]
+mod stub_cuda;
 #[path = "capi/toolbox.rs"]
 mod toolbox;
 

@@ -244,6 +244,11 @@ pub(crate) trait Backend: Send + Sync {
     /// Bytes of scratch that `penalty` needs for this many tokens.
     fn workspace_size(&self, tokens: usize) -> usize;
 
+    /// What brings host arrays to the device; `None` where calls take them as they are.
+    fn transfers(&self) -> Result<Option<cuda::Transfers>> {
+        Ok(None)
+    }
+
     unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()>;
     unsafe fn penalty(&self, call: &PenaltyCall, stream: Stream) -> Result<()>;
     unsafe fn backward(&self, call: &BackwardCall, stream: Stream) -> Result<()>;

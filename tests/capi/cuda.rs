@@ -1,22 +1,12 @@
 //! The CUDA backend without a device: tests/capi/cuda.c on the stub driver of tests/stub_cuda.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use blockem::capi::version::{blockem_build_info, blockem_build_info_get};
 
-use crate::toolbox::{Link, Program, need_tool, root, run, scratch};
-
-/// The folder of a libcuda.so.1 that is the stub.
-fn stub_driver(folder: &Path) -> PathBuf {
-    let library = folder.join("libcuda.so.1");
-    let mut compiler = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
-    compiler.args(["-std=gnu11", "-g", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]);
-    compiler.args(["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wl,-soname,libcuda.so.1"]);
-    compiler.arg("-o").arg(&library).arg(root().join("tests/stub_cuda/stub.c"));
-    run(compiler.arg("-lpthread"));
-    folder.to_path_buf()
-}
+use crate::stub_cuda;
+use crate::toolbox::{Link, Program, need_tool, run, scratch};
 
 /// Fails with the remedy where this build has no kernels: a check that cannot run is not passed.
 fn need_kernels() {
@@ -41,12 +31,12 @@ pub fn check_case(case: &str, env: &[(&str, &str)]) -> String {
     need_kernels();
     need_tool("valgrind", "valgrind");
     let folder = scratch(&format!("cuda-{case}-{}", env.len()));
-    let driver = stub_driver(&folder);
+    stub_cuda::build(&folder);
     let command = |program: &Path, before: &[&str]| {
         let mut words = before.iter().map(Path::new).chain([program]);
         let mut command = Command::new(words.next().expect("a program"));
         command.args(words).arg(&folder).arg(case);
-        command.env("LD_LIBRARY_PATH", &driver).envs(env.iter().copied());
+        command.env("LD_LIBRARY_PATH", &folder).envs(env.iter().copied());
         command
     };
     let plain = program(false).compile(&folder);

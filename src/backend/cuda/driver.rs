@@ -518,14 +518,14 @@ impl Drop for Entered {
 }
 
 /// Device memory, freed in its own context.
-pub(super) struct DeviceMemory {
+pub(crate) struct DeviceMemory {
     context: Arc<Context>,
     address: CUdeviceptr,
 }
 
 impl DeviceMemory {
     /// At least one byte, aligned to 256. The context must be current.
-    pub fn new(context: &Arc<Context>, bytes: usize) -> Result<DeviceMemory> {
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<DeviceMemory> {
         let (driver, mut address) = (context.driver, 0);
         // SAFETY: a place for the result.
         let code = unsafe { (driver.functions.memory_alloc)(&mut address, bytes.max(1)) };

@@ -13,15 +13,16 @@ mod tests;
 
 use std::sync::Arc;
 
-use self::driver::{Context, DeviceMemory, Driver, OwnStream, Pointer};
+use self::driver::{Context, Driver, OwnStream, Pointer};
 use self::image::Module;
+pub(crate) use self::driver::DeviceMemory;
 pub(crate) use self::image::is_embedded;
 pub(crate) use self::launch::{DeviceRows, GateKind};
 use self::launch::{Launch, packed_bytes};
 use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows, Workspace};
 use crate::error::{Result, bail};
 use crate::penalty::WORKSPACE_ALIGN;
-use crate::tensor::Stream;
+use crate::tensor::{Device, Stream};
 
 /// How many devices there are; none without a driver or without kernels, which is no error.
 pub(crate) fn device_count() -> Result<i32> {
@@ -119,6 +120,10 @@ impl Backend for Cuda {
         workspace_size(self.rows.count, self.rows.d_in, tokens)
     }
 
+    fn transfers(&self) -> Result<Option<Transfers>> {
+        Transfers::new(&self.module.context).map(Some)
+    }
+
     unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()> {
         let _entered = self.enter(stream, &Pointers::of_encode(call))?;
         // SAFETY: the caller's promise; the context is current and the stream's.
@@ -135,6 +140,51 @@ impl Backend for Cuda {
         let _entered = self.enter(stream, &Pointers::of_backward(call))?;
         // SAFETY: as above.
         unsafe { start_all(&self.module, launch::backward(&self.rows, call).iter(), stream) }
+    }
+}
+
+/// Copies between the host and a plan's device, for callers who bring host arrays.
+pub(crate) struct Transfers {
+    context: Arc<Context>,
+    stream: OwnStream,
+}
+
+impl Transfers {
+    fn new(context: &Arc<Context>) -> Result<Transfers> {
+        let _entered = context.enter()?;
+        Ok(Transfers { context: context.clone(), stream: OwnStream::new(context)? })
+    }
+
+    /// Calls and copies on it run one after the other.
+    pub fn stream(&self) -> Stream {
+        // SAFETY: the stream lives as long as this; whoever launches on it waits in `download`.
+        unsafe { Stream::from_raw(self.stream.as_raw()) }
+    }
+
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.context.device_index())
+    }
+
+    pub fn space(&self, bytes: usize) -> Result<DeviceMemory> {
+        let _entered = self.context.enter()?;
+        DeviceMemory::new(&self.context, bytes)
+    }
+
+    pub fn upload(&self, bytes: &[u8]) -> Result<DeviceMemory> {
+        let _entered = self.context.enter()?;
+        let memory = DeviceMemory::new(&self.context, bytes.len())?;
+        // SAFETY: as many bytes, and the slice outlives the wait.
+        unsafe { self.stream.copy_in(memory.address(), bytes)? };
+        self.stream.synchronize()?;
+        Ok(memory)
+    }
+
+    /// Waits for all work on the stream, too. `memory` holds as many bytes.
+    pub fn download(&self, memory: &DeviceMemory, bytes: &mut [u8]) -> Result<()> {
+        let _entered = self.context.enter()?;
+        // SAFETY: as many bytes, and the slice outlives the wait.
+        unsafe { self.stream.copy_out(bytes, memory.address())? };
+        self.stream.synchronize()
     }
 }
 
