@@ -15,7 +15,6 @@ use super::launch::{
     DeviceRows, GateKind, Launch, backward, encode, layout, pack, packed_bytes, penalty,
     workspace_size,
 };
-use crate::backend::reference::latent;
 use crate::backend::{
     BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
 };
@@ -449,11 +448,11 @@ impl Problem {
     }
 }
 
-/// A problem laid out for the device, with every launch of four calls: encode, the fused penalty,
-/// forward and backward.
+/// A problem laid out for the device, and the launches of its calls.
 struct Job {
     arena: Arena,
-    launches: Vec<Launch>,
+    rows: DeviceRows,
+    pack: Launch,
     hidden: Buffer,
     reference: Buffer,
     latents: Buffer,
@@ -463,6 +462,10 @@ struct Job {
     sums: [[Buffer; 3]; 2],
     /// Of the fused call, then of backward.
     grads: [Buffer; 2],
+    fused: PenaltyCall,
+    forward: PenaltyCall,
+    backward: BackwardCall,
+    scratch: [Buffer; 2],
 }
 
 impl Job {
@@ -470,11 +473,12 @@ impl Job {
         let mut arena = Arena::new();
         let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
         let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
+        let packed = arena.space(packed_bytes(p.count, p.d_in));
         let rows = DeviceRows {
             d_in: p.d_in,
             count: p.count,
             gate: p.gate,
-            packed: arena.space(packed_bytes(p.count, p.d_in)).address,
+            packed: packed.address,
             bias: arena.vector(&p.bias).address,
             scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
             gate_values: match p.gate {
@@ -489,20 +493,12 @@ impl Job {
             let buffer = arena.filled(*dtype, 1, mask, mask_at);
             Mask { data: buffer.pointer(), dtype: *dtype, stride: buffer.stride }
         });
-        // No kernel reads what belongs to a token that does not count.
-        for t in (0..p.tokens).filter(|t| p.mask(*t) == 0.0) {
-            arena.forbid(&reference, t);
-        }
         let latents = arena.matrix(DType::F32, p.tokens, p.count, latents_at);
         let coef = arena.matrix(DType::F32, p.tokens, p.count, coef_at);
         let fused_coef =
             p.keeps_coef.then(|| arena.matrix(DType::F32, p.tokens, p.count, Place::default()));
-        let sums = [0, 1].map(|_| {
-            [1, 1, p.count].map(|n| {
-                let gap = n % 3;
-                let b = arena.matrix(p.sums, n, 1, Place { gap, offset: 0 });
-                Buffer { stride: 1 + gap, ..b }
-            })
+        let sums = [0, 1].map(|gap| {
+            [1, 1, p.count].map(|n| arena.matrix(p.sums, n, 1, Place { gap, offset: 0 }))
         });
         let grads = [grad_at, Place::default()].map(|place| match p.accumulate {
             true => arena.filled(p.grad_dtype, p.d_in, &p.grad, place),
@@ -511,7 +507,6 @@ impl Job {
         let factor = arena.vector(&[FACTOR.1]);
         let size = workspace_size(p.count, p.d_in, p.tokens);
         let space = arena.space(size);
-
         let grad = |n: usize| Grad {
             rows: grads[n].matrix(),
             accumulate: p.accumulate,
@@ -538,30 +533,207 @@ impl Job {
             grad: None,
             ..fused
         };
-        let (tokens, hidden_rows) = (p.tokens, hidden.matrix());
-        let mut launches = vec![pack(weight.address, weight.stride, &rows)];
-        let calls = [
-            penalty(&rows, &fused),
-            penalty(&rows, &forward),
-            backward(&rows, &BackwardCall { tokens, coef: coef.matrix(), grad: grad(1) }),
-        ];
-        launches.extend(calls.iter().flat_map(|call| call.iter()));
-        // Encode has no mask: it comes last, in a job of its own where some hidden states are
-        // forbidden.
-        let call = EncodeCall { tokens, hidden: hidden_rows, latents: latents.matrix() };
-        launches.extend(encode(&rows, &call).iter());
-        Job { arena, launches, hidden, reference, latents, coef, fused_coef, sums, grads }
+        let backward = BackwardCall { tokens: p.tokens, coef: coef.matrix(), grad: grad(1) };
+        Job {
+            pack: pack(weight.address, weight.stride, &rows),
+            arena,
+            rows,
+            hidden,
+            reference,
+            latents,
+            coef,
+            fused_coef,
+            sums,
+            grads,
+            fused,
+            forward,
+            backward,
+            scratch: [packed, space],
+        }
     }
 
-    /// Runs it; every order of threads must leave the same bytes.
-    fn run(&self, name: &str) -> Vec<u8> {
-        let memories = run(&harness().join("simt"), &self.arena, &self.launches)
+    /// z of every token; `masked` tokens have one too.
+    fn encode(&self, p: &Problem) -> Vec<f32> {
+        let call = EncodeCall {
+            tokens: p.tokens,
+            hidden: self.hidden.matrix(),
+            latents: self.latents.matrix(),
+        };
+        let launches = encode(&self.rows, &call);
+        let memory = self.run(&self.arena, launches.iter(), &p.name);
+        self.check_untouched(&memory, &[self.latents], p);
+        self.latents.all(&memory).iter().map(|z| *z as f32).collect()
+    }
+
+    /// The fused call, then forward and backward. No kernel reads hidden states and references of
+    /// tokens that do not count.
+    fn penalty(&self, p: &Problem) -> Vec<u8> {
+        let mut arena = self.arena.clone();
+        for t in (0..p.tokens).filter(|t| p.mask(*t) == 0.0) {
+            arena.forbid(&self.hidden, t);
+            arena.forbid(&self.reference, t);
+        }
+        let fused = penalty(&self.rows, &self.fused);
+        let forward = penalty(&self.rows, &self.forward);
+        let backward = backward(&self.rows, &self.backward);
+        let launches = fused.iter().chain(forward.iter()).chain(backward.iter());
+        let memory = self.run(&arena, launches, &p.name);
+        let mut outputs = [&self.sums[0][..], &self.sums[1], &self.grads, &[self.coef]].concat();
+        outputs.extend(self.fused_coef);
+        self.check_untouched(&memory, &outputs, p);
+        memory
+    }
+
+    /// Packs, then runs the launches; every order of threads must leave the same bytes.
+    fn run<'a>(
+        &self,
+        arena: &Arena,
+        launches: impl Iterator<Item = &'a Launch>,
+        name: &str,
+    ) -> Vec<u8> {
+        let launches: Vec<Launch> = [self.pack].into_iter().chain(launches.copied()).collect();
+        let memories = run(&harness().join("simt"), arena, &launches)
             .unwrap_or_else(|message| panic!("{name}\n{message}"));
         for (memory, order) in memories.iter().zip(ORDERS) {
             assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
         }
         memories.into_iter().next().expect("there are orders")
     }
+
+    /// Whatever is no output keeps its bytes.
+    fn check_untouched(&self, memory: &[u8], outputs: &[Buffer], p: &Problem) {
+        let mut before = self.arena.bytes.clone();
+        for buffer in outputs.iter().chain(&self.scratch) {
+            for t in 0..buffer.rows {
+                let [start, bytes] = buffer.row(t);
+                let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
+                before[range.clone()].copy_from_slice(&memory[range]);
+            }
+        }
+        assert!(before == memory, "bytes beside the outputs changed: {}", p.name);
+    }
+}
+
+/// Compares each stage with f64 arithmetic on the output of the stage before.
+fn check(p: &Problem) {
+    let job = Job::new(p);
+    let z = job.encode(p);
+    let memory = job.penalty(p);
+    let coef: Vec<f32> = job.coef.all(&memory).iter().map(|c| *c as f32).collect();
+    let mut latent_loss = vec![0.0; p.count];
+    let mut count = 0.0;
+    for t in 0..p.tokens {
+        let mask = p.mask(t);
+        count += mask as f64;
+        let hidden = p.hidden_row(t);
+        for k in 0..p.count {
+            let (z, coef) = (z[t * p.count + k], coef[t * p.count + k]);
+            let at = format!("[{t},{k}]: {}", p.name);
+            let exact = Exact::new(p, k, &hidden);
+            let clear = exact.distance.abs() > exact.slack;
+            if clear {
+                let expected = if exact.distance > 0.0 { exact.pre } else { 0.0 };
+                assert!((z as f64 - expected).abs() <= exact.slack, "z {z} {expected} {at}");
+            }
+            if mask == 0.0 {
+                assert_eq!(coef.to_bits(), 0, "coef {at}");
+                continue;
+            }
+            let sw = p.sign_weight[k];
+            let reference = p.reference[t * p.count + k];
+            let x = if sw < 0.0 { reference - z } else { z - reference };
+            let r = if x <= 0.0 { 0.0 } else { x };
+            let on = mask * (2.0 * sw * r) * p.scale(k);
+            let is_on = if clear { exact.distance > 0.0 } else { z != 0.0 };
+            assert_eq!(coef, if is_on { on } else { 0.0 }, "coef {at}");
+            latent_loss[k] += mask as f64 * (sw.abs() as f64 * (r as f64 * r as f64));
+        }
+        check_gradient_row(p, t, &coef[t * p.count..][..p.count], |i| {
+            job.grads[0].get(&memory, t, i)
+        });
+    }
+    let tolerance = if p.sums == DType::F64 { 1e-13 } else { 1e-7 };
+    let close = |x: f64, y: f64| (x - y).abs() <= tolerance * y.abs();
+    for sums in &job.sums {
+        let [loss, tokens, latents] = sums.map(|b| b.all(&memory));
+        let expected: f64 = latent_loss.iter().sum();
+        assert!(close(loss[0], expected), "loss {} {expected}: {}", loss[0], p.name);
+        assert!(close(tokens[0], count), "count {} {count}: {}", tokens[0], p.name);
+        for (k, (x, y)) in latents.iter().zip(&latent_loss).enumerate() {
+            assert!(close(*x, *y), "latent_loss[{k}] {x} {y}: {}", p.name);
+        }
+    }
+    let same = |x: &Buffer, y: &Buffer, what: &str| {
+        let bits = |b: &Buffer| b.all(&memory).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(x), bits(y), "{what}, fused and in two calls: {}", p.name);
+    };
+    same(&job.grads[0], &job.grads[1], "dH");
+    job.sums[0].iter().zip(&job.sums[1]).for_each(|(x, y)| same(x, y, "sums"));
+    job.fused_coef.iter().for_each(|c| same(c, &job.coef, "coef"));
+}
+
+/// One latent of one token in f64.
+struct Exact {
+    pre: f64,
+    /// How far the gate is from switching.
+    distance: f64,
+    /// What rounding may change.
+    slack: f64,
+}
+
+impl Exact {
+    fn new(p: &Problem, k: usize, hidden: &[f64]) -> Exact {
+        let (rows, gate) = (p.rows(), p.gate_values[k] as f64);
+        let products = || rows.row(k).iter().zip(hidden).map(|(w, h)| *w as f64 * h);
+        let (dot, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+        let scale = p.scale(k) as f64;
+        let pre = dot * scale + p.bias[k] as f64;
+        let distance = match p.gate {
+            GateKind::Open => f64::INFINITY,
+            GateKind::Relu => pre,
+            GateKind::Threshold => pre - gate,
+            GateKind::Gated => pre.min(dot + gate),
+        };
+        let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
+        Exact { pre, distance, slack: 1e-6 * size + 1e-9 }
+    }
+}
+
+/// dH of one token against its coefficients.
+fn check_gradient_row(p: &Problem, t: usize, coef: &[f32], new: impl Fn(usize) -> f64) {
+    let active = coef.iter().any(|c| *c != 0.0);
+    // Half a unit in the last place, and the products that 16-bit results leave out.
+    let (unit, left_out) = match p.grad_dtype {
+        DType::BF16 => (0.5f64.powi(8), 0.5f64.powi(15)),
+        DType::F16 => (0.5f64.powi(11), 0.5f64.powi(15)),
+        _ => (0.5f64.powi(24), 0.0),
+    };
+    for i in 0..p.d_in {
+        let old = if p.accumulate { p.grad[t * p.d_in + i] as f64 } else { 0.0 };
+        let (mut sum, mut size) = (0.0, 0.0);
+        for (k, c) in coef.iter().enumerate() {
+            let product = FACTOR.0 * FACTOR.1 as f64 * *c as f64 * p.weight[k * p.d_in + i] as f64;
+            sum += product;
+            size += product.abs();
+        }
+        let (new, expected) = (new(i), old + sum);
+        let slack = unit * 1.001 * expected.abs() + (1e-6 + left_out) * (size + old.abs()) + 1e-7;
+        assert!((new - expected).abs() <= slack, "dH[{t},{i}] {new} {expected}: {}", p.name);
+        assert!(active || new == old, "a row without violation changed: {}", p.name);
+    }
+}
+
+const TOKENS: [usize; 6] = [1, 17, 64, 65, 200, 0];
+const WIDTHS: [usize; 8] = [1, 7, 63, 64, 65, 100, 520, 1030];
+const COUNTS: [usize; 7] = [1, 3, 8, 20, 33, 70, 130];
+
+/// Every size at least three times, with everything else at random.
+fn problems(hidden_dtype: DType) -> impl Iterator<Item = Problem> {
+    let mut random = Random::fresh();
+    (0..24).map(move |i| {
+        let shape = [TOKENS[i % 6], WIDTHS[(i + i / 6) % 8], COUNTS[i % 7]];
+        Problem::random(&mut random, hidden_dtype, shape)
+    })
 }
 
 #[test]
@@ -571,14 +743,16 @@ fn parameter_structs_are_laid_out_alike() {
 }
 
 #[test]
-fn one() {
-    let mut random = Random::fresh();
-    let p = Problem::random(&mut random, DType::BF16, [17, 100, 3]);
-    let job = Job::new(&p);
-    let memory = job.run(&p.name);
-    for k in 0..3 {
-        let (z, _) = latent(&p.rows(), k, &p.hidden_row(0));
-        println!("{} {}", job.latents.get(&memory, 0, k), z);
-    }
-    panic!();
+fn f32_kernels_are_right() {
+    problems(DType::F32).for_each(|p| check(&p));
+}
+
+#[test]
+fn f16_kernels_are_right() {
+    problems(DType::F16).for_each(|p| check(&p));
+}
+
+#[test]
+fn bf16_kernels_are_right() {
+    problems(DType::BF16).for_each(|p| check(&p));
 }
