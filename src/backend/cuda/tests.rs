@@ -2,6 +2,7 @@
 //! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
 //! f64 arithmetic, and with itself bit for bit.
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -223,7 +224,7 @@ impl Arena {
     }
 
     fn filled(&mut self, dtype: DType, cols: usize, values: &[f32], place: Place) -> Buffer {
-        let rows = if cols == 0 { 0 } else { values.len() / cols };
+        let rows = values.len() / cols;
         let buffer = self.matrix(dtype, rows, cols, place);
         for (n, value) in values.iter().enumerate() {
             self.set(&buffer, n / cols, n % cols, *value);
@@ -448,8 +449,9 @@ impl Problem {
     }
 }
 
-/// A problem laid out for the device, and the launches of its calls.
+/// A problem laid out for the device, and its calls.
 struct Job {
+    program: PathBuf,
     arena: Arena,
     rows: DeviceRows,
     pack: Launch,
@@ -470,6 +472,10 @@ struct Job {
 
 impl Job {
     fn new(p: &Problem) -> Job {
+        Job::on(&harness().join("simt"), p)
+    }
+
+    fn on(program: &Path, p: &Problem) -> Job {
         let mut arena = Arena::new();
         let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
         let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
@@ -535,6 +541,7 @@ impl Job {
         };
         let backward = BackwardCall { tokens: p.tokens, coef: coef.matrix(), grad: grad(1) };
         Job {
+            program: program.to_path_buf(),
             pack: pack(weight.address, weight.stride, &rows),
             arena,
             rows,
@@ -592,7 +599,7 @@ impl Job {
         name: &str,
     ) -> Vec<u8> {
         let launches: Vec<Launch> = [self.pack].into_iter().chain(launches.copied()).collect();
-        let memories = run(&harness().join("simt"), arena, &launches)
+        let memories = run(&self.program, arena, &launches)
             .unwrap_or_else(|message| panic!("{name}\n{message}"));
         for (memory, order) in memories.iter().zip(ORDERS) {
             assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
@@ -616,7 +623,10 @@ impl Job {
 
 /// Compares each stage with f64 arithmetic on the output of the stage before.
 fn check(p: &Problem) {
-    let job = Job::new(p);
+    check_job(p, &Job::new(p));
+}
+
+fn check_job(p: &Problem, job: &Job) {
     let z = job.encode(p);
     let memory = job.penalty(p);
     let coef: Vec<f32> = job.coef.all(&memory).iter().map(|c| *c as f32).collect();
@@ -903,5 +913,159 @@ fn latents_are_as_accurate_as_a_sum_in_f32() {
         let ratio = (ours / plain).sqrt();
         println!("{dtype:?}: {ratio:.2} times the error of a sum in f32");
         assert!(ratio < 2.0, "{dtype:?}: {ratio}");
+    }
+}
+
+// --------------------------------------------------------------------------------------- faults
+
+/// The nth `from` becomes `to`.
+struct Fault<'a> {
+    from: &'a str,
+    nth: usize,
+    to: &'a str,
+}
+
+/// A harness with a fault in one source, of which only the named kernel is compiled.
+fn with_fault(folder: &Path, source: &str, kernel: &str, fault: &Fault) -> PathBuf {
+    let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+    let found = text.match_indices(fault.from).nth(fault.nth);
+    let (at, _) = found.unwrap_or_else(|| panic!("{source} has no {}", fault.from));
+    let text = format!("{}{}{}", &text[..at], fault.to, &text[at + fault.from.len()..]);
+    let other = |line: &&str| {
+        ["FEW(blockem", "WIDE(blockem", "KERNEL(blockem"].iter().any(|m| line.starts_with(m))
+            && line.ends_with([')', '}'])
+            && !line.contains(kernel)
+    };
+    let text: String =
+        text.lines().filter(|line| !other(line)).map(|line| format!("{line}\n")).collect();
+    let changed = folder.join(source);
+    fs::write(&changed, text).expect("a writable folder");
+    compile(&changed, &object(folder, source), &root().join("kernels"));
+    let folder_of = |file: &str| if file == source { folder } else { harness() };
+    let files: Vec<PathBuf> = (KERNELS.iter().chain(&HARNESS).chain(&[TENSOR_CORE]))
+        .map(|file| object(folder_of(file), file))
+        .collect();
+    let program = folder.join("simt");
+    link(&files, &program);
+    program
+}
+
+/// What `check` says to a fault, if anything.
+fn verdict(p: &Problem, source: &str, kernel: &str, fault: Fault) -> Option<String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = with_fault(folder.path(), source, kernel, &fault);
+    let panic = catch_unwind(|| check_job(p, &Job::on(&program, p))).err()?;
+    Some(panic.downcast_ref::<String>().expect("a message").clone())
+}
+
+/// Several tiles of tokens, more slices than stages, every output. The last slice lies in the first
+/// stage, which the epilogue uses again.
+fn fault_problem(count: usize) -> Problem {
+    let mut random = Random(0x5eed);
+    let mut p = Problem::random(&mut random, DType::BF16, [130, 830, count]);
+    p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
+    (p.grad_dtype, p.sums, p.accumulate) = (DType::BF16, DType::F64, false);
+    p.name = format!("T 130, d 830, K {count}");
+    p.reference.fill(0.0);
+    p.places = [Place::default(); 7];
+    // Rows of hidden states and dH that start at sixteen bytes.
+    (p.places[0].gap, p.places[5].gap) = (2, 2);
+    p
+}
+
+#[test]
+fn every_missing_barrier_and_wait_is_caught() {
+    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let cases = [
+        ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
+        (
+            "gradient.cu",
+            [(&few, "blockem_gradient_bf16_few"), (&wide, "blockem_gradient_bf16_wide")],
+        ),
+        ("reduce.cu", [(&few, "blockem_reduce"), (&wide, "blockem_reduce")]),
+    ];
+    for (source, kernels) in cases {
+        let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+        for (call, without) in [("sync_block();", ""), ("copy_wait<", "if (false) copy_wait<")] {
+            for nth in 0..text.matches(call).count() {
+                let found = kernels.iter().find_map(|(p, kernel)| {
+                    verdict(p, source, kernel, Fault { from: call, nth, to: without })
+                });
+                let found = found.unwrap_or_else(|| panic!("{source} works without {call} {nth}"));
+                println!("{source} without {call} {nth}: {found:.100}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_accesses_and_indices_are_caught() {
+    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let outside = "AddressSanitizer";
+    let cases: [(&Problem, &str, &str, &str, &str, &str); 12] = [
+        // Beyond shared memory: a copy, a plain store, a collective load.
+        (
+            &few,
+            "encode.cu",
+            "_bf16_8",
+            "fill = S::STAGES - 1;",
+            "fill = S::STAGES;",
+            "shared memory",
+        ),
+        (
+            &few,
+            "reduce.cu",
+            "_reduce",
+            "scratch[thread_index()] =",
+            "scratch[thread_index() + 1] =",
+            outside,
+        ),
+        (
+            &few,
+            "gradient.cu",
+            "_bf16_few",
+            "lane * ROW_BYTES",
+            "(lane + 112) * ROW_BYTES",
+            "shared memory",
+        ),
+        // Beyond a row of h, the tokens of coefficients, the columns of dH, the latents.
+        (&few, "encode.cu", "_bf16_8", "left < 16 ? left : 16", "left ? 16 : 0", outside),
+        (
+            &wide,
+            "gradient.cu",
+            "_bf16_wide",
+            "t >= p.tokens || k >= p.count",
+            "k >= p.count",
+            outside,
+        ),
+        (&few, "gradient.cu", "_bf16_few", "column + 8 <= p.d_in", "column < p.d_in", outside),
+        (&wide, "encode.cu", "_bf16_wide", "if (k >= p.rows.count) continue;", "", outside),
+        // A token that does not count.
+        (&few, "encode.cu", "_bf16_8", "mask_of(p, t) != 0.0f", "mask_of(p, t) != 9.0f", outside),
+        // The wrong number from the right memory.
+        (
+            &few,
+            "encode.cu",
+            "_bf16_8",
+            "[2 * half + i];\n                    const float pre",
+            "[half + 2 * i];\n                    const float pre",
+            "z ",
+        ),
+        (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
+        (&wide, "gradient.cu", "_bf16_wide", "[2 * half + i % 2]", "[half + i % 2 * 2]", "dH["),
+        (
+            &wide,
+            "gradient.cu",
+            "_bf16_wide",
+            "j / 2][j % 2 * 2 + half]",
+            "j % 2][j / 2 * 2 + half]",
+            "dH[",
+        ),
+    ];
+    for (p, source, kernel, from, to, message) in cases {
+        let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
+        let found = found.unwrap_or_else(|| panic!("{source} works with {to}"));
+        println!("{source} with {to}: {:.100}", found.replace('\n', " "));
+        assert!(found.contains(message), "{source} with {to}: {found}");
     }
 }
