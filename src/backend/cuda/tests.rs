@@ -2,6 +2,7 @@
 //! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
 //! f64 arithmetic, and with itself bit for bit.
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -15,7 +16,6 @@ use super::launch::{
     DeviceRows, GateKind, Launch, backward, encode, layout, pack, packed_bytes, penalty,
     workspace_size,
 };
-use crate::backend::reference::latent;
 use crate::backend::{
     BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
 };
@@ -224,7 +224,7 @@ impl Arena {
     }
 
     fn filled(&mut self, dtype: DType, cols: usize, values: &[f32], place: Place) -> Buffer {
-        let rows = if cols == 0 { 0 } else { values.len() / cols };
+        let rows = values.len() / cols;
         let buffer = self.matrix(dtype, rows, cols, place);
         for (n, value) in values.iter().enumerate() {
             self.set(&buffer, n / cols, n % cols, *value);
@@ -449,11 +449,12 @@ impl Problem {
     }
 }
 
-/// A problem laid out for the device, with every launch of four calls: encode, the fused penalty,
-/// forward and backward.
+/// A problem laid out for the device, and its calls.
 struct Job {
+    program: PathBuf,
     arena: Arena,
-    launches: Vec<Launch>,
+    rows: DeviceRows,
+    pack: Launch,
     hidden: Buffer,
     reference: Buffer,
     latents: Buffer,
@@ -463,18 +464,27 @@ struct Job {
     sums: [[Buffer; 3]; 2],
     /// Of the fused call, then of backward.
     grads: [Buffer; 2],
+    fused: PenaltyCall,
+    forward: PenaltyCall,
+    backward: BackwardCall,
+    scratch: [Buffer; 2],
 }
 
 impl Job {
     fn new(p: &Problem) -> Job {
+        Job::on(&harness().join("simt"), p)
+    }
+
+    fn on(program: &Path, p: &Problem) -> Job {
         let mut arena = Arena::new();
         let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
         let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
+        let packed = arena.space(packed_bytes(p.count, p.d_in));
         let rows = DeviceRows {
             d_in: p.d_in,
             count: p.count,
             gate: p.gate,
-            packed: arena.space(packed_bytes(p.count, p.d_in)).address,
+            packed: packed.address,
             bias: arena.vector(&p.bias).address,
             scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
             gate_values: match p.gate {
@@ -489,20 +499,12 @@ impl Job {
             let buffer = arena.filled(*dtype, 1, mask, mask_at);
             Mask { data: buffer.pointer(), dtype: *dtype, stride: buffer.stride }
         });
-        // No kernel reads what belongs to a token that does not count.
-        for t in (0..p.tokens).filter(|t| p.mask(*t) == 0.0) {
-            arena.forbid(&reference, t);
-        }
         let latents = arena.matrix(DType::F32, p.tokens, p.count, latents_at);
         let coef = arena.matrix(DType::F32, p.tokens, p.count, coef_at);
         let fused_coef =
             p.keeps_coef.then(|| arena.matrix(DType::F32, p.tokens, p.count, Place::default()));
-        let sums = [0, 1].map(|_| {
-            [1, 1, p.count].map(|n| {
-                let gap = n % 3;
-                let b = arena.matrix(p.sums, n, 1, Place { gap, offset: 0 });
-                Buffer { stride: 1 + gap, ..b }
-            })
+        let sums = [0, 1].map(|gap| {
+            [1, 1, p.count].map(|n| arena.matrix(p.sums, n, 1, Place { gap, offset: 0 }))
         });
         let grads = [grad_at, Place::default()].map(|place| match p.accumulate {
             true => arena.filled(p.grad_dtype, p.d_in, &p.grad, place),
@@ -511,7 +513,6 @@ impl Job {
         let factor = arena.vector(&[FACTOR.1]);
         let size = workspace_size(p.count, p.d_in, p.tokens);
         let space = arena.space(size);
-
         let grad = |n: usize| Grad {
             rows: grads[n].matrix(),
             accumulate: p.accumulate,
@@ -538,30 +539,211 @@ impl Job {
             grad: None,
             ..fused
         };
-        let (tokens, hidden_rows) = (p.tokens, hidden.matrix());
-        let mut launches = vec![pack(weight.address, weight.stride, &rows)];
-        let calls = [
-            penalty(&rows, &fused),
-            penalty(&rows, &forward),
-            backward(&rows, &BackwardCall { tokens, coef: coef.matrix(), grad: grad(1) }),
-        ];
-        launches.extend(calls.iter().flat_map(|call| call.iter()));
-        // Encode has no mask: it comes last, in a job of its own where some hidden states are
-        // forbidden.
-        let call = EncodeCall { tokens, hidden: hidden_rows, latents: latents.matrix() };
-        launches.extend(encode(&rows, &call).iter());
-        Job { arena, launches, hidden, reference, latents, coef, fused_coef, sums, grads }
+        let backward = BackwardCall { tokens: p.tokens, coef: coef.matrix(), grad: grad(1) };
+        Job {
+            program: program.to_path_buf(),
+            pack: pack(weight.address, weight.stride, &rows),
+            arena,
+            rows,
+            hidden,
+            reference,
+            latents,
+            coef,
+            fused_coef,
+            sums,
+            grads,
+            fused,
+            forward,
+            backward,
+            scratch: [packed, space],
+        }
     }
 
-    /// Runs it; every order of threads must leave the same bytes.
-    fn run(&self, name: &str) -> Vec<u8> {
-        let memories = run(&harness().join("simt"), &self.arena, &self.launches)
+    /// z of every token; `masked` tokens have one too.
+    fn encode(&self, p: &Problem) -> Vec<f32> {
+        let call = EncodeCall {
+            tokens: p.tokens,
+            hidden: self.hidden.matrix(),
+            latents: self.latents.matrix(),
+        };
+        let launches = encode(&self.rows, &call);
+        let memory = self.run(&self.arena, launches.iter(), &p.name);
+        self.check_untouched(&memory, &[self.latents], p);
+        self.latents.all(&memory).iter().map(|z| *z as f32).collect()
+    }
+
+    /// The fused call, then forward and backward. No kernel reads hidden states and references of
+    /// tokens that do not count.
+    fn penalty(&self, p: &Problem) -> Vec<u8> {
+        let mut arena = self.arena.clone();
+        for t in (0..p.tokens).filter(|t| p.mask(*t) == 0.0) {
+            arena.forbid(&self.hidden, t);
+            arena.forbid(&self.reference, t);
+        }
+        let fused = penalty(&self.rows, &self.fused);
+        let forward = penalty(&self.rows, &self.forward);
+        let backward = backward(&self.rows, &self.backward);
+        let launches = fused.iter().chain(forward.iter()).chain(backward.iter());
+        let memory = self.run(&arena, launches, &p.name);
+        let mut outputs = [&self.sums[0][..], &self.sums[1], &self.grads, &[self.coef]].concat();
+        outputs.extend(self.fused_coef);
+        self.check_untouched(&memory, &outputs, p);
+        memory
+    }
+
+    /// Packs, then runs the launches; every order of threads must leave the same bytes.
+    fn run<'a>(
+        &self,
+        arena: &Arena,
+        launches: impl Iterator<Item = &'a Launch>,
+        name: &str,
+    ) -> Vec<u8> {
+        let launches: Vec<Launch> = [self.pack].into_iter().chain(launches.copied()).collect();
+        let memories = run(&self.program, arena, &launches)
             .unwrap_or_else(|message| panic!("{name}\n{message}"));
         for (memory, order) in memories.iter().zip(ORDERS) {
             assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
         }
         memories.into_iter().next().expect("there are orders")
     }
+
+    /// Whatever is no output keeps its bytes.
+    fn check_untouched(&self, memory: &[u8], outputs: &[Buffer], p: &Problem) {
+        let mut before = self.arena.bytes.clone();
+        for buffer in outputs.iter().chain(&self.scratch) {
+            for t in 0..buffer.rows {
+                let [start, bytes] = buffer.row(t);
+                let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
+                before[range.clone()].copy_from_slice(&memory[range]);
+            }
+        }
+        assert!(before == memory, "bytes beside the outputs changed: {}", p.name);
+    }
+}
+
+/// Compares each stage with f64 arithmetic on the output of the stage before.
+fn check(p: &Problem) {
+    check_job(p, &Job::new(p));
+}
+
+fn check_job(p: &Problem, job: &Job) {
+    let z = job.encode(p);
+    let memory = job.penalty(p);
+    let coef: Vec<f32> = job.coef.all(&memory).iter().map(|c| *c as f32).collect();
+    let mut latent_loss = vec![0.0; p.count];
+    let mut count = 0.0;
+    for t in 0..p.tokens {
+        let mask = p.mask(t);
+        count += mask as f64;
+        let hidden = p.hidden_row(t);
+        for k in 0..p.count {
+            let (z, coef) = (z[t * p.count + k], coef[t * p.count + k]);
+            let at = format!("[{t},{k}]: {}", p.name);
+            let exact = Exact::new(p, k, &hidden);
+            let clear = exact.distance.abs() > exact.slack;
+            if clear {
+                let expected = if exact.distance > 0.0 { exact.pre } else { 0.0 };
+                assert!((z as f64 - expected).abs() <= exact.slack, "z {z} {expected} {at}");
+            }
+            if mask == 0.0 {
+                assert_eq!(coef.to_bits(), 0, "coef {at}");
+                continue;
+            }
+            let sw = p.sign_weight[k];
+            let reference = p.reference[t * p.count + k];
+            let x = if sw < 0.0 { reference - z } else { z - reference };
+            let r = if x <= 0.0 { 0.0 } else { x };
+            let on = mask * (2.0 * sw * r) * p.scale(k);
+            let is_on = if clear { exact.distance > 0.0 } else { z != 0.0 };
+            assert_eq!(coef, if is_on { on } else { 0.0 }, "coef {at}");
+            latent_loss[k] += mask as f64 * (sw.abs() as f64 * (r as f64 * r as f64));
+        }
+        check_gradient_row(p, t, &coef[t * p.count..][..p.count], |i| {
+            job.grads[0].get(&memory, t, i)
+        });
+    }
+    let tolerance = if p.sums == DType::F64 { 1e-13 } else { 1e-7 };
+    let close = |x: f64, y: f64| (x - y).abs() <= tolerance * y.abs();
+    for sums in &job.sums {
+        let [loss, tokens, latents] = sums.map(|b| b.all(&memory));
+        let expected: f64 = latent_loss.iter().sum();
+        assert!(close(loss[0], expected), "loss {} {expected}: {}", loss[0], p.name);
+        assert!(close(tokens[0], count), "count {} {count}: {}", tokens[0], p.name);
+        for (k, (x, y)) in latents.iter().zip(&latent_loss).enumerate() {
+            assert!(close(*x, *y), "latent_loss[{k}] {x} {y}: {}", p.name);
+        }
+    }
+    let same = |x: &Buffer, y: &Buffer, what: &str| {
+        let bits = |b: &Buffer| b.all(&memory).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(x), bits(y), "{what}, fused and in two calls: {}", p.name);
+    };
+    same(&job.grads[0], &job.grads[1], "dH");
+    job.sums[0].iter().zip(&job.sums[1]).for_each(|(x, y)| same(x, y, "sums"));
+    job.fused_coef.iter().for_each(|c| same(c, &job.coef, "coef"));
+}
+
+/// One latent of one token in f64.
+struct Exact {
+    pre: f64,
+    /// How far the gate is from switching.
+    distance: f64,
+    /// What rounding may change.
+    slack: f64,
+}
+
+impl Exact {
+    fn new(p: &Problem, k: usize, hidden: &[f64]) -> Exact {
+        let (rows, gate) = (p.rows(), p.gate_values[k] as f64);
+        let products = || rows.row(k).iter().zip(hidden).map(|(w, h)| *w as f64 * h);
+        let (dot, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+        let scale = p.scale(k) as f64;
+        let pre = dot * scale + p.bias[k] as f64;
+        let distance = match p.gate {
+            GateKind::Open => f64::INFINITY,
+            GateKind::Relu => pre,
+            GateKind::Threshold => pre - gate,
+            GateKind::Gated => pre.min(dot + gate),
+        };
+        let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
+        Exact { pre, distance, slack: 1e-6 * size + 1e-9 }
+    }
+}
+
+/// dH of one token against its coefficients.
+fn check_gradient_row(p: &Problem, t: usize, coef: &[f32], new: impl Fn(usize) -> f64) {
+    let active = coef.iter().any(|c| *c != 0.0);
+    // Half a unit in the last place, and the products that 16-bit results leave out.
+    let (unit, left_out) = match p.grad_dtype {
+        DType::BF16 => (0.5f64.powi(8), 0.5f64.powi(15)),
+        DType::F16 => (0.5f64.powi(11), 0.5f64.powi(15)),
+        _ => (0.5f64.powi(24), 0.0),
+    };
+    for i in 0..p.d_in {
+        let old = if p.accumulate { p.grad[t * p.d_in + i] as f64 } else { 0.0 };
+        let (mut sum, mut size) = (0.0, 0.0);
+        for (k, c) in coef.iter().enumerate() {
+            let product = FACTOR.0 * FACTOR.1 as f64 * *c as f64 * p.weight[k * p.d_in + i] as f64;
+            sum += product;
+            size += product.abs();
+        }
+        let (new, expected) = (new(i), old + sum);
+        let slack = unit * 1.001 * expected.abs() + (1e-6 + left_out) * (size + old.abs()) + 1e-7;
+        assert!((new - expected).abs() <= slack, "dH[{t},{i}] {new} {expected}: {}", p.name);
+        assert!(active || new == old, "a row without violation changed: {}", p.name);
+    }
+}
+
+const TOKENS: [usize; 6] = [1, 17, 64, 65, 200, 0];
+const WIDTHS: [usize; 8] = [1, 7, 63, 64, 65, 100, 520, 1030];
+const COUNTS: [usize; 7] = [1, 3, 8, 20, 33, 70, 130];
+
+/// Every size at least twice, with everything else at random.
+fn problems(hidden_dtype: DType) -> impl Iterator<Item = Problem> {
+    let mut random = Random::fresh();
+    (0..16).map(move |i| {
+        let shape = [TOKENS[i % 6], WIDTHS[(i + i / 6) % 8], COUNTS[i % 7]];
+        Problem::random(&mut random, hidden_dtype, shape)
+    })
 }
 
 #[test]
@@ -571,14 +753,319 @@ fn parameter_structs_are_laid_out_alike() {
 }
 
 #[test]
-fn one() {
-    let mut random = Random::fresh();
-    let p = Problem::random(&mut random, DType::BF16, [17, 100, 3]);
-    let job = Job::new(&p);
-    let memory = job.run(&p.name);
-    for k in 0..3 {
-        let (z, _) = latent(&p.rows(), k, &p.hidden_row(0));
-        println!("{} {}", job.latents.get(&memory, 0, k), z);
+fn f32_kernels_are_right() {
+    problems(DType::F32).for_each(|p| check(&p));
+}
+
+#[test]
+fn f16_kernels_are_right() {
+    problems(DType::F16).for_each(|p| check(&p));
+}
+
+#[test]
+fn bf16_kernels_are_right() {
+    problems(DType::BF16).for_each(|p| check(&p));
+}
+
+/// The same problem for some of its tokens and latents, in that order, elsewhere in memory.
+fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -> Problem {
+    let fresh = Problem::random(random, p.hidden_dtype, [tokens.len(), p.d_in, latents.len()]);
+    let of_latents = |x: &[f32]| latents.iter().map(|k| x[*k]).collect::<Vec<f32>>();
+    let rows = |x: &[f32], cols: usize, which: &[usize]| -> Vec<f32> {
+        which.iter().flat_map(|n| x[n * cols..][..cols].to_vec()).collect()
+    };
+    Problem {
+        name: format!("tokens {tokens:?}, latents {latents:?} of {}", p.name),
+        weight: rows(&p.weight, p.d_in, latents),
+        bias: of_latents(&p.bias),
+        scale: p.scale.as_deref().map(of_latents),
+        gate: p.gate,
+        gate_values: of_latents(&p.gate_values),
+        sign_weight: of_latents(&p.sign_weight),
+        hidden: rows(&p.hidden, p.d_in, tokens),
+        grad: rows(&p.grad, p.d_in, tokens),
+        accumulate: p.accumulate,
+        grad_dtype: p.grad_dtype,
+        mask: None,
+        ..fresh
     }
-    panic!();
+}
+
+const REAL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Narrow and wide kernels, aligned and not, alone and among others: all give a token's z.
+#[test]
+fn a_latent_depends_on_its_own_token_and_row_only() {
+    let mut random = Random::fresh();
+    for dtype in REAL {
+        let p = Problem::random(&mut random, dtype, [70, 584, 66]);
+        let whole = Job::new(&p).encode(&p);
+        let shuffled: Vec<usize> = (0..p.tokens).rev().collect();
+        let parts: [(&[usize], &[usize]); 4] = [
+            (&[69], &[65]),
+            (&shuffled, &[1, 64, 7]),
+            (&[5, 5, 5], &[2; 20]),
+            (&[3; 66], &[9; 65]),
+        ];
+        for (tokens, latents) in parts {
+            let q = part(&mut random, &p, tokens, latents);
+            let z = Job::new(&q).encode(&q);
+            for (n, z) in z.iter().enumerate() {
+                let (t, k) = (tokens[n / latents.len()], latents[n % latents.len()]);
+                assert_eq!(z.to_bits(), whole[t * p.count + k].to_bits(), "[{t},{k}]: {}", q.name);
+            }
+        }
+    }
+}
+
+/// dH of a token depends on its own coefficients only, wherever it stands.
+#[test]
+fn a_gradient_row_depends_on_its_own_token_only() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::F32, 20), (DType::F16, 40), (DType::BF16, 40), (DType::BF16, 7)]
+    {
+        let mut p = Problem::random(&mut random, dtype, [130, 72, count]);
+        p.mask = None;
+        let job = Job::new(&p);
+        let memory = job.penalty(&p);
+        let latents: Vec<usize> = (0..count).collect();
+        for t in [0, 129, 77] {
+            let mut q = part(&mut random, &p, &[t], &latents);
+            q.reference = p.reference[t * count..][..count].to_vec();
+            let alone = Job::new(&q);
+            let row = alone.penalty(&q);
+            for i in 0..p.d_in {
+                let (x, y) = (alone.grads[0].get(&row, 0, i), job.grads[0].get(&memory, t, i));
+                assert_eq!(x.to_bits(), y.to_bits(), "dH[{t},{i}]: {}", q.name);
+            }
+        }
+    }
+}
+
+/// Encode and the penalty see the same z: a reference that encode wrote costs nothing, and rows of
+/// dH are then neither read nor written.
+#[test]
+fn equal_hidden_states_cost_nothing_and_touch_nothing() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::F32, 24), (DType::F16, 50), (DType::BF16, 12), (DType::BF16, 80)]
+    {
+        let mut p = Problem::random(&mut random, dtype, [66, 200, count]);
+        p.accumulate = true;
+        p.reference = Job::new(&p).encode(&p);
+        let mut job = Job::new(&p);
+        for t in 0..p.tokens {
+            job.grads.iter().for_each(|grad| job.arena.forbid(grad, t));
+        }
+        let memory = job.penalty(&p);
+        for sums in &job.sums {
+            assert_eq!(sums[0].get(&memory, 0, 0), 0.0, "{}", p.name);
+        }
+        assert!(job.coef.all(&memory).iter().all(|c| *c == 0.0), "{}", p.name);
+    }
+}
+
+#[test]
+fn nan_stays_with_its_token() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::F32, 5), (DType::F16, 40), (DType::BF16, 20)] {
+        let mut p = Problem::random(&mut random, dtype, [40, 70, count]);
+        p.mask = None;
+        let job = Job::new(&p);
+        let clean = (job.encode(&p), job.penalty(&p));
+        // One element is enough.
+        p.hidden[21 * p.d_in + 69] = f32::NAN;
+        let job = Job::new(&p);
+        let (z, memory) = (job.encode(&p), job.penalty(&p));
+        for (n, (z, before)) in z.iter().zip(&clean.0).enumerate() {
+            let own = n / count == 21;
+            assert!(if own { z.is_nan() } else { z.to_bits() == before.to_bits() }, "{}", p.name);
+        }
+        for (n, x) in job.grads[0].all(&memory).iter().enumerate() {
+            let before = job.grads[0].get(&clean.1, n / p.d_in, n % p.d_in);
+            let own = n / p.d_in == 21;
+            assert!(if own { x.is_nan() } else { x.to_bits() == before.to_bits() }, "{}", p.name);
+        }
+        for sums in &job.sums {
+            assert!(sums[0].get(&memory, 0, 0).is_nan(), "{}", p.name);
+            assert!(sums[2].all(&memory).iter().all(|loss| loss.is_nan()), "{}", p.name);
+        }
+    }
+}
+
+/// z from tensor cores that cut off is as good as a plain sum in f32, twice its error at most.
+#[test]
+fn latents_are_as_accurate_as_a_sum_in_f32() {
+    let mut random = Random::fresh();
+    for dtype in REAL {
+        let mut p = Problem::random(&mut random, dtype, [16, 4096, 8]);
+        (p.gate, p.scale, p.mask) = (GateKind::Open, None, None);
+        p.bias.fill(0.0);
+        let z = Job::new(&p).encode(&p);
+        let (mut ours, mut plain) = (0.0, 0.0);
+        for (n, z) in z.iter().enumerate() {
+            let (hidden, row) = (p.hidden_row(n / 8), &p.weight[n % 8 * p.d_in..][..p.d_in]);
+            let products = || row.iter().zip(&hidden);
+            let exact: f64 = products().map(|(w, h)| *w as f64 * h).sum();
+            let sum = products().fold(0.0f32, |sum, (w, h)| sum + *w * *h as f32);
+            ours += (*z as f64 - exact).powi(2);
+            plain += (sum as f64 - exact).powi(2);
+        }
+        let ratio = (ours / plain).sqrt();
+        println!("{dtype:?}: {ratio:.2} times the error of a sum in f32");
+        assert!(ratio < 2.0, "{dtype:?}: {ratio}");
+    }
+}
+
+// --------------------------------------------------------------------------------------- faults
+
+/// The nth `from` becomes `to`.
+struct Fault<'a> {
+    from: &'a str,
+    nth: usize,
+    to: &'a str,
+}
+
+/// A harness with a fault in one source, of which only the named kernel is compiled.
+fn with_fault(folder: &Path, source: &str, kernel: &str, fault: &Fault) -> PathBuf {
+    let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+    let found = text.match_indices(fault.from).nth(fault.nth);
+    let (at, _) = found.unwrap_or_else(|| panic!("{source} has no {}", fault.from));
+    let text = format!("{}{}{}", &text[..at], fault.to, &text[at + fault.from.len()..]);
+    let other = |line: &&str| {
+        ["FEW(blockem", "WIDE(blockem", "KERNEL(blockem"].iter().any(|m| line.starts_with(m))
+            && line.ends_with([')', '}'])
+            && !line.contains(kernel)
+    };
+    let text: String =
+        text.lines().filter(|line| !other(line)).map(|line| format!("{line}\n")).collect();
+    let changed = folder.join(source);
+    fs::write(&changed, text).expect("a writable folder");
+    compile(&changed, &object(folder, source), &root().join("kernels"));
+    let folder_of = |file: &str| if file == source { folder } else { harness() };
+    let files: Vec<PathBuf> = (KERNELS.iter().chain(&HARNESS).chain(&[TENSOR_CORE]))
+        .map(|file| object(folder_of(file), file))
+        .collect();
+    let program = folder.join("simt");
+    link(&files, &program);
+    program
+}
+
+/// What `check` says to a fault, if anything.
+fn verdict(p: &Problem, source: &str, kernel: &str, fault: Fault) -> Option<String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = with_fault(folder.path(), source, kernel, &fault);
+    let panic = catch_unwind(|| check_job(p, &Job::on(&program, p))).err()?;
+    Some(panic.downcast_ref::<String>().expect("a message").clone())
+}
+
+/// Several tiles of tokens, more slices than stages, every output. The last slice lies in the first
+/// stage, which the epilogue uses again.
+fn fault_problem(count: usize) -> Problem {
+    let mut random = Random(0x5eed);
+    let mut p = Problem::random(&mut random, DType::BF16, [130, 830, count]);
+    p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
+    (p.grad_dtype, p.sums, p.accumulate) = (DType::BF16, DType::F64, false);
+    p.name = format!("T 130, d 830, K {count}");
+    p.reference.fill(0.0);
+    p.places = [Place::default(); 7];
+    // Rows of hidden states and dH that start at sixteen bytes.
+    (p.places[0].gap, p.places[5].gap) = (2, 2);
+    p
+}
+
+#[test]
+fn every_missing_barrier_and_wait_is_caught() {
+    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let cases = [
+        ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
+        (
+            "gradient.cu",
+            [(&few, "blockem_gradient_bf16_few"), (&wide, "blockem_gradient_bf16_wide")],
+        ),
+        ("reduce.cu", [(&few, "blockem_reduce"), (&wide, "blockem_reduce")]),
+    ];
+    for (source, kernels) in cases {
+        let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+        for (call, without) in [("sync_block();", ""), ("copy_wait<", "if (false) copy_wait<")] {
+            for nth in 0..text.matches(call).count() {
+                let found = kernels.iter().find_map(|(p, kernel)| {
+                    verdict(p, source, kernel, Fault { from: call, nth, to: without })
+                });
+                let found = found.unwrap_or_else(|| panic!("{source} works without {call} {nth}"));
+                println!("{source} without {call} {nth}: {found:.100}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_accesses_and_indices_are_caught() {
+    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let outside = "AddressSanitizer";
+    let cases: [(&Problem, &str, &str, &str, &str, &str); 12] = [
+        // Beyond shared memory: a copy, a plain store, a collective load.
+        (
+            &few,
+            "encode.cu",
+            "_bf16_8",
+            "fill = S::STAGES - 1;",
+            "fill = S::STAGES;",
+            "shared memory",
+        ),
+        (
+            &few,
+            "reduce.cu",
+            "_reduce",
+            "scratch[thread_index()] =",
+            "scratch[thread_index() + 1] =",
+            outside,
+        ),
+        (
+            &few,
+            "gradient.cu",
+            "_bf16_few",
+            "lane * ROW_BYTES",
+            "(lane + 112) * ROW_BYTES",
+            "shared memory",
+        ),
+        // Beyond a row of h, the tokens of coefficients, the columns of dH, the latents.
+        (&few, "encode.cu", "_bf16_8", "left < 16 ? left : 16", "left ? 16 : 0", outside),
+        (
+            &wide,
+            "gradient.cu",
+            "_bf16_wide",
+            "t >= p.tokens || k >= p.count",
+            "k >= p.count",
+            outside,
+        ),
+        (&few, "gradient.cu", "_bf16_few", "column + 8 <= p.d_in", "column < p.d_in", outside),
+        (&wide, "encode.cu", "_bf16_wide", "if (k >= p.rows.count) continue;", "", outside),
+        // A token that does not count.
+        (&few, "encode.cu", "_bf16_8", "mask_of(p, t) != 0.0f", "mask_of(p, t) != 9.0f", outside),
+        // The wrong number from the right memory.
+        (
+            &few,
+            "encode.cu",
+            "_bf16_8",
+            "[2 * half + i];\n                    const float pre",
+            "[half + 2 * i];\n                    const float pre",
+            "z ",
+        ),
+        (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
+        (&wide, "gradient.cu", "_bf16_wide", "[2 * half + i % 2]", "[half + i % 2 * 2]", "dH["),
+        (
+            &wide,
+            "gradient.cu",
+            "_bf16_wide",
+            "j / 2][j % 2 * 2 + half]",
+            "j % 2][j / 2 * 2 + half]",
+            "dH[",
+        ),
+    ];
+    for (p, source, kernel, from, to, message) in cases {
+        let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
+        let found = found.unwrap_or_else(|| panic!("{source} works with {to}"));
+        println!("{source} with {to}: {:.100}", found.replace('\n', " "));
+        assert!(found.contains(message), "{source} with {to}: {found}");
+    }
 }
