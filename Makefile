@@ -40,7 +40,7 @@ test-python: $(VENV)/package ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
 
 test-sanitizers: ## the unsafe parts under AddressSanitizer
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \
+	BLOCKEM_NVCC=none RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
 	  --target-dir target/asan
 

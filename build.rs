@@ -38,8 +38,9 @@ fn main() {
             }
         },
     };
-    // For the tests, which compare it with a driver's version.
+    // For the tests: one compares versions, one compiles examples/cuda with the toolkit's headers.
     println!("cargo:rustc-env=BLOCKEM_TOOLKIT={}", images.toolkit);
+    println!("cargo:rustc-env=BLOCKEM_TOOLKIT_HOME={}", images.home.display());
     let path = out_dir().join("images.rs");
     std::fs::write(&path, images.source()).expect("write into OUT_DIR");
 }
@@ -48,6 +49,8 @@ fn main() {
 struct Images {
     /// As the driver counts: 13000 for CUDA 13.0.
     toolkit: u32,
+    /// The folder with bin/nvcc, include and lib.
+    home: PathBuf,
     files: Vec<(String, PathBuf)>,
 }
 
@@ -126,7 +129,9 @@ fn python_folders() -> Vec<PathBuf> {
 fn compile(nvcc: &Path, kernels: &[PathBuf]) -> Result<Images> {
     println!("cargo:rerun-if-changed={}", nvcc.display());
     let toolkit = version(nvcc)?;
-    let mut images = Images { toolkit, files: Vec::new() };
+    let real = std::fs::canonicalize(nvcc).unwrap_or_else(|_| nvcc.to_path_buf());
+    let home = real.ancestors().nth(2).unwrap_or(Path::new("")).to_path_buf();
+    let mut images = Images { toolkit, home, files: Vec::new() };
     for kernel in kernels {
         let name = kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let image = out_dir().join(format!("{name}.fatbin"));

@@ -142,7 +142,10 @@ impl Input {
         let encode = |hidden: &Memory<'_>| -> Result<Memory<'d>> {
             let mut z = space(DType::F32, count * k)?;
             let latents = z.tensor_mut(&[count, k])?;
-            plan.encode_on(stream, &mut EncodeArgs { hidden: hidden.tensor(&[count, d])?, latents })?;
+            plan.encode_on(
+                stream,
+                &mut EncodeArgs { hidden: hidden.tensor(&[count, d])?, latents },
+            )?;
             Ok(z)
         };
         let hidden = read(&self.hidden)?;
@@ -152,9 +155,7 @@ impl Input {
             Reference::Latents(array) => read(array)?,
         };
         let mask = match &self.mask {
-            Some(array) => {
-                Some(Memory::place(Rows::read(array, start, count)?.mask(), transfers)?)
-            }
+            Some(array) => Some(Memory::place(Rows::read(array, start, count)?.mask(), transfers)?),
             None => None,
         };
         let mut part = Part {

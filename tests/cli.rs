@@ -1,8 +1,8 @@
 //! The command line: what it writes, its exit statuses, and that nothing is left half-written.
 
-mod support;
 #[path = "support/stub_cuda.rs"]
 mod stub_cuda;
+mod support;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 use super::{blockem_status, check_out, guard};
-use crate::capi::tensor::{BLOCKEM_DEVICE_CPU, BLOCKEM_DEVICE_CUDA};
 use crate::backend::cuda;
+use crate::capi::tensor::{BLOCKEM_DEVICE_CPU, BLOCKEM_DEVICE_CUDA};
 use crate::error::bail;
 
 /// Writes how many devices of a type this library can use: 1 for BLOCKEM_DEVICE_CPU; for

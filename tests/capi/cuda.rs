@@ -6,7 +6,7 @@ use std::process::Command;
 use blockem::capi::version::{blockem_build_info, blockem_build_info_get};
 
 use crate::stub_cuda;
-use crate::toolbox::{Link, Program, need_tool, run, scratch};
+use crate::toolbox::{Link, Program, library_dir, need_tool, root, run, scratch};
 
 /// Fails with the remedy where this build has no kernels: a check that cannot run is not passed.
 fn need_kernels() {
@@ -138,4 +138,31 @@ fn no_driver() {
     // An empty file of that name is no driver, on machines that have one too.
     std::fs::write(folder.join("libcuda.so.1"), "").expect("write");
     run(Command::new(plain).arg(&folder).arg("no-driver").env("LD_LIBRARY_PATH", &folder));
+}
+
+/// examples/cuda compiles and links with the toolkit that made the kernels; it runs on a GPU only.
+#[test]
+fn example_with_the_cuda_runtime() {
+    need_kernels();
+    let home = Path::new(env!("BLOCKEM_TOOLKIT_HOME"));
+    let header = home.join("include/cuda_runtime_api.h");
+    assert!(header.is_file(), "{} is missing: pip install -r requirements.txt", header.display());
+    let folder = scratch("cuda-example");
+    let object = folder.join("penalty.o");
+    let mut compiler = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()));
+    compiler.args(["-std=c++17", "-O1", "-c", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow"]);
+    compiler.arg("-Werror").arg("-I").arg(root().join("include"));
+    compiler.arg("-isystem").arg(home.join("include")).arg("-o").arg(&object);
+    run(compiler.arg(root().join("examples/cuda/penalty.cpp")));
+    let runtimes = ["lib", "lib64"].map(|lib| home.join(lib)).into_iter();
+    let mut files = runtimes.filter_map(|lib| std::fs::read_dir(lib).ok()).flatten().flatten();
+    let runtime = files.find(|file| file.file_name().to_string_lossy().starts_with("libcudart.so"));
+    let runtime = runtime.expect("the toolkit has libcudart").path();
+    let mut linker = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()));
+    linker.arg("-o").arg(folder.join("penalty")).arg(&object).arg("-L").arg(library_dir());
+    linker.arg("-lblockem").arg(&runtime);
+    for library in [library_dir(), runtime.parent().expect("a folder").to_path_buf()] {
+        linker.arg(format!("-Wl,-rpath,{}", library.display()));
+    }
+    run(&mut linker);
 }

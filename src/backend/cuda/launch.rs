@@ -127,6 +127,7 @@ impl Params {
         }
     }
 
+    #[cfg(test)]
     pub fn bytes(&self) -> &[u8] {
         let size = match self {
             Params::Pack(_) => size_of::<PackParams>(),

@@ -13,9 +13,9 @@ mod tests;
 
 use std::sync::Arc;
 
+pub(crate) use self::driver::DeviceMemory;
 use self::driver::{Context, Driver, OwnStream, Pointer};
 use self::image::Module;
-pub(crate) use self::driver::DeviceMemory;
 pub(crate) use self::image::is_embedded;
 pub(crate) use self::launch::{DeviceRows, GateKind};
 use self::launch::{Launch, packed_bytes};
