@@ -286,7 +286,8 @@ fn forked() -> Error {
     )
 }
 
-const CAPTURE_REMEDY: &str = "; make plans, and each context's first raw call, before the capture";
+const CAPTURE_REMEDY: &str =
+    "; make plans, and each context's first raw call, before the capture, and pass its stream";
 
 fn status_of(code: Code) -> (Status, &'static str) {
     const fn number(result: CUresult) -> Code {

@@ -157,7 +157,7 @@ impl Transfers {
 
     /// Calls and copies on it run one after the other.
     pub fn stream(&self) -> Stream {
-        // SAFETY: the stream lives as long as this; whoever launches on it waits in `download`.
+        // SAFETY: the stream lives as long as this; whoever launches on it calls `wait`.
         unsafe { Stream::from_raw(self.stream.as_raw()) }
     }
 
@@ -177,6 +177,12 @@ impl Transfers {
         unsafe { self.stream.copy_in(memory.address(), bytes)? };
         self.stream.synchronize()?;
         Ok(memory)
+    }
+
+    /// Until all work on the stream is done.
+    pub fn wait(&self) -> Result<()> {
+        let _entered = self.context.enter()?;
+        self.stream.synchronize()
     }
 
     /// Waits for all work on the stream, too. `memory` holds as many bytes.
