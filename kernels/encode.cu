@@ -17,6 +17,8 @@
 // chains are added in order to a group; the groups are added in order. So dot has the same bits in
 // every kernel here, whatever the tile or the other tokens and latents. Losses are summed in f64
 // along a fixed tree within a tile; reduce.cu adds up the tiles.
+// A NaN in h makes all latents of its token NaN. So may an infinity: its products with the terms of
+// one weight can have both signs.
 #include "device.cuh"
 #include "params.cuh"
 
