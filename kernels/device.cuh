@@ -22,6 +22,7 @@ struct alignas(8) FloatPair {
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 // Threads of a block, and blocks that share a multiprocessor at least.
 #define KERNEL(name, Params, threads, blocks)                                                      \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \

@@ -17,6 +17,8 @@
 // chains are added in order to a group; the groups are added in order. So dot has the same bits in
 // every kernel here, whatever the tile or the other tokens and latents. Losses are summed in f64
 // along a fixed tree within a tile; reduce.cu adds up the tiles.
+// A NaN in h makes all latents of its token NaN. So may an infinity: its products with the terms of
+// one weight can have both signs.
 #include "device.cuh"
 #include "params.cuh"
 
@@ -414,27 +416,27 @@ DEVICE void encode(const EncodeParams &p) {
     const uint32_t slices = (p.rows.d_in + SLICE - 1) / SLICE;
 
     const Loader<H, S> loader(p, first_token, first_latent);
-    UNROLL
-    for (uint32_t i = 0; i < S::STAGES - 1; i++) {
-        if (i < slices) loader.stage(shared + i * S::STAGE, i);
-        copy_commit();
-    }
     Dots<H, S> dots;
     dots.clear();
-    uint32_t use = 0, fill = S::STAGES - 1;
-    for (uint32_t slice = 0; slice < slices; slice++) {
-        copy_wait<S::STAGES - 2>();
-        // Everyone's copies have arrived, and everyone is done with the stage that is filled next.
-        sync_block();
-        const uint32_t next = slice + S::STAGES - 1;
-        if (next < slices) loader.stage(shared + fill * S::STAGE, next);
+    uint32_t use = 0, fill = 0;
+    // Copies run STAGES - 1 slices ahead.
+    NO_UNROLL
+    for (uint32_t step = 0; step < slices + S::STAGES - 1; step++) {
+        const bool filled = step >= S::STAGES - 1;
+        if (filled) {
+            copy_wait<S::STAGES - 2>();
+            // Everyone's copies have arrived, and everyone is done with the stage to fill.
+            sync_block();
+        }
+        if (step < slices) loader.stage(shared + fill * S::STAGE, step);
         copy_commit();
+        fill = fill + 1 == S::STAGES ? 0 : fill + 1;
+        if (!filled) continue;
         const unsigned char *stage = shared + use * S::STAGE;
         dots.add(stage + warp_token * S::HIDDEN_ROW,
                  stage + S::HIDDEN_BYTES + warp_latent * ROW_BYTES);
-        if (slice % GROUP == GROUP - 1) dots.end_group();
+        if ((step - (S::STAGES - 1)) % GROUP == GROUP - 1) dots.end_group();
         use = use + 1 == S::STAGES ? 0 : use + 1;
-        fill = fill + 1 == S::STAGES ? 0 : fill + 1;
     }
     dots.end_group();
 

@@ -336,11 +336,13 @@ DEVICE void gradient(const GradientParams &p) {
         copy_wait<0>();
         sync_block();
     }
+    NO_UNROLL
     for (uint32_t tile = 0; tile < p.tiles_per_cta; tile++) {
         if (first_token + (uint64_t)tile * TOKENS >= p.tokens) break;
         Sums<Out, TILES_M> sums;
         sums.clear();
         uint32_t active = 0, use = 0, fill = STAGES - 1;
+        NO_UNROLL
         for (uint32_t round = 0; round < rounds; round++) {
             if (!FEW) {
                 copy_wait<FEW ? 0 : STAGES - 2>();

@@ -9,6 +9,7 @@
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
 #define UNROLL
+#define NO_UNROLL
 #define KERNEL(name, Params, threads, blocks)                                                      \
     static void name(const Params &p);                                                             \
     static const simt::Kernel name##_kernel(#name, threads, sizeof(Params), [](const void *p) {    \

@@ -1,6 +1,7 @@
 // Runs the launches of a job on a copy of its memory, once for each order of threads.
 //
 //   simt layout          the offsets of every parameter struct
+//   simt kernels         the names of all kernels
 //   simt run JOB OUT     OUT: the memory after each order, one after the other
 //
 // A job is a sequence of 64-bit words: address and bytes of the memory; number of orders, orders;
@@ -99,7 +100,11 @@ int main(int count, char **arguments) {
         print_layout();
         return 0;
     }
+    if (count == 2 && strcmp(arguments[1], "kernels") == 0) {
+        for (const simt::Kernel *k = simt::Kernel::first(); k; k = k->next) puts(k->name);
+        return 0;
+    }
     if (count == 4 && strcmp(arguments[1], "run") == 0) return run(arguments[2], arguments[3]);
-    fprintf(stderr, "usage: simt layout | simt run JOB OUT\n");
+    fprintf(stderr, "usage: simt layout | simt kernels | simt run JOB OUT\n");
     return 2;
 }

@@ -193,6 +193,8 @@ Kernel::Kernel(const char *name, uint32_t threads, size_t param_bytes, void (*ru
     kernels = this;
 }
 
+const Kernel *Kernel::first() { return kernels; }
+
 const Kernel *Kernel::find(const char *name) {
     for (const Kernel *k = kernels; k; k = k->next) {
         if (strcmp(k->name, name) == 0) return k;

@@ -15,6 +15,7 @@ struct Kernel {
     const Kernel *next;
 
     Kernel(const char *name, uint32_t threads, size_t param_bytes, void (*run)(const void *));
+    static const Kernel *first();
     static const Kernel *find(const char *name);
 };
 

@@ -615,3 +615,124 @@ fn output_params(output: Option<Output>) -> OutputParams {
 fn address(pointer: *mut u8) -> u64 {
     pointer.addr() as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROWS: DeviceRows = DeviceRows {
+        d_in: 4096,
+        count: 20,
+        gate: GateKind::Relu,
+        packed: 0x1000,
+        bias: 0x2000,
+        scale: 0,
+        gate_values: 0,
+        sign_weight: 0x3000,
+    };
+
+    fn matrix(address: usize, dtype: DType, row_stride: usize) -> Matrix {
+        Matrix { data: std::ptr::without_provenance_mut(address), dtype, row_stride }
+    }
+
+    fn output(address: usize) -> Option<Output> {
+        let data = std::ptr::without_provenance_mut(address);
+        Some(Output { data, dtype: DType::F32, stride: 1 })
+    }
+
+    fn penalty_call(tokens: usize, count: usize) -> PenaltyCall {
+        PenaltyCall {
+            tokens,
+            hidden: matrix(0x10_0000, DType::BF16, 4096),
+            reference: matrix(0x20_0000, DType::F32, count),
+            mask: None,
+            coef: None,
+            loss_sum: output(0x30_0000),
+            token_count: output(0x30_0100),
+            latent_loss: None,
+            grad: Some(Grad {
+                rows: matrix(0x40_0000, DType::BF16, 4096),
+                accumulate: true,
+                scale: 1.0,
+                scale_tensor: None,
+            }),
+            workspace: Workspace {
+                data: std::ptr::without_provenance_mut(0x50_0000),
+                size: workspace_size(count, 4096, tokens),
+            },
+        }
+    }
+
+    fn kernels(launches: &Launches) -> Vec<(Kernel, u32)> {
+        launches.iter().map(|l| (l.kernel, l.grid[0])).collect()
+    }
+
+    #[test]
+    fn kernels_are_numbered_in_order_and_fit_every_device() {
+        for (n, kernel) in Kernel::ALL.iter().enumerate() {
+            assert_eq!(*kernel as usize, n);
+            assert!(kernel.shared_limit() <= 99 << 10, "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn few_latents_take_one_pass_and_many_take_tiles() {
+        use Kernel::*;
+        let few = penalty(&ROWS, &penalty_call(8192, 20));
+        // 128 tiles of tokens; 128 × 32 tiles of dH, four to a CTA.
+        let expected = [(EncodeBf16K24, 128), (GradientBf16Few, 1024), (ReduceLatents, 1)];
+        assert_eq!(kernels(&few), expected);
+        let rows = DeviceRows { count: 1000, ..ROWS };
+        let many = penalty(&rows, &penalty_call(300, 1000));
+        let expected = [
+            (EncodeBf16Wide, 3 * 16),
+            (GradientBf16Wide, 3 * 32),
+            (ReduceLatents, 32),
+            (ReduceTotal, 1),
+        ];
+        assert_eq!(kernels(&many), expected);
+        for launch in few.iter().chain(many.iter()) {
+            assert!(launch.shared <= launch.kernel.shared_limit());
+        }
+    }
+
+    #[test]
+    fn without_tokens_only_the_sums_are_written() {
+        let launches = penalty(&ROWS, &penalty_call(0, 20));
+        assert_eq!(kernels(&launches), [(Kernel::ReduceLatents, 1)]);
+        let hidden = matrix(0x10_0000, DType::F32, 4096);
+        let call = EncodeCall { tokens: 0, hidden, latents: hidden };
+        assert_eq!(encode(&ROWS, &call).iter().count(), 0);
+        let grad = penalty_call(0, 20).grad.expect("there is one");
+        let call = BackwardCall { tokens: 0, coef: hidden, grad };
+        assert_eq!(backward(&ROWS, &call).iter().count(), 0);
+    }
+
+    #[test]
+    fn alignment_is_that_of_every_row() {
+        for (address, stride, bytes, aligned) in
+            [(0, 8, 16, 1), (16, 4096, 16, 1), (2, 8, 16, 0), (16, 9, 16, 0), (8, 4, 8, 1)]
+        {
+            let matrix = matrix(address, DType::BF16, stride);
+            assert_eq!(rows_are_aligned(&matrix, bytes), aligned, "{matrix:?}");
+        }
+    }
+
+    #[test]
+    fn sections_do_not_overlap() {
+        for (count, tokens) in [(1, 0), (1, 1), (20, 65), (4096, 200)] {
+            let (s, end) = sections(64, count, tokens);
+            let tiles = tokens.div_ceil(64);
+            let ends = [
+                (s.coef, 4 * tokens * s.coef_stride, s.loss_partials),
+                (s.loss_partials, 8 * tiles * padded_count(count), s.count_partials),
+                (s.count_partials, 8 * tiles, s.latent_sums),
+                (s.latent_sums, 8 * count, 64 + end as u64),
+            ];
+            for (start, bytes, next) in ends {
+                assert_eq!(start % 64, 0);
+                assert!(start + bytes as u64 <= next, "K {count}, T {tokens}");
+            }
+        }
+    }
+}
