@@ -14,6 +14,9 @@ use std::process::Command;
 /// the last serves what comes later.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
+/// The first that knows them all.
+const OLDEST_TOOLKIT: u32 = 12080;
+
 type Result<T> = std::result::Result<T, String>;
 
 fn main() {
@@ -23,17 +26,18 @@ fn main() {
     let images = match find_nvcc() {
         None => {
             println!(
-                "cargo:warning=no nvcc: this libblockem will have no CUDA kernels. For the GPU, \
-                 put nvcc on PATH, set CUDA_HOME or BLOCKEM_NVCC, or `pip install -r \
-                 requirements.txt` into .venv, and touch build.rs"
+                "cargo:warning=no nvcc of CUDA 12.8 or later: this libblockem will have no CUDA \
+                 kernels. For the GPU, put nvcc on PATH, set CUDA_HOME or BLOCKEM_NVCC, or `pip \
+                 install -r requirements.txt` into .venv, and touch build.rs"
             );
             Images::default()
         }
         Some(nvcc) => match compile(&nvcc, &kernels) {
             Ok(images) => images,
-            // Kernels were asked for: a library without them would be a surprise.
+            // A library without the kernels that were to be expected would be a surprise.
             Err(error) => {
-                println!("cargo::error={}: {}", nvcc.display(), error.replace('\n', " | "));
+                let (nvcc, error) = (nvcc.display(), error.replace('\n', " | "));
+                println!("cargo::error={nvcc}: {error} (BLOCKEM_NVCC=none builds without kernels)");
                 Images::default()
             }
         },
@@ -80,9 +84,10 @@ fn kernels() -> Vec<PathBuf> {
 
 // ---- nvcc --------------------------------------------------------------------------------------
 
+/// The option's, whatever it is; else the first that knows every device.
 fn find_nvcc() -> Option<PathBuf> {
-    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    for variable in ["BLOCKEM_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+    // Not PATH: every pip build has one of its own, and would compile all again.
+    for variable in ["BLOCKEM_NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     if let Some(given) = env::var_os("BLOCKEM_NVCC").filter(|given| !given.is_empty()) {
@@ -91,13 +96,14 @@ fn find_nvcc() -> Option<PathBuf> {
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
     let homes = homes.map(|home| Path::new(&home).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = homes.chain(env::split_paths(&path)).collect();
-    folders.extend(wheel_folders(Path::new(".venv")));
-    if let Some(nvcc) = folders.iter().map(|folder| folder.join(&name)).find(|p| p.is_file()) {
-        return Some(nvcc);
-    }
-    let folders = python_folders().into_iter();
-    folders.map(|folder| folder.join(&name)).find(|path| path.is_file())
+    let nearby = homes.chain(env::split_paths(&path)).chain(wheel_folders(Path::new(".venv")));
+    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    let knows_every_device = |folder: PathBuf| -> Option<PathBuf> {
+        let nvcc = folder.join(&name);
+        (nvcc.is_file() && version(&nvcc).is_ok_and(|v| v >= OLDEST_TOOLKIT)).then_some(nvcc)
+    };
+    let found = nearby.into_iter().find_map(knows_every_device);
+    found.or_else(|| python_folders().into_iter().find_map(knows_every_device))
 }
 
 /// Where NVIDIA's wheels put programs below a virtual environment.
@@ -146,16 +152,27 @@ fn compile(nvcc: &Path, kernels: &[PathBuf]) -> Result<Images> {
         }
         let newest = ARCHITECTURES[ARCHITECTURES.len() - 1];
         command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
-        command.arg("-o").arg(&image).arg(kernel);
-        // Cargo also comes here when only the environment or the build script changed.
-        let (key, stamp) = (key(&command, toolkit), image.with_extension("key"));
-        if !image.is_file() || std::fs::read_to_string(&stamp).ok() != Some(key.clone()) {
-            run(&mut command)?;
-            std::fs::write(&stamp, key).map_err(|e| e.to_string())?;
+        command.arg(kernel);
+        // Profiles have a folder each; what nvcc made for one serves them all.
+        let made = shared_dir()?.join(format!("{name}-{}.fatbin", key(&command, toolkit)));
+        if !made.is_file() {
+            run(command.arg("-o").arg(&image))?;
+            let whole = made.with_extension(std::process::id().to_string());
+            std::fs::copy(&image, &whole).map_err(|e| e.to_string())?;
+            std::fs::rename(&whole, &made).map_err(|e| e.to_string())?;
         }
+        std::fs::copy(&made, &image).map_err(|e| e.to_string())?;
         images.files.push((name, image));
     }
     Ok(images)
+}
+
+/// Below cargo's target folder, which is four above target/<profile>/build/<package>/out.
+fn shared_dir() -> Result<PathBuf> {
+    let out = out_dir();
+    let folder = out.ancestors().nth(4).unwrap_or(&out).join("blockem-kernels");
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    Ok(folder)
 }
 
 /// Names all that an image is made of.

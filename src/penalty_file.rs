@@ -139,13 +139,13 @@ impl Input {
         let stream = transfers.map_or(Stream::NULL, Transfers::stream);
         let read = |array| Memory::place(Rows::read(array, start, count)?, transfers);
         let space = |dtype, len: usize| Memory::space(dtype, len, transfers);
+        let wait = || transfers.map_or(Ok(()), Transfers::wait);
         let encode = |hidden: &Memory<'_>| -> Result<Memory<'d>> {
             let mut z = space(DType::F32, count * k)?;
             let latents = z.tensor_mut(&[count, k])?;
-            plan.encode_on(
-                stream,
-                &mut EncodeArgs { hidden: hidden.tensor(&[count, d])?, latents },
-            )?;
+            let hidden = hidden.tensor(&[count, d])?;
+            plan.encode_on(stream, &mut EncodeArgs { hidden, latents })?;
+            wait()?;
             Ok(z)
         };
         let hidden = read(&self.hidden)?;
@@ -182,6 +182,7 @@ impl Input {
                 ..PenaltyArgs::default()
             },
         )?;
+        wait()?;
         Ok(part)
     }
 }
