@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles every kernels/*.cu by itself for every device, and fails where one spills registers.
+# Compiles every kernels/*.cu by itself for every device, and fails where one spills registers, or
+# where the kernels are not those that src/backend/cuda/launch.rs launches.
 # Prints registers and shared memory of each kernel: the compiler's report, for want of a GPU.
 #
 #   tests/compile_kernels.sh [architecture...]      such as 90a; all by default
@@ -61,3 +62,12 @@ awk '
     if (bad > 0) { print bad " of " kernels " kernels spill"; exit 1 }
     print kernels " kernels compiled, none spills"
   }' "$folder"/*.txt
+
+launched=$(grep -o 'c"blockem_[a-z0-9_]*"' src/backend/cuda/launch.rs | sed 's/^c"//; s/"$//' | sort)
+for architecture in "${architectures[@]}"; do
+  made=$(sed -n "s/.*Compiling entry function '\([^']*\)'.*/\1/p" "$folder"/*."$architecture".txt | sort)
+  if ! diff <(echo "$launched") <(echo "$made"); then
+    echo "sm_$architecture: launch.rs (<) and kernels/*.cu (>) name different kernels" >&2
+    exit 1
+  fi
+done
