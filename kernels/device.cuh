@@ -39,6 +39,8 @@ DEVICE unsigned char *shared_memory() {
 }
 
 DEVICE void sync_block() { __syncthreads(); }
+// A barrier as well.
+DEVICE bool any_in_block(bool x) { return __syncthreads_or(x); }
 DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE uint32_t shuffle_xor(uint32_t x, uint32_t lanes) {
     return __shfl_xor_sync(0xffffffffu, x, lanes);

@@ -8,9 +8,10 @@
 //   loss[k] = Σ_t mask_t · w_k · r²
 //
 // Parallelisation: a CTA takes a tile of tokens × latents through all columns, 64 at a time, in a
-// pipeline of asynchronous copies. Up to 32 latents: 64 tokens × all latents, one warp for every 16
-// tokens, so that h is read once. More: 128 × 64 (f32: 64 × 64) in eight warps; CTAs that share
-// tokens are neighbours, so h comes from memory once and from the second-level cache after that.
+// pipeline of asynchronous copies. Up to 32 latents: 64 tokens × all latents in four warps, so that h
+// is read once; with tokens to spare 128 (f16, bf16), so that rows are read less often. More latents:
+// 128 × 64 (f32: 64 × 64) in eight warps; CTAs that share tokens are neighbours, so h comes from
+// memory once and from the second-level cache after that. A tile of masked tokens reads nothing.
 // Bytes moved: h once (less the rows of masked tokens), the packed rows (6 · K · d, cached) once for
 // each tile of tokens, reference and coefficients 4 · T · K each.
 // Determinism: 64 columns are one chain of mma, smallest products first, that starts at zero; eight
@@ -413,9 +414,11 @@ DEVICE void encode(const EncodeParams &p) {
     const uint32_t lane = thread_index() % 32, warp = thread_index() / 32;
     const uint32_t warp_token = warp / S::WARPS_N * S::TILES_M * 16;
     const uint32_t warp_latent = warp % S::WARPS_N * S::TILES_N * 8;
-    const uint32_t slices = (p.rows.d_in + SLICE - 1) / SLICE;
 
     const Loader<H, S> loader(p, first_token, first_latent);
+    uint32_t slices = (p.rows.d_in + SLICE - 1) / SLICE;
+    // Where no token counts there is nothing to multiply.
+    if (p.mask && !any_in_block(loader.live != 0)) slices = 0;
     Dots<H, S> dots;
     dots.clear();
     uint32_t use = 0, fill = 0;
@@ -464,9 +467,11 @@ DEVICE void encode(const EncodeParams &p) {
 
 } // namespace
 
-// Up to 32 latents.
+// Up to 32 latents, of 64 or 128 tokens.
 #define FEW(name, H, latents)                                                                      \
     KERNEL(name, EncodeParams, 128, 1) { encode<H, Shape<H, 4, 1, 1, latents / 8>>(p); }
+#define TALL(name, H, latents)                                                                     \
+    KERNEL(name, EncodeParams, 128, 1) { encode<H, Shape<H, 4, 1, 2, latents / 8>>(p); }
 #define WIDE(name, H, tiles_m)                                                                     \
     KERNEL(name, EncodeParams, 256, 1) { encode<H, Shape<H, 4, 2, tiles_m, 4>>(p); }
 
@@ -479,9 +484,17 @@ FEW(blockem_encode_f16_8, F16, 8)
 FEW(blockem_encode_f16_16, F16, 16)
 FEW(blockem_encode_f16_24, F16, 24)
 FEW(blockem_encode_f16_32, F16, 32)
+TALL(blockem_encode_f16_8_tall, F16, 8)
+TALL(blockem_encode_f16_16_tall, F16, 16)
+TALL(blockem_encode_f16_24_tall, F16, 24)
+TALL(blockem_encode_f16_32_tall, F16, 32)
 WIDE(blockem_encode_f16_wide, F16, 2)
 FEW(blockem_encode_bf16_8, Bf16, 8)
 FEW(blockem_encode_bf16_16, Bf16, 16)
 FEW(blockem_encode_bf16_24, Bf16, 24)
 FEW(blockem_encode_bf16_32, Bf16, 32)
+TALL(blockem_encode_bf16_8_tall, Bf16, 8)
+TALL(blockem_encode_bf16_16_tall, Bf16, 16)
+TALL(blockem_encode_bf16_24_tall, Bf16, 24)
+TALL(blockem_encode_bf16_32_tall, Bf16, 32)
 WIDE(blockem_encode_bf16_wide, Bf16, 2)

@@ -23,6 +23,8 @@ DEVICE uint32_t block_count() { return simt::block_count(); }
 DEVICE unsigned char *shared_memory() { return simt::shared_memory(); }
 DEVICE void sync_block() { simt::sync_block(); }
 
+DEVICE bool any_in_block(bool x) { return simt::any_in_block(x); }
+
 DEVICE bool any_in_warp(bool x) {
     struct Own {
         bool in, out;

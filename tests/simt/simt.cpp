@@ -48,6 +48,8 @@ struct Block {
     uint64_t random;
     unsigned char *shared;
     uint32_t running, at_barrier;
+    // The vote at the barrier that threads gather at, and at the last one.
+    bool vote, last_vote;
     Warp warps[32];
     Fiber fibers[1024];
     Fiber scheduler;
@@ -177,6 +179,7 @@ void run_block() {
     for (uint32_t w = 0; w < block.grid.threads / 32; w++) block.warps[w] = {~0u, 0, nullptr, {}};
     block.running = block.grid.threads;
     block.at_barrier = 0;
+    block.vote = false;
     block.scheduler_stack = nullptr;
     choose(block.current);
     const Fiber &first = block.fibers[block.current];
@@ -232,11 +235,19 @@ void sync_block() {
     if (block.running < block.grid.threads) fail("a barrier after a thread has ended");
     if (++block.at_barrier == block.grid.threads) {
         block.at_barrier = 0;
+        block.last_vote = block.vote;
+        block.vote = false;
         for (uint32_t w = 0; w < block.grid.threads / 32; w++) block.warps[w].ready = ~0u;
         return;
     }
     set_ready(block.current, false);
     give_way(false);
+}
+
+bool any_in_block(bool x) {
+    block.vote |= x;
+    sync_block();
+    return block.last_vote;
 }
 
 void meet(void *own, void (*work)(void *const (&)[32])) {

@@ -34,6 +34,7 @@ uint32_t block_index();
 uint32_t block_count();
 unsigned char *shared_memory();
 void sync_block();
+bool any_in_block(bool x);
 
 // A warp's collective: waits for all 32 lanes; the last to come does the work of all.
 void meet(void *own, void (*work)(void *const (&lanes)[32]));

@@ -1,6 +1,7 @@
 //! From a call to its kernel launches: grid, block, shared memory and parameters, as pure functions
 //! of the call. Nothing here talks to a device.
 
+use std::cmp::Reverse;
 use std::ffi::{CStr, c_void};
 
 use crate::backend::{
@@ -16,6 +17,8 @@ const TERMS: usize = 3;
 const SHARED_MOST: usize = 96 << 10;
 /// Latents that one CTA takes when a plan has few; more than that go to the wide kernels.
 const FEW: usize = 32;
+/// Tokens from which on tiles of 128 keep every device busy.
+const TALL: usize = 1 << 14;
 /// Tokens and columns of a gradient tile, and its latents at a time.
 const GRADIENT_TOKENS_FEW: usize = 64;
 const GRADIENT_TOKENS_WIDE: usize = 128;
@@ -63,11 +66,19 @@ kernels! {
     EncodeF16K16 c"blockem_encode_f16_16",
     EncodeF16K24 c"blockem_encode_f16_24",
     EncodeF16K32 c"blockem_encode_f16_32",
+    EncodeF16K8Tall c"blockem_encode_f16_8_tall",
+    EncodeF16K16Tall c"blockem_encode_f16_16_tall",
+    EncodeF16K24Tall c"blockem_encode_f16_24_tall",
+    EncodeF16K32Tall c"blockem_encode_f16_32_tall",
     EncodeF16Wide c"blockem_encode_f16_wide",
     EncodeBf16K8 c"blockem_encode_bf16_8",
     EncodeBf16K16 c"blockem_encode_bf16_16",
     EncodeBf16K24 c"blockem_encode_bf16_24",
     EncodeBf16K32 c"blockem_encode_bf16_32",
+    EncodeBf16K8Tall c"blockem_encode_bf16_8_tall",
+    EncodeBf16K16Tall c"blockem_encode_bf16_16_tall",
+    EncodeBf16K24Tall c"blockem_encode_bf16_24_tall",
+    EncodeBf16K32Tall c"blockem_encode_bf16_32_tall",
     EncodeBf16Wide c"blockem_encode_bf16_wide",
     GradientF32Few c"blockem_gradient_f32_few",
     GradientF32Wide c"blockem_gradient_f32_wide",
@@ -349,15 +360,24 @@ impl EncodeTile {
         EncodeTile { kernel, dtype, tokens: 64, latents, threads: 128 }
     }
 
+    const fn tall(kernel: Kernel, dtype: DType, latents: usize) -> EncodeTile {
+        EncodeTile { kernel, dtype, tokens: 128, latents, threads: 128 }
+    }
+
     const fn wide(kernel: Kernel, dtype: DType, tokens: usize) -> EncodeTile {
         EncodeTile { kernel, dtype, tokens, latents: 64, threads: 256 }
     }
 
-    fn of(dtype: DType, count: usize) -> &'static EncodeTile {
-        let fits = |tile: &&EncodeTile| {
-            tile.dtype == dtype && (tile.latents >= count || tile.latents > FEW)
-        };
-        ENCODE_TILES.iter().find(fits).expect("every dtype has a wide tile")
+    fn of(dtype: DType, count: usize, tokens: usize) -> &'static EncodeTile {
+        let most = if tokens > TALL { 128 } else { 64 };
+        let few = |t: &&EncodeTile| t.dtype == dtype && t.latents >= count && t.tokens <= most;
+        let wide = |t: &&EncodeTile| t.dtype == dtype && t.latents > FEW;
+        // The tallest of the narrowest.
+        let tiles = ENCODE_TILES.iter().filter(few).filter(|t| t.latents <= FEW);
+        tiles
+            .min_by_key(|t| (t.latents, Reverse(t.tokens)))
+            .or_else(|| ENCODE_TILES.iter().find(wide))
+            .expect("every dtype has a wide tile")
     }
 
     /// Stages of 64 columns: as many as fit, six at most.
@@ -368,7 +388,6 @@ impl EncodeTile {
     }
 }
 
-/// For each dtype from the narrowest to the widest.
 const ENCODE_TILES: &[EncodeTile] = &[
     EncodeTile::few(Kernel::EncodeF32K8, DType::F32, 8),
     EncodeTile::few(Kernel::EncodeF32K16, DType::F32, 16),
@@ -379,11 +398,19 @@ const ENCODE_TILES: &[EncodeTile] = &[
     EncodeTile::few(Kernel::EncodeF16K16, DType::F16, 16),
     EncodeTile::few(Kernel::EncodeF16K24, DType::F16, 24),
     EncodeTile::few(Kernel::EncodeF16K32, DType::F16, 32),
+    EncodeTile::tall(Kernel::EncodeF16K8Tall, DType::F16, 8),
+    EncodeTile::tall(Kernel::EncodeF16K16Tall, DType::F16, 16),
+    EncodeTile::tall(Kernel::EncodeF16K24Tall, DType::F16, 24),
+    EncodeTile::tall(Kernel::EncodeF16K32Tall, DType::F16, 32),
     EncodeTile::wide(Kernel::EncodeF16Wide, DType::F16, 128),
     EncodeTile::few(Kernel::EncodeBf16K8, DType::BF16, 8),
     EncodeTile::few(Kernel::EncodeBf16K16, DType::BF16, 16),
     EncodeTile::few(Kernel::EncodeBf16K24, DType::BF16, 24),
     EncodeTile::few(Kernel::EncodeBf16K32, DType::BF16, 32),
+    EncodeTile::tall(Kernel::EncodeBf16K8Tall, DType::BF16, 8),
+    EncodeTile::tall(Kernel::EncodeBf16K16Tall, DType::BF16, 16),
+    EncodeTile::tall(Kernel::EncodeBf16K24Tall, DType::BF16, 24),
+    EncodeTile::tall(Kernel::EncodeBf16K32Tall, DType::BF16, 32),
     EncodeTile::wide(Kernel::EncodeBf16Wide, DType::BF16, 128),
 ];
 
@@ -424,7 +451,7 @@ fn encode_params(rows: &DeviceRows, tokens: usize, hidden: &Matrix) -> EncodePar
 }
 
 fn encode_launch(rows: &DeviceRows, hidden: &Matrix, params: EncodeParams) -> Launch {
-    let tile = EncodeTile::of(hidden.dtype, rows.count);
+    let tile = EncodeTile::of(hidden.dtype, rows.count, params.tokens as usize);
     let tiles = (params.tokens as usize).div_ceil(tile.tokens) * rows.count.div_ceil(tile.latents);
     Launch {
         kernel: tile.kernel,
@@ -506,7 +533,7 @@ pub(super) fn penalty(rows: &DeviceRows, call: &PenaltyCall) -> Launches {
         }
     }
     if sums {
-        let tile = EncodeTile::of(call.hidden.dtype, rows.count);
+        let tile = EncodeTile::of(call.hidden.dtype, rows.count, call.tokens);
         let params = Params::Reduce(ReduceParams {
             loss_partials: space.loss_partials,
             // Without a mask every token counts once.

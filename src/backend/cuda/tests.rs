@@ -2,6 +2,7 @@
 //! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
 //! f64 arithmetic, and with itself bit for bit.
 
+use std::collections::HashSet;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -254,10 +255,10 @@ impl Arena {
         }
     }
 
-    /// Takes a row back from the kernels.
-    fn forbid(&mut self, buffer: &Buffer, t: usize) {
-        let row = buffer.row(t);
-        self.regions.retain(|region| *region != row);
+    /// Takes rows back from the kernels.
+    fn forbid(&mut self, buffer: &Buffer, rows: impl Iterator<Item = usize>) {
+        let rows: HashSet<[u64; 2]> = rows.map(|t| buffer.row(t)).collect();
+        self.regions.retain(|region| !rows.contains(region));
     }
 }
 
@@ -576,9 +577,8 @@ impl Job {
     /// tokens that do not count.
     fn penalty(&self, p: &Problem) -> Vec<u8> {
         let mut arena = self.arena.clone();
-        for t in (0..p.tokens).filter(|t| p.mask(*t) == 0.0) {
-            arena.forbid(&self.hidden, t);
-            arena.forbid(&self.reference, t);
+        for buffer in [&self.hidden, &self.reference] {
+            arena.forbid(buffer, (0..p.tokens).filter(|t| p.mask(*t) == 0.0));
         }
         let fused = penalty(&self.rows, &self.fused);
         let forward = penalty(&self.rows, &self.forward);
@@ -626,7 +626,8 @@ fn check(p: &Problem) {
     check_job(p, &Job::new(p));
 }
 
-fn check_job(p: &Problem, job: &Job) {
+/// Returns z.
+fn check_job(p: &Problem, job: &Job) -> Vec<f32> {
     let z = job.encode(p);
     let memory = job.penalty(p);
     let coef: Vec<f32> = job.coef.all(&memory).iter().map(|c| *c as f32).collect();
@@ -680,6 +681,7 @@ fn check_job(p: &Problem, job: &Job) {
     same(&job.grads[0], &job.grads[1], "dH");
     job.sums[0].iter().zip(&job.sums[1]).for_each(|(x, y)| same(x, y, "sums"));
     job.fused_coef.iter().for_each(|c| same(c, &job.coef, "coef"));
+    z
 }
 
 /// One latent of one token in f64.
@@ -830,6 +832,27 @@ fn a_latent_depends_on_its_own_token_and_row_only() {
     }
 }
 
+/// Many tokens go to kernels of their own. Few of them count here: whole tiles are passed over.
+#[test]
+fn tall_kernels_are_right_and_give_the_same_latents() {
+    let mut random = Random::fresh();
+    let tokens = (1 << 14) + 1;
+    let some = [0, 16, 64, 127, 5000, tokens - 1];
+    for dtype in [DType::F16, DType::BF16] {
+        for (count, d_in) in [(5, 70), (16, 9), (20, 9), (32, 9)] {
+            let mut p = Problem::random(&mut random, dtype, [tokens, d_in, count]);
+            let counts = |t: usize| (t < 150 || some.contains(&t)) as u8 as f32;
+            p.mask = Some((DType::U8, (0..tokens).map(counts).collect()));
+            let whole = check_job(&p, &Job::new(&p));
+            let q = part(&mut random, &p, &some, &[count - 1, 0]);
+            for (n, z) in Job::new(&q).encode(&q).iter().enumerate() {
+                let (t, k) = (some[n / 2], [count - 1, 0][n % 2]);
+                assert_eq!(z.to_bits(), whole[t * count + k].to_bits(), "[{t},{k}]: {}", q.name);
+            }
+        }
+    }
+}
+
 /// dH of a token depends on its own coefficients only, wherever it stands.
 #[test]
 fn a_gradient_row_depends_on_its_own_token_only() {
@@ -865,9 +888,7 @@ fn equal_hidden_states_cost_nothing_and_touch_nothing() {
         p.accumulate = true;
         p.reference = Job::new(&p).encode(&p);
         let mut job = Job::new(&p);
-        for t in 0..p.tokens {
-            job.grads.iter().for_each(|grad| job.arena.forbid(grad, t));
-        }
+        job.grads.iter().for_each(|grad| job.arena.forbid(grad, 0..p.tokens));
         let memory = job.penalty(&p);
         for sums in &job.sums {
             assert_eq!(sums[0].get(&memory, 0, 0), 0.0, "{}", p.name);
@@ -979,7 +1000,7 @@ fn with_fault(folder: &Path, source: &str, kernel: &str, fault: &Fault) -> PathB
     let (at, _) = found.unwrap_or_else(|| panic!("{source} has no {}", fault.from));
     let text = format!("{}{}{}", &text[..at], fault.to, &text[at + fault.from.len()..]);
     let other = |line: &&str| {
-        ["FEW(blockem", "WIDE(blockem", "KERNEL(blockem"].iter().any(|m| line.starts_with(m))
+        ["FEW(", "TALL(", "WIDE(", "KERNEL("].iter().any(|m| line.starts_with(m))
             && line.ends_with([')', '}'])
             && !line.contains(kernel)
     };
