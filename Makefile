@@ -11,11 +11,11 @@ CARGO ?= cargo
 VENV := .venv
 PY := $(VENV)/bin/python
 LIB := target/release/libblockem.so
-RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs')
+RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo test test-rust test-python test-sanitizers test-install lint header \
-        gpu-check bench install clean
+.PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels \
+        lint header gpu-check bench install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,10 +29,10 @@ $(LIB): $(RUST)
 demo: $(VENV)/package ## the main job, in out/demo
 	$(PY) -m examples.demo
 
-test: lint test-rust test-python test-sanitizers test-install ## every test
+test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-install test-kernels ## every test
 	@echo "make test: all passed"
 
-test-rust: $(LIB) $(VENV)/tools ## Rust, C and C++ tests
+test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 	$(CARGO) test --locked
 	$(CARGO) test --locked -p blockem-cxx
 
@@ -52,12 +52,15 @@ gpu-check: ## the CUDA backend on this machine's GPU, then the benchmark: BENCH=
 	esac
 
 test-sanitizers: ## the unsafe parts under AddressSanitizer
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \
+	BLOCKEM_NVCC=none RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
 	  --target-dir target/asan
 
-test-install: $(LIB) $(VENV)/tools ## install into a scratch prefix, build the examples against it
+test-install: $(VENV)/requirements $(LIB) $(VENV)/tools ## install into a scratch prefix, build the examples against it
 	tests/capi/install_test.sh
+
+test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
+	tests/compile_kernels.sh
 
 lint: ## formatting, clippy (which also checks the MSRV)
 	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \
@@ -78,10 +81,12 @@ clean: ## everything that was built, made or installed here
 
 include packaging/install.mk
 
-$(VENV)/requirements: requirements.txt
+$(VENV)/requirements: requirements.txt requirements-cuda.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/cuda -r requirements-cuda.txt
+	@touch build.rs # it looks for nvcc, which is here now
 	@touch $@
 
 $(VENV)/package: $(VENV)/requirements $(LIB) $(PACKAGE)

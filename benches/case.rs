@@ -118,7 +118,7 @@ impl<H: Real> Case<H> {
             loss_sum: Some(TensorMut::from_slice(&mut self.loss_sum, &[1]).unwrap()),
             grad_hidden: grad
                 .then(|| TensorMut::from_slice(&mut self.grad, &[TOKENS, D_IN]).unwrap()),
-            workspace: &mut self.workspace[skip..],
+            workspace: (&mut self.workspace[skip..]).into(),
             ..PenaltyArgs::default()
         };
         run(&self.plan, &mut args);

@@ -139,9 +139,40 @@
 #define BLOCKEM_STATUS_PROVENANCE_MISMATCH 208
 
 /**
- * No CUDA driver, or a build without CUDA.
+ * No CUDA driver, or no device that it can use.
  */
 #define BLOCKEM_STATUS_CUDA_UNAVAILABLE 300
+
+/**
+ * A call of the CUDA driver failed; the message has the driver's own name and text for it. The
+ * cause may be earlier work of the process.
+ */
+#define BLOCKEM_STATUS_CUDA_DRIVER 301
+
+/**
+ * This build has no kernels (it was made without nvcc), or none for the device.
+ */
+#define BLOCKEM_STATUS_NO_KERNEL_IMAGE 302
+
+/**
+ * The CUDA driver is older than the kernels need; the message has both versions.
+ */
+#define BLOCKEM_STATUS_DRIVER_TOO_OLD 303
+
+/**
+ * The device has not enough memory left.
+ */
+#define BLOCKEM_STATUS_OUT_OF_MEMORY 304
+
+/**
+ * The call allocates or loads, or its stream waits for others, while a stream is being captured.
+ */
+#define BLOCKEM_STATUS_CAPTURE_UNSAFE 305
+
+/**
+ * The process was forked after CUDA was initialised; a child cannot use the parent's CUDA.
+ */
+#define BLOCKEM_STATUS_FORKED 306
 
 /**
  * A defect of this library was caught at the boundary.
@@ -307,7 +338,7 @@ typedef struct blockem_build_info {
    */
   uint32_t version;
   /**
-   * 1 when the build has a CUDA backend.
+   * 1 when the build has CUDA kernels; whether they can run, blockem_device_count says.
    */
   int32_t has_cuda;
   /**
@@ -409,7 +440,7 @@ typedef struct blockem_raw_penalty_args {
    */
   struct blockem_tensor scale_tensor;
   /**
-   * Scratch memory, or NULL: then a CPU call allocates its own.
+   * Scratch memory; with NULL a CPU call allocates its own, and a CUDA call is refused.
    */
   void *workspace;
   /**
@@ -757,7 +788,7 @@ typedef struct blockem_plan_info {
    */
   int32_t activation;
   /**
-   * Worker threads of a run call.
+   * Worker threads of a run call; 0 on CUDA.
    */
   int32_t num_threads;
   /**
@@ -899,14 +930,17 @@ BLOCKEM_API blockem_status blockem_build_info_get(struct blockem_build_info *inf
 
 /**
  * Writes how many devices of a type this library can use: 1 for BLOCKEM_DEVICE_CPU; for
- * BLOCKEM_DEVICE_CUDA 0 where there is no driver or no CUDA backend, which is not an error.
- * Errors: NULL_POINTER, INVALID_ARGUMENT (unknown device type). Thread-safe.
+ * BLOCKEM_DEVICE_CUDA 0 where there is no driver, one that is too old, or no kernels in this build,
+ * which is not an error. The first call initialises the CUDA driver (cuInit), and no context.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (unknown device type), CUDA_DRIVER, FORKED. Thread-safe.
  */
 BLOCKEM_API blockem_status blockem_device_count(int32_t device_type, int32_t *count);
 
 /**
  * blockem_penalty_forward with every array given; with grad_hidden it is blockem_penalty. Same
- * bits as a plan of the same rows.
+ * bits as a plan of the same rows. On CUDA the rows are packed into the workspace by each call; it
+ * runs in the stream's context (for NULL in the thread's current one, or the primary one of the
+ * device), whose first raw call loads the kernels and may not be captured: CAPTURE_UNSAFE.
  * Errors: as blockem_penalty_forward; INVALID_ARGUMENT when the arrays do not fit the activation
  * kind; UNSUPPORTED for TOPK. Thread-safe.
  */
@@ -924,7 +958,7 @@ blockem_status blockem_raw_penalty_backward(const struct blockem_raw_penalty_arg
 
 /**
  * Writes the bytes of workspace that a raw call needs for T = tokens, K = num_latents, d = d_in
- * and its num_threads and backend.
+ * and its num_threads and backend; AUTO means the CPU's here.
  * Errors: NULL_POINTER, INVALID_ARGUMENT. Thread-safe.
  */
 BLOCKEM_API
@@ -1046,8 +1080,12 @@ BLOCKEM_API void blockem_latents_free(struct blockem_latents *latents);
  * options: NULL for the defaults (CPU, native activation, all cores).
  * out: a new handle, to be freed with blockem_plan_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
- * activation of a topk SAE), IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH,
- * CUDA_UNAVAILABLE. Thread-safe.
+ * activation of a topk SAE), IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
+ * also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
+ * CAPTURE_UNSAFE, FORKED. Thread-safe.
+ * On CUDA the plan belongs to the thread's current context where that is one of the device, else
+ * to the device's primary context, which it keeps alive; the current context stays what it was.
+ * A context that the host destroys must outlive its plans. Not for use while a stream is captured.
  */
 BLOCKEM_API
 blockem_status blockem_plan_create(const struct blockem_sae *sae,
@@ -1075,7 +1113,9 @@ blockem_status blockem_plan_workspace_size(const struct blockem_plan *plan,
                                            size_t *bytes);
 
 /**
- * Frees a plan; NULL is legal. No call may still be using it.
+ * Frees a plan; NULL is legal. No call may still be using it, no work of one may be unfinished on a
+ * stream, and no captured graph that holds one may be launched again. In a child of fork the memory
+ * of a CUDA plan stays with the parent.
  */
 BLOCKEM_API void blockem_plan_free(struct blockem_plan *plan);
 
@@ -1083,9 +1123,14 @@ BLOCKEM_API void blockem_plan_free(struct blockem_plan *plan);
  * z[t,k] = act(W_k . h_t + b_k): references for later calls.
  * A token's z has the same bits whatever T, its place, the other latents, the strides, the number
  * of threads and the entry point (encode, forward, blockem_penalty, raw).
- * stream: NULL on the CPU, where the call returns when the work is done.
- * Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH, OVERLAP,
- * INVALID_ARGUMENT. Thread-safe: no allocation, no lock held across calls.
+ * stream: NULL on the CPU, where the call returns when the work is done. On CUDA a CUstream (a
+ * cudaStream_t) of the plan's context, or NULL for that context's legacy default stream; the call
+ * returns when the work is on the stream, and may be captured into a graph. The thread's current
+ * context stays what it was.
+ * Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH (also a pointer that is
+ * no memory of the plan's device), OVERLAP, INVALID_ARGUMENT (also a stream of another context);
+ * on CUDA also CUDA_DRIVER, CAPTURE_UNSAFE, FORKED.
+ * Thread-safe: no allocation, no lock held across calls.
  */
 BLOCKEM_API
 blockem_status blockem_encode(const struct blockem_plan *plan,

@@ -315,6 +315,11 @@ class Workspace {
 /// Arguments of Plan::forward, Plan::backward and Plan::penalty.
 struct PenaltyArgs : blockem_penalty_args {
   PenaltyArgs() : blockem_penalty_args BLOCKEM_PENALTY_ARGS_INIT {}
+  /// Memory of the plan's device that the caller owns, until the call's work is done.
+  void use(void* scratch, std::size_t bytes) noexcept {
+    workspace = scratch;
+    workspace_size = bytes;
+  }
   /// The workspace must live until the call returns and serve no other call meanwhile.
   void use(const Workspace& scratch) noexcept {
     workspace = scratch.data();
@@ -325,6 +330,11 @@ struct PenaltyArgs : blockem_penalty_args {
 /// Arguments of raw_forward and raw_backward.
 struct RawPenaltyArgs : blockem_raw_penalty_args {
   RawPenaltyArgs() : blockem_raw_penalty_args BLOCKEM_RAW_PENALTY_ARGS_INIT {}
+  /// Memory of the call's device that the caller owns, until the call's work is done.
+  void use(void* scratch, std::size_t bytes) noexcept {
+    workspace = scratch;
+    workspace_size = bytes;
+  }
   /// Without one, a CPU call allocates its own.
   void use(const Workspace& scratch) noexcept {
     workspace = scratch.data();

@@ -29,13 +29,18 @@ pub enum Status {
     // 206 CACHE_STALE and 207 MASK_EMPTY come with the reference cache and the text masks.
     ProvenanceMismatch = 208,
     CudaUnavailable = 300,
-    // 301 to 306: CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED.
+    CudaDriver = 301,
+    NoKernelImage = 302,
+    DriverTooOld = 303,
+    OutOfMemory = 304,
+    CaptureUnsafe = 305,
+    Forked = 306,
     Panic = 900,
     Internal = 901,
 }
 
 impl Status {
-    pub const ALL: [Status; 23] = [
+    pub const ALL: [Status; 29] = [
         Status::Ok,
         Status::InvalidArgument,
         Status::NullPointer,
@@ -57,6 +62,12 @@ impl Status {
         Status::NonFinite,
         Status::ProvenanceMismatch,
         Status::CudaUnavailable,
+        Status::CudaDriver,
+        Status::NoKernelImage,
+        Status::DriverTooOld,
+        Status::OutOfMemory,
+        Status::CaptureUnsafe,
+        Status::Forked,
         Status::Panic,
         Status::Internal,
     ];
@@ -93,6 +104,12 @@ impl Status {
             Status::NonFinite => "NON_FINITE",
             Status::ProvenanceMismatch => "PROVENANCE_MISMATCH",
             Status::CudaUnavailable => "CUDA_UNAVAILABLE",
+            Status::CudaDriver => "CUDA_DRIVER",
+            Status::NoKernelImage => "NO_KERNEL_IMAGE",
+            Status::DriverTooOld => "DRIVER_TOO_OLD",
+            Status::OutOfMemory => "OUT_OF_MEMORY",
+            Status::CaptureUnsafe => "CAPTURE_UNSAFE",
+            Status::Forked => "FORKED",
             Status::Panic => "PANIC",
             Status::Internal => "INTERNAL",
         }

@@ -14,14 +14,17 @@
 //! SFT + λ · loss_sum / count. NaN reaches the loss; a token with m_t = 0 contributes nothing, even
 //! if its h is NaN.
 
+use std::marker::PhantomData;
+
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, DeviceRows, GateKind, RawDeviceRows};
 use crate::backend::{
     BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
     reference,
 };
 use crate::error::{Result, bail};
 use crate::plan::{BackendKind, Plan, resolve_backend};
-use crate::tensor::{DType, Device, Tensor, TensorMut};
+use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
 
 /// Arguments of [`Plan::encode`].
 #[derive(Debug)]
@@ -58,8 +61,41 @@ pub struct PenaltyArgs<'a> {
     /// [1] F32: multiplies dH too, read when the work runs.
     pub scale_tensor: Option<Tensor<'a>>,
     /// At least [`Plan::workspace_size`] bytes for forward and penalty.
-    pub workspace: &'a mut [u8],
+    pub workspace: Scratch<'a>,
 }
+
+/// Memory on the device of a call, for intermediate results.
+#[derive(Debug)]
+pub struct Scratch<'a> {
+    data: *mut u8,
+    size: usize,
+    borrow: PhantomData<&'a mut [u8]>,
+}
+
+impl Scratch<'_> {
+    pub const NONE: Scratch<'static> =
+        Scratch { data: std::ptr::null_mut(), size: 0, borrow: PhantomData };
+
+    /// # Safety
+    /// So many bytes must be writable on the call's device until its work is done, and nothing else
+    /// may touch them.
+    pub unsafe fn from_raw(data: *mut u8, size: usize) -> Self {
+        Scratch { data, size, borrow: PhantomData }
+    }
+
+    fn workspace(&self) -> Workspace {
+        Workspace { data: self.data, size: self.size }
+    }
+}
+
+impl<'a> From<&'a mut [u8]> for Scratch<'a> {
+    fn from(memory: &'a mut [u8]) -> Scratch<'a> {
+        Scratch { data: memory.as_mut_ptr(), size: memory.len(), borrow: PhantomData }
+    }
+}
+
+// SAFETY: a unique borrow of plain bytes.
+unsafe impl Send for Scratch<'_> {}
 
 impl Default for PenaltyArgs<'_> {
     fn default() -> Self {
@@ -75,7 +111,7 @@ impl Default for PenaltyArgs<'_> {
             accumulate: false,
             scale: 1.0,
             scale_tensor: None,
-            workspace: &mut [],
+            workspace: Scratch::NONE,
         }
     }
 }
@@ -134,37 +170,52 @@ impl RawActivation {
 impl Plan {
     /// z of every token: references for later calls.
     pub fn encode(&self, args: &mut EncodeArgs<'_>) -> Result<()> {
-        let shape = self.shape();
-        let call = shape.encode_call(args)?;
-        // SAFETY: `encode_call` checked every view against the plan.
-        unsafe { self.backend.encode(&call) };
-        Ok(())
+        self.encode_on(Stream::NULL, args)
     }
 
     /// loss_sum, count, coefficients for [`Plan::backward`], per-latent sums.
     pub fn forward(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
-        let call = self.shape().penalty_call(args, false, &[])?;
-        let call = with_workspace(call, args.workspace, self.workspace_size(call.tokens))?;
-        // SAFETY: `penalty_call` checked every view against the plan.
-        unsafe { self.backend.penalty(&call) };
-        Ok(())
+        self.forward_on(Stream::NULL, args)
     }
 
     /// dH from the coefficients that forward saved.
     pub fn backward(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
-        let call = self.shape().backward_call(args, &[])?;
-        // SAFETY: `backward_call` checked every view against the plan.
-        unsafe { self.backend.backward(&call) };
-        Ok(())
+        self.backward_on(Stream::NULL, args)
     }
 
     /// Forward and backward in one pass over hidden.
     pub fn penalty(&self, args: &mut PenaltyArgs<'_>) -> Result<()> {
-        let call = self.shape().penalty_call(args, true, &[])?;
-        let call = with_workspace(call, args.workspace, self.workspace_size(call.tokens))?;
+        self.penalty_on(Stream::NULL, args)
+    }
+
+    /// [`Plan::encode`] on a CUDA stream, as the three that follow: they return when the work is on
+    /// the stream, and every tensor must live until it is done.
+    pub fn encode_on(&self, stream: Stream, args: &mut EncodeArgs<'_>) -> Result<()> {
+        let call = self.shape().encode_call(args)?;
+        // SAFETY: `encode_call` checked every view against the plan.
+        unsafe { self.backend.encode(&call, stream) }
+    }
+
+    pub fn forward_on(&self, stream: Stream, args: &mut PenaltyArgs<'_>) -> Result<()> {
+        self.penalty_call(stream, args, false)
+    }
+
+    pub fn backward_on(&self, stream: Stream, args: &mut PenaltyArgs<'_>) -> Result<()> {
+        let call = self.shape().backward_call(args, &[])?;
+        // SAFETY: `backward_call` checked every view against the plan.
+        unsafe { self.backend.backward(&call, stream) }
+    }
+
+    pub fn penalty_on(&self, stream: Stream, args: &mut PenaltyArgs<'_>) -> Result<()> {
+        self.penalty_call(stream, args, true)
+    }
+
+    fn penalty_call(&self, stream: Stream, args: &PenaltyArgs<'_>, with_grad: bool) -> Result<()> {
+        let call = self.shape().penalty_call(args, with_grad, &[])?;
+        let needed = self.workspace_size(call.tokens);
+        let workspace = checked_workspace(&args.workspace, needed)?;
         // SAFETY: `penalty_call` checked every view against the plan.
-        unsafe { self.backend.penalty(&call) };
-        Ok(())
+        unsafe { self.backend.penalty(&PenaltyCall { workspace, ..call }, stream) }
     }
 
     fn shape(&self) -> CallShape {
@@ -178,27 +229,40 @@ impl Plan {
 }
 
 /// Forward without handles: every array is an argument. Same bits as a plan of the same rows.
-/// An empty workspace is allocated for the call.
+/// On the CPU an empty workspace is allocated for the call; on CUDA the workspace must be given,
+/// and the first call in a context loads the kernels.
 pub fn raw_forward(
     rows: &RawRows<'_>,
     args: &mut PenaltyArgs<'_>,
     backend: BackendKind,
     num_threads: usize,
+    stream: Stream,
 ) -> Result<()> {
-    let named = rows.named();
-    let (rows, shape) = raw_shape(rows, backend)?;
-    let mut call = shape.penalty_call(args, args.grad_hidden.is_some(), &named)?;
-    if shape.takes_f64 {
-        // SAFETY: `penalty_call` checked every view against the rows.
-        unsafe { reference::penalty(&rows, &call) };
-        return Ok(());
+    let RawCall { kind, shape, arrays } = RawCall::check(rows, backend)?;
+    let with_grad = args.grad_hidden.is_some();
+    let call = shape.penalty_call(args, with_grad, &rows.named())?;
+    match kind {
+        BackendKind::Reference => {
+            // SAFETY: `penalty_call` checked every view against the rows.
+            unsafe { reference::penalty(&arrays.host_rows(&shape), &call) };
+            Ok(())
+        }
+        BackendKind::Cuda => {
+            let rows = arrays.device_rows(&shape)?;
+            let workspace = shape.raw_workspace(&args.workspace, call.tokens)?;
+            // SAFETY: as above.
+            unsafe { cuda::raw_penalty(&rows, &PenaltyCall { workspace, ..call }, stream) }
+        }
+        BackendKind::Auto | BackendKind::Cpu => {
+            let rows = arrays.host_rows(&shape);
+            let needed = Cpu::raw_workspace_size(rows.count(), rows.d_in, call.tokens, num_threads);
+            let mut own = Vec::new();
+            let workspace = checked_or_own(&args.workspace, &mut own, needed)?;
+            // SAFETY: as above.
+            unsafe { Cpu::raw_penalty(&rows, &PenaltyCall { workspace, ..call }, num_threads) };
+            Ok(())
+        }
     }
-    let needed = Cpu::raw_workspace_size(rows.count(), rows.d_in, call.tokens, num_threads);
-    let mut own = Vec::new();
-    call = with_workspace(call, or_allocate(args.workspace, &mut own, needed), needed)?;
-    // SAFETY: as above.
-    unsafe { Cpu::raw_penalty(&rows, &call, num_threads) };
-    Ok(())
 }
 
 /// Backward without handles; see [`raw_forward`].
@@ -207,23 +271,32 @@ pub fn raw_backward(
     args: &mut PenaltyArgs<'_>,
     backend: BackendKind,
     num_threads: usize,
+    stream: Stream,
 ) -> Result<()> {
-    let named = rows.named();
-    let (rows, shape) = raw_shape(rows, backend)?;
-    let call = shape.backward_call(args, &named)?;
-    if shape.takes_f64 {
-        // SAFETY: `backward_call` checked every view against the rows.
-        unsafe { reference::backward(&rows, &call) };
-        return Ok(());
+    let RawCall { kind, shape, arrays } = RawCall::check(rows, backend)?;
+    let call = shape.backward_call(args, &rows.named())?;
+    match kind {
+        BackendKind::Reference => {
+            // SAFETY: `backward_call` checked every view against the rows.
+            unsafe { reference::backward(&arrays.host_rows(&shape), &call) };
+            Ok(())
+        }
+        BackendKind::Cuda => {
+            let rows = arrays.device_rows(&shape)?;
+            let workspace = shape.raw_workspace(&args.workspace, call.tokens)?;
+            // SAFETY: as above.
+            unsafe { cuda::raw_backward(&rows, &call, workspace, stream) }
+        }
+        BackendKind::Auto | BackendKind::Cpu => {
+            let rows = arrays.host_rows(&shape);
+            let needed = Cpu::raw_workspace_size(rows.count(), rows.d_in, call.tokens, num_threads);
+            let mut own = Vec::new();
+            let workspace = checked_or_own(&args.workspace, &mut own, needed)?;
+            // SAFETY: as above.
+            unsafe { Cpu::raw_backward(&rows, &call, workspace, num_threads) };
+            Ok(())
+        }
     }
-    let needed = Cpu::raw_workspace_size(rows.count(), rows.d_in, call.tokens, num_threads);
-    let mut own = Vec::new();
-    let scratch = or_allocate(args.workspace, &mut own, needed);
-    check_workspace(scratch, needed)?;
-    let workspace = Workspace { data: scratch.as_mut_ptr(), size: scratch.len() };
-    // SAFETY: as above.
-    unsafe { Cpu::raw_backward(&rows, &call, workspace, num_threads) };
-    Ok(())
 }
 
 /// Bytes of scratch that the raw calls need.
@@ -236,88 +309,164 @@ pub fn raw_workspace_size(
 ) -> usize {
     match backend {
         BackendKind::Reference => 0,
-        _ => Cpu::raw_workspace_size(num_latents, d_in, tokens, num_threads),
+        BackendKind::Cuda => cuda::raw_workspace_size(num_latents, d_in, tokens),
+        BackendKind::Auto | BackendKind::Cpu => {
+            Cpu::raw_workspace_size(num_latents, d_in, tokens, num_threads)
+        }
     }
 }
 
-fn raw_shape<'a>(raw: &RawRows<'a>, backend: BackendKind) -> Result<(Rows<'a>, CallShape)> {
-    let device = raw.weight.device;
-    let kind = resolve_backend(device, backend)?;
-    let &[num_latents, d_in] = raw.weight.shape() else {
-        bail!(Shape, "weight must be [K, d], not {:?}", raw.weight.shape());
-    };
-    if num_latents == 0 || d_in == 0 {
-        bail!(
-            Shape,
-            "weight must have at least one row and one column, not {num_latents} x {d_in}"
-        );
-    }
-    let takes_f64 = kind == BackendKind::Reference;
-    let shape = CallShape { d_in, num_latents, device, takes_f64 };
-    let weight = shape.matrix("weight", &raw.weight, num_latents, d_in, &[DType::F32])?;
-    let vector = |name, tensor: &Tensor<'a>| shape.floats(name, tensor);
-    let optional = |name, tensor: &Option<Tensor<'a>>| {
-        tensor.as_ref().map(|tensor| vector(name, tensor)).transpose()
-    };
-    let (threshold, gate_bias) =
-        (optional("threshold", &raw.threshold)?, optional("gate_bias", &raw.gate_bias)?);
-    let gate = match (raw.kind, threshold, gate_bias) {
-        (RawActivation::Preactivation, None, None) => Gate::Open,
-        (RawActivation::Relu, None, None) => Gate::Relu,
-        (RawActivation::JumpRelu, Some(th), None) => Gate::Threshold(th),
-        (RawActivation::Gated, None, Some(bias)) => Gate::Gated(bias),
-        _ => bail!(
-            InvalidArgument,
-            "jumprelu takes threshold, gated takes gate_bias, and no other activation takes either"
-        ),
-    };
-    let rows = Rows {
-        d_in,
-        // SAFETY: `matrix` checked the view: rows of d elements, row_stride apart, aligned.
-        weight: unsafe {
-            let reach = (num_latents - 1) * weight.row_stride + d_in;
-            std::slice::from_raw_parts(weight.data.cast::<f32>(), reach)
-        },
-        weight_stride: weight.row_stride,
-        bias: vector("bias", &raw.bias)?,
-        scale: optional("gate_scale", &raw.gate_scale)?,
-        gate,
-        sign_weight: vector("sign_weight", &raw.sign_weight)?,
-    };
-    Ok((rows, shape))
+/// What a raw call is about.
+struct RawCall<'a> {
+    kind: BackendKind,
+    shape: CallShape,
+    arrays: RawArrays<'a>,
 }
 
-fn or_allocate<'a>(given: &'a mut [u8], own: &'a mut Vec<u8>, needed: usize) -> &'a mut [u8] {
-    if given.is_empty() {
-        own.resize(needed + WORKSPACE_ALIGN, 0);
-        let skip = own.as_ptr().align_offset(WORKSPACE_ALIGN);
-        &mut own[skip..]
-    } else {
-        given
+impl<'a> RawCall<'a> {
+    fn check(raw: &RawRows<'a>, backend: BackendKind) -> Result<RawCall<'a>> {
+        let device = raw.weight.device;
+        let kind = resolve_backend(device, backend)?;
+        let &[num_latents, d_in] = raw.weight.shape() else {
+            bail!(Shape, "weight must be [K, d], not {:?}", raw.weight.shape());
+        };
+        if num_latents == 0 || d_in == 0 {
+            bail!(
+                Shape,
+                "weight must have at least one row and one column, not {num_latents} x {d_in}"
+            );
+        }
+        let takes_f64 = kind == BackendKind::Reference;
+        let shape = CallShape { d_in, num_latents, device, takes_f64 };
+        let arrays = RawArrays::check(raw, &shape)?;
+        Ok(RawCall { kind, shape, arrays })
     }
+}
+
+/// The rows of a raw call on whatever device, checked: arrays of K are contiguous floats.
+struct RawArrays<'a> {
+    weight: Matrix,
+    bias: *const f32,
+    sign_weight: *const f32,
+    scale: Option<*const f32>,
+    gate: RawGate,
+    borrow: PhantomData<&'a [f32]>,
+}
+
+enum RawGate {
+    Open,
+    Relu,
+    Threshold(*const f32),
+    Gated(*const f32),
+}
+
+impl<'a> RawArrays<'a> {
+    fn check(raw: &RawRows<'a>, shape: &CallShape) -> Result<RawArrays<'a>> {
+        let count = shape.num_latents;
+        let weight = shape.matrix("weight", &raw.weight, count, shape.d_in, &[DType::F32])?;
+        let vector = |name, tensor: &Tensor<'_>| -> Result<*const f32> {
+            Ok(shape.floats_of(name, tensor, count)?.cast())
+        };
+        let optional = |name, tensor: &Option<Tensor<'_>>| {
+            tensor.as_ref().map(|tensor| vector(name, tensor)).transpose()
+        };
+        let (threshold, gate_bias) =
+            (optional("threshold", &raw.threshold)?, optional("gate_bias", &raw.gate_bias)?);
+        let gate = match (raw.kind, threshold, gate_bias) {
+            (RawActivation::Preactivation, None, None) => RawGate::Open,
+            (RawActivation::Relu, None, None) => RawGate::Relu,
+            (RawActivation::JumpRelu, Some(th), None) => RawGate::Threshold(th),
+            (RawActivation::Gated, None, Some(bias)) => RawGate::Gated(bias),
+            _ => bail!(
+                InvalidArgument,
+                "jumprelu takes threshold, gated takes gate_bias, and no other activation takes \
+                 either"
+            ),
+        };
+        Ok(RawArrays {
+            weight,
+            bias: vector("bias", &raw.bias)?,
+            sign_weight: vector("sign_weight", &raw.sign_weight)?,
+            scale: optional("gate_scale", &raw.gate_scale)?,
+            gate,
+            borrow: PhantomData,
+        })
+    }
+
+    /// On the CPU: borrowed.
+    fn host_rows(&self, shape: &CallShape) -> Rows<'a> {
+        // SAFETY: K contiguous, aligned floats in host memory, readable for 'a.
+        let vector = |data| unsafe { std::slice::from_raw_parts(data, shape.num_latents) };
+        let reach = (shape.num_latents - 1) * self.weight.row_stride + shape.d_in;
+        Rows {
+            d_in: shape.d_in,
+            // SAFETY: rows of d elements, row_stride apart, aligned, in host memory, readable for
+            // 'a.
+            weight: unsafe { std::slice::from_raw_parts(self.weight.data.cast::<f32>(), reach) },
+            weight_stride: self.weight.row_stride,
+            bias: vector(self.bias),
+            scale: self.scale.map(vector),
+            gate: match self.gate {
+                RawGate::Open => Gate::Open,
+                RawGate::Relu => Gate::Relu,
+                RawGate::Threshold(values) => Gate::Threshold(vector(values)),
+                RawGate::Gated(values) => Gate::Gated(vector(values)),
+            },
+            sign_weight: vector(self.sign_weight),
+        }
+    }
+
+    /// On CUDA: addresses, which the host never follows.
+    fn device_rows(&self, shape: &CallShape) -> Result<RawDeviceRows> {
+        let address = |data: *const f32| data.addr() as u64;
+        let (gate, gate_values) = match self.gate {
+            RawGate::Open => (GateKind::Open, 0),
+            RawGate::Relu => (GateKind::Relu, 0),
+            RawGate::Threshold(values) => (GateKind::Threshold, address(values)),
+            RawGate::Gated(values) => (GateKind::Gated, address(values)),
+        };
+        let Device::Cuda(device) = shape.device else {
+            bail!(Internal, "a CUDA call on {:?}", shape.device);
+        };
+        let rows = DeviceRows {
+            d_in: shape.d_in,
+            count: shape.num_latents,
+            gate,
+            packed: 0,
+            bias: address(self.bias),
+            scale: self.scale.map_or(0, address),
+            gate_values,
+            sign_weight: address(self.sign_weight),
+        };
+        Ok(RawDeviceRows { rows, weight: self.weight, device })
+    }
+}
+
+/// The caller's workspace, or memory of the call's own where there is none.
+fn checked_or_own(given: &Scratch<'_>, own: &mut Vec<u8>, needed: usize) -> Result<Workspace> {
+    if given.size > 0 {
+        return checked_workspace(given, needed);
+    }
+    own.resize(needed + WORKSPACE_ALIGN, 0);
+    let skip = own.as_ptr().align_offset(WORKSPACE_ALIGN);
+    Ok(Scratch::from(&mut own[skip..]).workspace())
 }
 
 /// Workspaces must start at a multiple of this.
 pub const WORKSPACE_ALIGN: usize = 64;
 
-fn check_workspace(workspace: &[u8], needed: usize) -> Result<()> {
-    if workspace.len() < needed {
+fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
+    if given.size < needed {
         bail!(
             WorkspaceTooSmall,
             "the workspace has {} bytes, the call needs {needed}; ask the workspace_size function",
-            workspace.len()
+            given.size
         );
     }
-    if needed > 0 && workspace.as_ptr().align_offset(WORKSPACE_ALIGN) != 0 {
+    if needed > 0 && !given.data.addr().is_multiple_of(WORKSPACE_ALIGN) {
         bail!(Layout, "the workspace must start at a multiple of {WORKSPACE_ALIGN} bytes");
     }
-    Ok(())
-}
-
-fn with_workspace(call: PenaltyCall, space: &mut [u8], needed: usize) -> Result<PenaltyCall> {
-    check_workspace(space, needed)?;
-    let workspace = Workspace { data: space.as_mut_ptr(), size: space.len() };
-    Ok(PenaltyCall { workspace, ..call })
+    Ok(given.workspace())
 }
 
 /// What every view of a call is compared with.
@@ -329,6 +478,11 @@ struct CallShape {
 }
 
 impl CallShape {
+    /// The workspace of a raw CUDA call.
+    fn raw_workspace(&self, given: &Scratch<'_>, tokens: usize) -> Result<Workspace> {
+        checked_workspace(given, cuda::raw_workspace_size(self.num_latents, self.d_in, tokens))
+    }
+
     fn encode_call(&self, args: &EncodeArgs<'_>) -> Result<EncodeCall> {
         let (tokens, hidden) = self.hidden(&args.hidden)?;
         let out = args.latents.view();
@@ -436,13 +590,6 @@ impl CallShape {
         Ok(Some(Output { data: out.data_mut(), dtype: view.dtype, stride: last_stride(view) }))
     }
 
-    /// K contiguous floats on the host.
-    fn floats<'a>(&self, name: &str, tensor: &Tensor<'a>) -> Result<&'a [f32]> {
-        let data = self.floats_of(name, tensor, self.num_latents)?;
-        // SAFETY: K contiguous, aligned floats, readable for the tensor's lifetime.
-        Ok(unsafe { std::slice::from_raw_parts(data.cast::<f32>(), self.num_latents) })
-    }
-
     fn floats_of(&self, name: &str, tensor: &Tensor<'_>, len: usize) -> Result<*const u8> {
         self.vector(name, tensor, len, &[DType::F32])?;
         if len > 1 && last_stride(tensor) != 1 {
@@ -543,7 +690,9 @@ fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool, rows: &[NamedTensor<'
     fn view<'a>(out: &Option<TensorMut<'a>>) -> Option<Tensor<'a>> {
         out.as_ref().map(|tensor| *tensor.view())
     }
-    let workspace = Tensor::from_slice(&*args.workspace, &[args.workspace.len()])?;
+    let Workspace { data, size } = args.workspace.workspace();
+    // SAFETY: only its addresses are compared.
+    let workspace = unsafe { Tensor::from_raw(data, DType::U8, Device::Cpu, &[size], &[1])? };
     let outputs = [
         ("coef", view(&args.coef)),
         ("loss_sum", view(&args.loss_sum)),

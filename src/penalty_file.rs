@@ -1,18 +1,19 @@
 //! The penalty of arrays in a file, for callers without a trainer: what `blockem penalty` runs.
 //!
-//! Tokens are taken in parts, so a file may be larger than memory.
+//! Tokens are taken in parts, so a file may be larger than memory, that of a device included.
 
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde_json::Map;
 
+use crate::backend::cuda::{DeviceMemory, Transfers};
 use crate::error::{Error, Result, Status, bail};
 use crate::output::{TensorEntry, safetensors_header, write_whole};
-use crate::penalty::{EncodeArgs, PenaltyArgs, WORKSPACE_ALIGN};
+use crate::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN};
 use crate::plan::Plan;
 use crate::sae::{Array, Container};
-use crate::tensor::{DType, Device, Tensor, TensorMut};
+use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
 
 /// Bytes of hidden states that are held at once.
 const PART_BYTES: usize = 64 << 20;
@@ -39,6 +40,7 @@ pub fn penalty_file(
     let input = Input::find(&file, plan)?;
     let layout = Layout::new(plan, input.tokens)?;
     let mut totals = Totals { loss_sum: 0.0, token_count: 0.0 };
+    let transfers = plan.backend.transfers()?;
     write_whole(output, |out| {
         let mut write = |at: u64, bytes: &[u8]| {
             let done = out.seek(SeekFrom::Start(at)).and_then(|_| out.write_all(bytes));
@@ -50,13 +52,14 @@ pub fn penalty_file(
         let mut start = 0;
         loop {
             let count = rows.min(input.tokens - start);
-            let part = input.penalty_of(plan, start, count, scale)?;
-            for (to, array) in layout.per_token.iter().zip(&part.arrays) {
-                write(to.row(start), as_bytes(array))?;
+            let part = input.penalty_of(plan, transfers.as_ref(), start, count, scale)?;
+            for (to, array) in layout.per_token.iter().zip(part.arrays) {
+                write(to.row(start), array.fetch()?.as_bytes())?;
             }
-            totals.loss_sum += part.loss_sum[0];
-            totals.token_count += part.token_count[0];
-            latent_loss.iter_mut().zip(&part.latent_loss).for_each(|(sum, loss)| *sum += loss);
+            totals.loss_sum += part.loss_sum.fetch()?.to_f64()[0];
+            totals.token_count += part.token_count.fetch()?.to_f64()[0];
+            let losses = part.latent_loss.fetch()?.to_f64();
+            latent_loss.iter_mut().zip(losses).for_each(|(sum, loss)| *sum += loss);
             start += count;
             progress(start as u64, input.tokens as u64);
             if start == input.tokens {
@@ -124,46 +127,62 @@ impl Input {
         Ok(Input { tokens, hidden, reference, mask })
     }
 
-    fn penalty_of(&self, plan: &Plan, start: usize, count: usize, scale: f64) -> Result<Part> {
+    fn penalty_of<'d>(
+        &self,
+        plan: &Plan,
+        transfers: Option<&'d Transfers>,
+        start: usize,
+        count: usize,
+        scale: f64,
+    ) -> Result<Part<'d>> {
         let (d, k) = (plan.d_in(), plan.num_latents());
-        let hidden = Rows::read(&self.hidden, start, count)?;
-        let encode = |rows: &Rows| -> Result<Vec<f32>> {
-            let mut z = vec![0.0; count * k];
-            let latents = TensorMut::from_slice(&mut z, &[count, k])?;
-            plan.encode(&mut EncodeArgs { hidden: rows.tensor(&[count, d])?, latents })?;
+        let stream = transfers.map_or(Stream::NULL, Transfers::stream);
+        let read = |array| Memory::place(Rows::read(array, start, count)?, transfers);
+        let space = |dtype, len: usize| Memory::space(dtype, len, transfers);
+        let wait = || transfers.map_or(Ok(()), Transfers::wait);
+        let encode = |hidden: &Memory<'_>| -> Result<Memory<'d>> {
+            let mut z = space(DType::F32, count * k)?;
+            let latents = z.tensor_mut(&[count, k])?;
+            let hidden = hidden.tensor(&[count, d])?;
+            plan.encode_on(stream, &mut EncodeArgs { hidden, latents })?;
+            wait()?;
             Ok(z)
         };
+        let hidden = read(&self.hidden)?;
         let latents = encode(&hidden)?;
         let reference = match &self.reference {
-            Reference::Hidden(array) => encode(&Rows::read(array, start, count)?)?,
-            Reference::Latents(array) => Rows::read(array, start, count)?.to_f32(),
+            Reference::Hidden(array) => encode(&read(array)?)?,
+            Reference::Latents(array) => read(array)?,
         };
         let mask = match &self.mask {
-            Some(array) => Some(Rows::read(array, start, count)?.mask()),
+            Some(array) => Some(Memory::place(Rows::read(array, start, count)?.mask(), transfers)?),
             None => None,
         };
-        let mask = mask.as_ref().map(|rows| rows.tensor(&[count])).transpose()?;
         let mut part = Part {
-            arrays: [latents, reference, vec![0.0; count * d]],
-            loss_sum: [0.0],
-            token_count: [0.0],
-            latent_loss: vec![0.0; k],
+            arrays: [latents, reference, space(DType::F32, count * d)?],
+            loss_sum: space(DType::F64, 1)?,
+            token_count: space(DType::F64, 1)?,
+            latent_loss: space(DType::F64, k)?,
         };
         let [_, reference, grad] = &mut part.arrays;
-        let mut workspace = vec![0; plan.workspace_size(count) + WORKSPACE_ALIGN];
-        let skip = workspace.as_ptr().align_offset(WORKSPACE_ALIGN);
-        plan.penalty(&mut PenaltyArgs {
-            hidden: Some(hidden.tensor(&[count, d])?),
-            reference: Some(Tensor::from_slice(reference, &[count, k])?),
-            mask,
-            loss_sum: Some(TensorMut::from_slice(&mut part.loss_sum, &[1])?),
-            token_count: Some(TensorMut::from_slice(&mut part.token_count, &[1])?),
-            latent_loss: Some(TensorMut::from_slice(&mut part.latent_loss, &[k])?),
-            grad_hidden: Some(TensorMut::from_slice(grad, &[count, d])?),
-            scale,
-            workspace: &mut workspace[skip..],
-            ..PenaltyArgs::default()
-        })?;
+        let needed = plan.workspace_size(count);
+        let mut workspace = space(DType::U8, needed + WORKSPACE_ALIGN)?;
+        plan.penalty_on(
+            stream,
+            &mut PenaltyArgs {
+                hidden: Some(hidden.tensor(&[count, d])?),
+                reference: Some(reference.tensor(&[count, k])?),
+                mask: mask.as_ref().map(|mask| mask.tensor(&[count])).transpose()?,
+                loss_sum: Some(part.loss_sum.tensor_mut(&[1])?),
+                token_count: Some(part.token_count.tensor_mut(&[1])?),
+                latent_loss: Some(part.latent_loss.tensor_mut(&[k])?),
+                grad_hidden: Some(grad.tensor_mut(&[count, d])?),
+                scale,
+                workspace: workspace.scratch(needed),
+                ..PenaltyArgs::default()
+            },
+        )?;
+        wait()?;
         Ok(part)
     }
 }
@@ -179,12 +198,87 @@ fn expect(array: &Array, shape: &[usize], meaning: &str, dtypes: &[DType]) -> Re
 }
 
 /// Results of one part of the tokens.
-struct Part {
+struct Part<'d> {
     /// latents, reference, grad_hidden
-    arrays: [Vec<f32>; 3],
-    loss_sum: [f64; 1],
-    token_count: [f64; 1],
-    latent_loss: Vec<f64>,
+    arrays: [Memory<'d>; 3],
+    loss_sum: Memory<'d>,
+    token_count: Memory<'d>,
+    latent_loss: Memory<'d>,
+}
+
+/// An array where the plan computes.
+enum Memory<'d> {
+    Host(Rows),
+    Device { transfers: &'d Transfers, memory: DeviceMemory, bytes: usize, dtype: DType },
+}
+
+impl<'d> Memory<'d> {
+    fn place(rows: Rows, transfers: Option<&'d Transfers>) -> Result<Memory<'d>> {
+        let Some(transfers) = transfers else { return Ok(Memory::Host(rows)) };
+        let memory = transfers.upload(rows.as_bytes())?;
+        Ok(Memory::Device { transfers, memory, bytes: rows.bytes, dtype: rows.dtype })
+    }
+
+    fn space(dtype: DType, len: usize, transfers: Option<&'d Transfers>) -> Result<Memory<'d>> {
+        let bytes = len * dtype.size();
+        let Some(transfers) = transfers else {
+            return Ok(Memory::Host(Rows { words: vec![0; bytes.div_ceil(8)], bytes, dtype }));
+        };
+        Ok(Memory::Device { transfers, memory: transfers.space(bytes)?, bytes, dtype })
+    }
+
+    fn kind(&self) -> (DType, Device) {
+        match self {
+            Memory::Host(rows) => (rows.dtype, Device::Cpu),
+            Memory::Device { transfers, dtype, .. } => (*dtype, transfers.device()),
+        }
+    }
+
+    fn data(&mut self) -> *mut u8 {
+        match self {
+            Memory::Host(rows) => rows.words.as_mut_ptr().cast(),
+            Memory::Device { memory, .. } => memory.address() as *mut u8,
+        }
+    }
+
+    fn tensor(&self, shape: &[usize]) -> Result<Tensor<'_>> {
+        let (dtype, device) = self.kind();
+        let data = match self {
+            Memory::Host(rows) => rows.words.as_ptr().cast(),
+            Memory::Device { memory, .. } => memory.address() as *const u8,
+        };
+        let stride = [shape.get(1).copied().unwrap_or(1), 1];
+        // SAFETY: the memory holds the elements of the row-major shape; work on it is waited for
+        // before it is freed.
+        unsafe { Tensor::from_raw(data, dtype, device, shape, &stride[2 - shape.len()..]) }
+    }
+
+    fn tensor_mut(&mut self, shape: &[usize]) -> Result<TensorMut<'_>> {
+        let (data, (dtype, device)) = (self.data(), self.kind());
+        let stride = [shape.get(1).copied().unwrap_or(1), 1];
+        // SAFETY: as above, and borrowed alone.
+        unsafe { TensorMut::from_raw(data, dtype, device, shape, &stride[2 - shape.len()..]) }
+    }
+
+    /// The aligned part of memory that is longer by [`WORKSPACE_ALIGN`].
+    fn scratch(&mut self, needed: usize) -> Scratch<'_> {
+        let data = self.data();
+        let skip = data.addr().next_multiple_of(WORKSPACE_ALIGN) - data.addr();
+        // SAFETY: within the memory, borrowed alone.
+        unsafe { Scratch::from_raw(data.wrapping_add(skip), needed) }
+    }
+
+    /// On the host, when the work is done.
+    fn fetch(self) -> Result<Rows> {
+        match self {
+            Memory::Host(rows) => Ok(rows),
+            Memory::Device { transfers, memory, bytes, dtype } => {
+                let mut rows = Rows { words: vec![0; bytes.div_ceil(8)], bytes, dtype };
+                transfers.download(&memory, rows.bytes_mut())?;
+                Ok(rows)
+            }
+        }
+    }
 }
 
 /// Rows of an array in memory that is aligned for any element.
@@ -203,15 +297,6 @@ impl Rows {
         Ok(rows)
     }
 
-    fn tensor(&self, shape: &[usize]) -> Result<Tensor<'_>> {
-        let stride = [shape.get(1).copied().unwrap_or(1), 1];
-        let data = self.words.as_ptr().cast();
-        // SAFETY: the words hold `bytes` bytes, which are the elements of the row-major shape.
-        unsafe {
-            Tensor::from_raw(data, self.dtype, Device::Cpu, shape, &stride[2 - shape.len()..])
-        }
-    }
-
     fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: words are plain bytes, at least `bytes` of them.
         unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), self.bytes) }
@@ -222,8 +307,8 @@ impl Rows {
         unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast(), self.bytes) }
     }
 
-    fn to_f32(&self) -> Vec<f32> {
-        self.as_bytes().as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect()
+    fn to_f64(&self) -> Vec<f64> {
+        self.words.iter().map(|word| f64::from_bits(*word)).collect()
     }
 
     /// Attention masks are often 64-bit integers; the calls take bytes.
@@ -238,11 +323,6 @@ impl Rows {
         }
         mask
     }
-}
-
-fn as_bytes(values: &[f32]) -> &[u8] {
-    // SAFETY: floats are plain bytes.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 /// Where everything stands in the output file.

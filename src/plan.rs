@@ -3,6 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::reference::Reference;
 use crate::backend::{Backend, OwnedGate, OwnedRows};
 use crate::error::{Result, bail};
@@ -106,7 +107,10 @@ impl Plan {
         let rows = latent_rows(encoder, latents, sae.recipe().architecture, options.activation);
         let backend: Box<dyn Backend> = match kind {
             BackendKind::Reference => Box::new(Reference::new(rows)),
-            _ => Box::new(Cpu::new(&rows.borrow(), options.num_threads)),
+            BackendKind::Cuda => Box::new(Cuda::new(&rows.borrow(), cuda_index(options.device))?),
+            BackendKind::Auto | BackendKind::Cpu => {
+                Box::new(Cpu::new(&rows.borrow(), options.num_threads))
+            }
         };
         Ok(Plan {
             backend,
@@ -189,11 +193,27 @@ impl Plan {
 /// The backend that serves a device, or why none does.
 pub(crate) fn resolve_backend(device: Device, backend: BackendKind) -> Result<BackendKind> {
     match (device, backend) {
-        (Device::Cuda(_), _) | (_, BackendKind::Cuda) => {
-            bail!(CudaUnavailable, "this build has no CUDA backend; use the device CPU")
-        }
         (Device::Cpu, BackendKind::Auto) => Ok(BackendKind::Cpu),
-        (Device::Cpu, chosen) => Ok(chosen),
+        (Device::Cpu, BackendKind::Cpu | BackendKind::Reference) => Ok(backend),
+        (Device::Cuda(_), BackendKind::Auto | BackendKind::Cuda) => {
+            cuda::check_available()?;
+            Ok(BackendKind::Cuda)
+        }
+        (Device::Cpu, BackendKind::Cuda) => {
+            cuda::check_available()?;
+            bail!(InvalidArgument, "the CUDA backend needs a CUDA device, not the CPU")
+        }
+        (Device::Cuda(index), BackendKind::Cpu | BackendKind::Reference) => {
+            bail!(InvalidArgument, "the backend chosen runs on the CPU, not on cuda:{index}")
+        }
+    }
+}
+
+/// The number of a device that [`resolve_backend`] found to be CUDA's.
+fn cuda_index(device: Device) -> i32 {
+    match device {
+        Device::Cuda(index) => index,
+        Device::Cpu => unreachable!("resolved: the CUDA backend has a CUDA device"),
     }
 }
 

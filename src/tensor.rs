@@ -1,5 +1,6 @@
 //! Element types and borrowed views of caller memory.
 
+use std::ffi::c_void;
 use std::marker::PhantomData;
 
 use crate::error::{Result, bail};
@@ -53,6 +54,25 @@ pub enum Device {
     Cuda(i32),
 }
 
+/// A CUDA stream that the caller owns; the CPU takes none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream(*mut c_void);
+
+impl Stream {
+    /// No stream on the CPU; on CUDA the legacy default stream of the plan's context.
+    pub const NULL: Stream = Stream(std::ptr::null_mut());
+
+    /// # Safety
+    /// A `CUstream` (a `cudaStream_t` is one) that lives until the work of the call is done.
+    pub unsafe fn from_raw(stream: *mut c_void) -> Stream {
+        Stream(stream)
+    }
+
+    pub(crate) fn as_raw(self) -> *mut c_void {
+        self.0
+    }
+}
+
 /// A Rust type that a tensor can hold.
 pub trait Element: Copy {
     const DTYPE: DType;
@@ -100,7 +120,8 @@ impl<'a> Tensor<'a> {
     /// A view of memory that something else owns.
     ///
     /// # Safety
-    /// Every element that shape and stride reach must be readable on `device` for 'a.
+    /// Every element that shape and stride reach must be readable on `device` for 'a; on CUDA,
+    /// until the work that reads it is done.
     pub unsafe fn from_raw(
         data: *const u8,
         dtype: DType,

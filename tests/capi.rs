@@ -6,8 +6,12 @@
 
 #![cfg(all(target_os = "linux", target_pointer_width = "64"))]
 
+#[path = "capi/cuda.rs"]
+mod cuda;
 #[path = "capi/header.rs"]
 mod header;
+#[path = "support/stub_cuda.rs"]
+mod stub_cuda;
 #[path = "capi/toolbox.rs"]
 mod toolbox;
 
@@ -193,17 +197,21 @@ fn every_status_is_reached() {
     let folder = scratch("reached");
     let program = plain(&["tests/capi/statuses.c"], "c99").compile(&folder);
     let output = run(Command::new(program).arg(&folder));
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for case in ["failures", "forked", "capture"] {
+        text += &cuda::check_case(case, &[]);
+    }
+    text += &cuda::check_case("no-device", &[("STUB_CUDA_DEVICES", "0")]);
     let numbers = |word: &str| -> BTreeSet<i64> {
         let lines = text.lines().filter_map(|line| line.strip_prefix(word));
         lines.filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect()
     };
     let statuses: BTreeSet<i64> = public_header().statuses().into_iter().collect();
     assert_eq!(numbers("named "), statuses, "tests/capi/statuses.c must name each status");
-    let provokable = |status: &i64| (100..=300).contains(status);
+    let provokable = |status: &i64| (100..=306).contains(status);
     let missing: Vec<&i64> =
         statuses.iter().filter(|s| provokable(s) && !numbers("reached ").contains(s)).collect();
-    assert!(missing.is_empty(), "no test in tests/capi/statuses.c reaches {missing:?}");
+    assert!(missing.is_empty(), "neither statuses.c nor cuda.c in tests/capi reaches {missing:?}");
 }
 
 // ---- The binary --------------------------------------------------------------------------------

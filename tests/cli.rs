@@ -1,5 +1,7 @@
 //! The command line: what it writes, its exit statuses, and that nothing is left half-written.
 
+#[path = "support/stub_cuda.rs"]
+mod stub_cuda;
 mod support;
 
 use std::collections::HashMap;
@@ -149,7 +151,7 @@ fn penalty_writes_what_the_library_computes() {
         mask: Some(Tensor::from_slice(&case.mask, &[TOKENS]).unwrap()),
         loss_sum: Some(TensorMut::from_slice(&mut loss, &[1]).unwrap()),
         grad_hidden: Some(TensorMut::from_slice(&mut grad, &[TOKENS, d]).unwrap()),
-        workspace: &mut space[skip..],
+        workspace: (&mut space[skip..]).into(),
         ..PenaltyArgs::default()
     })
     .unwrap();
@@ -295,7 +297,31 @@ fn wrong_usage_exits_with_2() {
         let rest = ["--output", "a.safetensors", "--activation", rule];
         assert!(case.run(&[&args[..], &rest[..]].concat()).status.success(), "{rule}");
     }
-    let args = ["--device", "cuda:0", "--output", "out.safetensors"];
-    let call = ["penalty", "--sae", "sae", "--latents", "K0.json", "--input", "in.safetensors"];
-    case.refuses(case.run(&[&call[..], &args[..]].concat()), &["CUDA"]);
+}
+
+/// On the stub driver, which runs no kernel: what is checked is that the arrays travel, and that a
+/// failure says what the driver said.
+#[test]
+#[cfg(target_os = "linux")]
+fn penalty_on_a_device() {
+    let case = Case::new(&mut Rng::fresh());
+    let driver = tempfile::tempdir().unwrap();
+    let run = |device: &str, failure: &str| {
+        let call = ["penalty", "--sae", "sae", "--latents", "K0.json", "--input", "in.safetensors"];
+        let rest = ["--device", device, "--output", "out.safetensors"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blockem"));
+        command.args(call).args(rest).current_dir(case.folder.path());
+        command.env("LD_LIBRARY_PATH", driver.path()).env("STUB_CUDA_FAIL", failure);
+        command.output().unwrap()
+    };
+    std::fs::write(driver.path().join("libcuda.so.1"), "").unwrap();
+    case.refuses(run("cuda:0", ""), &["no CUDA driver"]);
+    stub_cuda::build(driver.path());
+    case.refuses(run("cuda:5", ""), &["cuda:5", "2 devices"]);
+    case.refuses(run("cuda:0", "cuMemAlloc=2"), &["CUDA_ERROR_OUT_OF_MEMORY"]);
+    case.refuses(run("cuda:0", "cuMemcpyDtoHAsync=700"), &["CUDA_ERROR_ILLEGAL_ADDRESS"]);
+    let output = run("cuda:1", "");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let written = std::fs::metadata(case.path("out.safetensors")).unwrap().len();
+    assert!(written > (TOKENS * case.d * 4) as u64, "only {written} bytes were written");
 }

@@ -91,7 +91,7 @@ fn penalty<T: Element, G: Element>(
         latent_loss: Some(TensorMut::from_slice(&mut latent_loss, &[k]).unwrap()),
         grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, d]).unwrap()),
         scale: 0.75,
-        workspace: aligned(&mut space),
+        workspace: aligned(&mut space).into(),
         ..PenaltyArgs::default()
     })
     .unwrap();
@@ -234,7 +234,7 @@ fn split_and_fused_give_the_same_bits() {
             reference: Some(Tensor::from_slice(&reference, &[tokens, k]).unwrap()),
             coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
             loss_sum: Some(TensorMut::from_slice(&mut loss_sum, &[1]).unwrap()),
-            workspace: aligned(&mut space),
+            workspace: aligned(&mut space).into(),
             ..PenaltyArgs::default()
         })
         .unwrap();

@@ -70,7 +70,7 @@ fn check<H: Real, Z: Real>(vector: &Vector, plan: &Plan, kind: &str) {
         latent_loss: Some(TensorMut::from_slice(&mut latent_loss, &[k]).unwrap()),
         coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
         grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, d]).unwrap()),
-        workspace: &mut space[skip..],
+        workspace: (&mut space[skip..]).into(),
         ..inputs()
     })
     .unwrap();
@@ -84,7 +84,7 @@ fn check<H: Real, Z: Real>(vector: &Vector, plan: &Plan, kind: &str) {
     let (mut saved, mut split) = (vec![Z::default(); tokens * k], vec![H::default(); tokens * d]);
     plan.forward(&mut PenaltyArgs {
         coef: Some(TensorMut::from_slice(&mut saved, &[tokens, k]).unwrap()),
-        workspace: &mut space[skip..],
+        workspace: (&mut space[skip..]).into(),
         ..inputs()
     })
     .unwrap();

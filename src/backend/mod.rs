@@ -2,9 +2,11 @@
 //! shape, dtype, stride and alignment before a backend sees a pointer.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod reference;
 
-use crate::tensor::DType;
+use crate::error::Result;
+use crate::tensor::{DType, Stream};
 
 /// Encoder rows of one latent set with the gate that the plan's activation chose, borrowed.
 #[derive(Clone, Copy, Debug)]
@@ -221,10 +223,11 @@ pub(crate) struct Workspace {
     pub size: usize,
 }
 
-/// The three run calls on checked arguments.
+/// The three run calls on checked arguments. On the CPU they return when the work is done; on CUDA
+/// they put it on the stream.
 ///
 /// # Safety
-/// Every pointer in a call must be valid for its shape until the call returns, and outputs must
+/// Every pointer in a call must be valid for its shape until the work is done, and outputs must
 /// not overlap anything else in it.
 pub(crate) trait Backend: Send + Sync {
     /// Names the numbers: two backends with one name give the same z, bit for bit.
@@ -241,7 +244,12 @@ pub(crate) trait Backend: Send + Sync {
     /// Bytes of scratch that `penalty` needs for this many tokens.
     fn workspace_size(&self, tokens: usize) -> usize;
 
-    unsafe fn encode(&self, call: &EncodeCall);
-    unsafe fn penalty(&self, call: &PenaltyCall);
-    unsafe fn backward(&self, call: &BackwardCall);
+    /// What brings host arrays to the device; `None` where calls take them as they are.
+    fn transfers(&self) -> Result<Option<cuda::Transfers>> {
+        Ok(None)
+    }
+
+    unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()>;
+    unsafe fn penalty(&self, call: &PenaltyCall, stream: Stream) -> Result<()>;
+    unsafe fn backward(&self, call: &BackwardCall, stream: Stream) -> Result<()>;
 }

@@ -4,7 +4,8 @@
 use half::{bf16, f16};
 
 use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedRows, PenaltyCall, Rows};
-use crate::tensor::DType;
+use crate::error::Result;
+use crate::tensor::{DType, Stream};
 
 pub(crate) struct Reference {
     rows: OwnedRows,
@@ -33,19 +34,22 @@ impl Backend for Reference {
         0
     }
 
-    unsafe fn encode(&self, call: &EncodeCall) {
+    unsafe fn encode(&self, call: &EncodeCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { encode(&self.rows.borrow(), call) }
+        unsafe { encode(&self.rows.borrow(), call) };
+        Ok(())
     }
 
-    unsafe fn penalty(&self, call: &PenaltyCall) {
+    unsafe fn penalty(&self, call: &PenaltyCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { penalty(&self.rows.borrow(), call) }
+        unsafe { penalty(&self.rows.borrow(), call) };
+        Ok(())
     }
 
-    unsafe fn backward(&self, call: &BackwardCall) {
+    unsafe fn backward(&self, call: &BackwardCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { backward(&self.rows.borrow(), call) }
+        unsafe { backward(&self.rows.borrow(), call) };
+        Ok(())
     }
 }
 

@@ -25,6 +25,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use crate::error::{Error, Result, Status, bail};
+use crate::tensor::{Device, Stream};
 use status::blockem_status;
 
 /// Runs a fallible body; its error or panic becomes the status and the thread's last error.
@@ -236,11 +237,15 @@ fn fixed_text<const N: usize>(text: &str) -> [c_char; N] {
 }
 
 /// CPU calls take no stream.
-fn check_stream(device: crate::tensor::Device, stream: *mut c_void) -> Result<()> {
-    if device == crate::tensor::Device::Cpu && !stream.is_null() {
+///
+/// # Safety
+/// On CUDA, NULL or a stream that lives until the call's work is done.
+unsafe fn read_stream(device: Device, stream: *mut c_void) -> Result<Stream> {
+    if device == Device::Cpu && !stream.is_null() {
         bail!(InvalidArgument, "a CPU call takes no stream; pass NULL");
     }
-    Ok(())
+    // SAFETY: the caller's promise.
+    Ok(unsafe { Stream::from_raw(stream) })
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ pub struct blockem_plan_info {
     pub backend: i32,
     /// BLOCKEM_ACTIVATION_...
     pub activation: i32,
-    /// Worker threads of a run call.
+    /// Worker threads of a run call; 0 on CUDA.
     pub num_threads: i32,
     /// Zero.
     pub reserved: i32,
@@ -94,8 +94,12 @@ versioned!(blockem_plan_info, first_size = 208, last = numerics: [c_char; 64]);
 /// options: NULL for the defaults (CPU, native activation, all cores).
 /// out: a new handle, to be freed with blockem_plan_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
-/// activation of a topk SAE), IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH,
-/// CUDA_UNAVAILABLE. Thread-safe.
+/// activation of a topk SAE), IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
+/// also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
+/// CAPTURE_UNSAFE, FORKED. Thread-safe.
+/// On CUDA the plan belongs to the thread's current context where that is one of the device, else
+/// to the device's primary context, which it keeps alive; the current context stays what it was.
+/// A context that the host destroys must outlive its plans. Not for use while a stream is captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_plan_create(
     sae: *const blockem_sae,
@@ -178,7 +182,9 @@ pub unsafe extern "C" fn blockem_plan_workspace_size(
     })
 }
 
-/// Frees a plan; NULL is legal. No call may still be using it.
+/// Frees a plan; NULL is legal. No call may still be using it, no work of one may be unfinished on a
+/// stream, and no captured graph that holds one may be launched again. In a child of fork the memory
+/// of a CUDA plan stays with the parent.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_plan_free(plan: *mut blockem_plan) {
     // SAFETY: a handle of ours that is not used again, or NULL.

@@ -2,12 +2,13 @@ use std::ffi::c_void;
 
 use super::run::{blockem_penalty_args, penalty_args};
 use super::tensor::blockem_tensor;
-use super::{blockem_status, check_out, check_stream, guard, plan, read_struct, versioned};
+use super::{blockem_status, check_out, guard, plan, read_stream, read_struct, versioned};
 use crate::error::{Result, bail};
 use crate::penalty::{
     PenaltyArgs, RawActivation, RawRows, raw_backward, raw_forward, raw_workspace_size,
 };
 use crate::plan::BackendKind;
+use crate::tensor::Stream;
 
 /// z = relu(pre)
 pub const BLOCKEM_ACTIVATION_KIND_RELU: i32 = 0;
@@ -51,7 +52,7 @@ pub struct blockem_raw_penalty_args {
     pub scale: f64,
     /// [1] F32, optional: multiplies scale.
     pub scale_tensor: blockem_tensor,
-    /// Scratch memory, or NULL: then a CPU call allocates its own.
+    /// Scratch memory; with NULL a CPU call allocates its own, and a CUDA call is refused.
     pub workspace: *mut c_void,
     /// Its bytes; at least what blockem_raw_penalty_workspace_size says, or 0 with NULL.
     pub workspace_size: usize,
@@ -79,7 +80,9 @@ pub struct blockem_raw_penalty_args {
 versioned!(blockem_raw_penalty_args, first_size = 1376, last = reserved2: i32);
 
 /// blockem_penalty_forward with every array given; with grad_hidden it is blockem_penalty. Same
-/// bits as a plan of the same rows.
+/// bits as a plan of the same rows. On CUDA the rows are packed into the workspace by each call; it
+/// runs in the stream's context (for NULL in the thread's current one, or the primary one of the
+/// device), whose first raw call loads the kernels and may not be captured: CAPTURE_UNSAFE.
 /// Errors: as blockem_penalty_forward; INVALID_ARGUMENT when the arrays do not fit the activation
 /// kind; UNSUPPORTED for TOPK. Thread-safe.
 #[unsafe(no_mangle)]
@@ -103,7 +106,7 @@ pub unsafe extern "C" fn blockem_raw_penalty_backward(
 }
 
 /// Writes the bytes of workspace that a raw call needs for T = tokens, K = num_latents, d = d_in
-/// and its num_threads and backend.
+/// and its num_threads and backend; AUTO means the CPU's here.
 /// Errors: NULL_POINTER, INVALID_ARGUMENT. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_raw_penalty_workspace_size(
@@ -129,7 +132,7 @@ pub unsafe extern "C" fn blockem_raw_penalty_workspace_size(
     })
 }
 
-type Raw = fn(&RawRows<'_>, &mut PenaltyArgs<'_>, BackendKind, usize) -> Result<()>;
+type Raw = fn(&RawRows<'_>, &mut PenaltyArgs<'_>, BackendKind, usize, Stream) -> Result<()>;
 
 /// # Safety
 /// A sized struct or NULL; tensors as their comments say.
@@ -149,10 +152,10 @@ unsafe fn run(args: *const blockem_raw_penalty_args, stream: *mut c_void, work: 
             gate_bias: args.gate_bias.optional("gate_bias")?,
             gate_scale: args.gate_scale.optional("gate_scale")?,
         };
-        check_stream(rows.weight.device, stream)?;
+        let stream = read_stream(rows.weight.device, stream)?;
         let backend = plan::backend(args.backend)?;
         let threads = plan::num_threads(args.num_threads)?;
-        work(&rows, &mut penalty_args(&common(&args))?, backend, threads)
+        work(&rows, &mut penalty_args(&common(&args))?, backend, threads, stream)
     }
 }
 

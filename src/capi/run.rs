@@ -2,9 +2,11 @@ use std::ffi::c_void;
 
 use super::plan::blockem_plan;
 use super::tensor::blockem_tensor;
-use super::{blockem_status, check_stream, guard, handle, read_struct, versioned};
+use super::{blockem_status, guard, handle, read_stream, read_struct, versioned};
 use crate::error::{Result, bail};
-use crate::penalty::{EncodeArgs, PenaltyArgs};
+use crate::penalty::{EncodeArgs, PenaltyArgs, Scratch};
+use crate::plan::Plan;
+use crate::tensor::Stream;
 
 /// Arguments of blockem_encode.
 #[repr(C)]
@@ -64,9 +66,14 @@ versioned!(blockem_penalty_args, first_size = 832, last = workspace_size: usize)
 /// z[t,k] = act(W_k . h_t + b_k): references for later calls.
 /// A token's z has the same bits whatever T, its place, the other latents, the strides, the number
 /// of threads and the entry point (encode, forward, blockem_penalty, raw).
-/// stream: NULL on the CPU, where the call returns when the work is done.
-/// Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH, OVERLAP,
-/// INVALID_ARGUMENT. Thread-safe: no allocation, no lock held across calls.
+/// stream: NULL on the CPU, where the call returns when the work is done. On CUDA a CUstream (a
+/// cudaStream_t) of the plan's context, or NULL for that context's legacy default stream; the call
+/// returns when the work is on the stream, and may be captured into a graph. The thread's current
+/// context stays what it was.
+/// Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH (also a pointer that is
+/// no memory of the plan's device), OVERLAP, INVALID_ARGUMENT (also a stream of another context);
+/// on CUDA also CUDA_DRIVER, CAPTURE_UNSAFE, FORKED.
+/// Thread-safe: no allocation, no lock held across calls.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_encode(
     plan: *const blockem_plan,
@@ -78,11 +85,10 @@ pub unsafe extern "C" fn blockem_encode(
         unsafe {
             let plan = &handle("plan", plan)?.0;
             let args = read_struct("args", args)?;
-            check_stream(plan.device(), stream)?;
-            plan.encode(&mut EncodeArgs {
-                hidden: args.hidden.required("hidden")?,
-                latents: args.latents.required_mut("latents")?,
-            })
+            let stream = read_stream(plan.device(), stream)?;
+            let (hidden, latents) =
+                (args.hidden.required("hidden")?, args.latents.required_mut("latents")?);
+            plan.encode_on(stream, &mut EncodeArgs { hidden, latents })
         }
     })
 }
@@ -101,7 +107,7 @@ pub unsafe extern "C" fn blockem_penalty_forward(
     stream: *mut c_void,
 ) -> blockem_status {
     // SAFETY: the caller's promise.
-    guard(|| unsafe { run(plan, args, stream, |plan, args| plan.forward(args)) })
+    guard(|| unsafe { run(plan, args, stream, Plan::forward_on) })
 }
 
 /// grad_hidden[t,:] (+)= scale * sum_k coef[t,k] W_k.
@@ -115,7 +121,7 @@ pub unsafe extern "C" fn blockem_penalty_backward(
     stream: *mut c_void,
 ) -> blockem_status {
     // SAFETY: the caller's promise.
-    guard(|| unsafe { run(plan, args, stream, |plan, args| plan.backward(args)) })
+    guard(|| unsafe { run(plan, args, stream, Plan::backward_on) })
 }
 
 /// Forward and backward in one pass over hidden: same bits as the two calls (the REFERENCE backend
@@ -128,7 +134,7 @@ pub unsafe extern "C" fn blockem_penalty(
     stream: *mut c_void,
 ) -> blockem_status {
     // SAFETY: the caller's promise.
-    guard(|| unsafe { run(plan, args, stream, |plan, args| plan.penalty(args)) })
+    guard(|| unsafe { run(plan, args, stream, Plan::penalty_on) })
 }
 
 /// # Safety
@@ -137,14 +143,14 @@ unsafe fn run(
     plan: *const blockem_plan,
     args: *const blockem_penalty_args,
     stream: *mut c_void,
-    work: impl FnOnce(&crate::plan::Plan, &mut PenaltyArgs<'_>) -> Result<()>,
+    work: fn(&Plan, Stream, &mut PenaltyArgs<'_>) -> Result<()>,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
     unsafe {
         let plan = &handle("plan", plan)?.0;
         let args = read_struct("args", args)?;
-        check_stream(plan.device(), stream)?;
-        work(plan, &mut penalty_args(&args)?)
+        let stream = read_stream(plan.device(), stream)?;
+        work(plan, stream, &mut penalty_args(&args)?)
     }
 }
 
@@ -172,9 +178,9 @@ pub(super) unsafe fn penalty_args<'a>(args: &blockem_penalty_args) -> Result<Pen
             scale: args.scale,
             scale_tensor: args.scale_tensor.optional("scale_tensor")?,
             workspace: if args.workspace.is_null() {
-                &mut []
+                Scratch::NONE
             } else {
-                std::slice::from_raw_parts_mut(args.workspace.cast::<u8>(), args.workspace_size)
+                Scratch::from_raw(args.workspace.cast(), args.workspace_size)
             },
         })
     }

@@ -46,8 +46,21 @@ pub const BLOCKEM_STATUS_UNSAFE_PICKLE: i32 = 204;
 pub const BLOCKEM_STATUS_NON_FINITE: i32 = 205;
 /// A latent set records another SAE or activation than it is used with.
 pub const BLOCKEM_STATUS_PROVENANCE_MISMATCH: i32 = 208;
-/// No CUDA driver, or a build without CUDA.
+/// No CUDA driver, or no device that it can use.
 pub const BLOCKEM_STATUS_CUDA_UNAVAILABLE: i32 = 300;
+/// A call of the CUDA driver failed; the message has the driver's own name and text for it. The
+/// cause may be earlier work of the process.
+pub const BLOCKEM_STATUS_CUDA_DRIVER: i32 = 301;
+/// This build has no kernels (it was made without nvcc), or none for the device.
+pub const BLOCKEM_STATUS_NO_KERNEL_IMAGE: i32 = 302;
+/// The CUDA driver is older than the kernels need; the message has both versions.
+pub const BLOCKEM_STATUS_DRIVER_TOO_OLD: i32 = 303;
+/// The device has not enough memory left.
+pub const BLOCKEM_STATUS_OUT_OF_MEMORY: i32 = 304;
+/// The call allocates or loads, or its stream waits for others, while a stream is being captured.
+pub const BLOCKEM_STATUS_CAPTURE_UNSAFE: i32 = 305;
+/// The process was forked after CUDA was initialised; a child cannot use the parent's CUDA.
+pub const BLOCKEM_STATUS_FORKED: i32 = 306;
 /// A defect of this library was caught at the boundary.
 pub const BLOCKEM_STATUS_PANIC: i32 = 900;
 /// A defect of this library.
@@ -89,6 +102,9 @@ pub extern "C" fn blockem_status_name(status: blockem_status) -> *const c_char {
         TensorMissing c"TENSOR_MISSING", RecipeIncomplete c"RECIPE_INCOMPLETE",
         UnsafePickle c"UNSAFE_PICKLE", NonFinite c"NON_FINITE",
         ProvenanceMismatch c"PROVENANCE_MISMATCH", CudaUnavailable c"CUDA_UNAVAILABLE",
+        CudaDriver c"CUDA_DRIVER", NoKernelImage c"NO_KERNEL_IMAGE",
+        DriverTooOld c"DRIVER_TOO_OLD", OutOfMemory c"OUT_OF_MEMORY",
+        CaptureUnsafe c"CAPTURE_UNSAFE", Forked c"FORKED",
         Panic c"PANIC", Internal c"INTERNAL",
     };
     name.as_ptr()

@@ -1,7 +1,7 @@
 use std::ffi::c_char;
 
 use super::{blockem_status, fixed_text, guard, versioned, write_struct};
-use crate::backend::cpu;
+use crate::backend::{cpu, cuda};
 
 /// What this build of the library is. Filled by blockem_build_info_get.
 #[repr(C)]
@@ -11,7 +11,7 @@ pub struct blockem_build_info {
     pub struct_size: usize,
     /// As blockem_version().
     pub version: u32,
-    /// 1 when the build has a CUDA backend.
+    /// 1 when the build has CUDA kernels; whether they can run, blockem_device_count says.
     pub has_cuda: i32,
     /// The instruction set that the CPU backend uses on this machine, such as "avx512".
     pub cpu_isa: [c_char; 32],
@@ -50,7 +50,7 @@ pub unsafe extern "C" fn blockem_build_info_get(info: *mut blockem_build_info) -
         let value = blockem_build_info {
             struct_size: size_of::<blockem_build_info>(),
             version: blockem_version(),
-            has_cuda: 0,
+            has_cuda: cuda::is_embedded() as i32,
             cpu_isa: fixed_text(cpu::isa_name()),
         };
         // SAFETY: the caller's struct has the bytes that its struct_size says.

@@ -69,7 +69,7 @@ impl Program<'_> {
                 compiler.arg(libraries.join("libblockem.a")).args(native_static_libraries());
             }
         }
-        compiler.args(["-lm", "-lpthread"]);
+        compiler.args(["-lm", "-lpthread", "-ldl"]);
         run(&mut compiler);
         exe
     }

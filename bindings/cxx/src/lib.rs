@@ -254,7 +254,7 @@ impl Plan {
             mask,
             loss_sum: Some(TensorMut::from_slice(&mut sum, &[1])?),
             token_count: Some(TensorMut::from_slice(&mut count, &[1])?),
-            workspace: &mut space[skip..],
+            workspace: (&mut space[skip..]).into(),
             ..PenaltyArgs::default()
         };
         work(&self.0, args)?;

@@ -127,9 +127,29 @@ _scratch = _Scratch()
 ALIGNMENT = 64
 
 
-def workspace(size: int) -> int:
-    """The address of at least `size` bytes that belong to this thread until its next call."""
-    if _scratch.memory.size < size + ALIGNMENT:
-        _scratch.memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = _scratch.memory.__array_interface__["data"][0]
-    return start + -start % ALIGNMENT
+def workspace(size: int, like: Array) -> tuple[int, Array]:
+    """The address of at least `size` bytes on the device of `like`, and their owner.
+
+    On the CPU they belong to this thread until its next call; on CUDA to the current stream, which
+    may have them back when the call has put its work there.
+    """
+    if on_cuda(like):
+        torch = sys.modules["torch"]
+        memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=like.device)
+    else:
+        if _scratch.memory.size < size + ALIGNMENT:
+            _scratch.memory = np.empty(size + ALIGNMENT, np.uint8)
+        memory = _scratch.memory
+    start = address(memory)
+    return start + -start % ALIGNMENT, memory
+
+
+def on_cuda(x: Array) -> bool:
+    return is_torch(x) and x.device.type == "cuda"
+
+
+def stream(x: Array) -> int | None:
+    """The stream on which work on x is put: torch's current one of its device."""
+    if not on_cuda(x):
+        return None
+    return sys.modules["torch"].cuda.current_stream(x.device).cuda_stream

@@ -397,13 +397,17 @@ class Plan(Immutable):
         float64 arrays.
     num_threads: CPU threads of a call; 0 means one for each core. Values do not depend on it.
 
+    A CUDA plan takes torch tensors of its device and works on torch's current stream, without
+    waiting for it; its calls may be captured into a graph. Make it before the capture.
+
     Attributes: ``d_in`` (d), ``d_sae``, ``num_latents`` (K), ``num_positive``, ``layer``,
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
     ``device``, ``num_threads``.
 
     Raises Error: INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native activation of a topk SAE),
-    NON_FINITE, PROVENANCE_MISMATCH, IO, FORMAT, CUDA_UNAVAILABLE.
+    NON_FINITE, PROVENANCE_MISMATCH, IO, FORMAT; CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE,
+    DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED.
     """
 
     def __init__(
@@ -463,7 +467,8 @@ class Plan(Immutable):
         dtype = "float64" if _arrays.dtype_name(hidden) == "float64" else "float32"
         latents = _arrays.empty(hidden, (*hidden.shape[:-1], self.num_latents), dtype)
         args = _ffi.EncodeArgs(hidden=rows.tensor, latents=_arrays.rows("latents", latents).tensor)
-        check(library.blockem_encode(self._handle.pointer, byref(args), None))
+        stream = self._stream(hidden)
+        check(library.blockem_encode(self._handle.pointer, byref(args), stream))
         return latents
 
     def penalty(
@@ -479,6 +484,7 @@ class Plan(Immutable):
         per_latent: bool = False,
     ) -> Penalty:
         """The penalty and its gradient, without autograd (see blockem.torch.penalty for that).
+        Its two sums are numbers, so on CUDA it waits for the device; blockem.torch.penalty does not.
 
         hidden: [..., d] float32, float16 or bfloat16 (float64 with backend="reference").
         reference: [..., K] float32, from :meth:`encode` on the base model's hidden states.
@@ -493,7 +499,7 @@ class Plan(Immutable):
         """
         inputs = self._inputs(hidden, reference, mask)
         lead, wide = hidden.shape[:-1], _arrays.dtype_name(hidden) == "float64"
-        sums = np.zeros(2)
+        sums = _arrays.empty(hidden, (2,), "float64")
         args = inputs.args(
             loss_sum=_arrays.rows("loss_sum", sums[:1], tail=0).tensor,
             token_count=_arrays.rows("token_count", sums[1:], tail=0).tensor,
@@ -512,14 +518,19 @@ class Plan(Immutable):
         if target is not None:
             args.grad_hidden = _arrays.rows("grad", target, in_place=True).tensor
         run = library.blockem_penalty_forward if target is None else library.blockem_penalty
-        check(run(self._handle.pointer, byref(args), None))
-        return Penalty(float(sums[0]), float(sums[1]), latent_loss, target, coefs)
+        check(run(self._handle.pointer, byref(args), self._stream(hidden)))
+        loss_sum, token_count = sums.tolist()
+        return Penalty(loss_sum, token_count, latent_loss, target, coefs)
 
     def __repr__(self) -> str:
         return (
             f"Plan({self.num_latents} latents, d_in={self.d_in}, layer={self.layer}, "
             f"{self.activation}, {self.device}, {self.backend})"
         )
+
+    def _stream(self, x: Array) -> int | None:
+        """Where a call on x puts its work; the library refuses an x that is not on the device."""
+        return None if self.device == "cpu" else _arrays.stream(x)
 
     def _hidden(self, hidden: Array) -> Rows:
         _arrays.expect_array("hidden", hidden)
@@ -569,14 +580,17 @@ class _Inputs:
         size, tokens = ctypes.c_size_t(), self.hidden.tensor.shape[0]
         handle = self.plan._handle.pointer
         check(library.blockem_plan_workspace_size(handle, tokens, byref(size)))
-        return _ffi.PenaltyArgs(
+        workspace, owner = _arrays.workspace(size.value, self.hidden.owner)
+        args = _ffi.PenaltyArgs(
             hidden=self.hidden.tensor,
             reference=self.reference.tensor,
             mask=_ffi.Tensor() if self.mask is None else self.mask.tensor,
-            workspace=_arrays.workspace(size.value),
+            workspace=workspace,
             workspace_size=size.value,
             **outputs,
         )
+        args.workspace_owner = owner
+        return args
 
 
 def _expect_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:

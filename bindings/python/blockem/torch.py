@@ -37,7 +37,8 @@ def penalty(
 
     Returns loss_sum, differentiable once with respect to hidden, and count: 0-d float32 tensors
     (float64 for float64) on hidden's device. The backward pass keeps [T, K] coefficients, not
-    hidden; its gradient has hidden's dtype.
+    hidden; its gradient has hidden's dtype. On CUDA the work is put on torch's current stream and
+    nothing waits for it, so a training step can be captured into a graph.
 
     Raises Error: SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH; TypeError for other objects.
     """
@@ -91,7 +92,9 @@ class _Penalty(torch.autograd.Function):
         else:
             # float64 belongs to the reference backend, which runs on the CPU.
             args.scale = upstream.item()
-        check(library.blockem_penalty_backward(ctx.plan._handle.pointer, byref(args), None))
+        # Autograd runs this on the stream of the forward pass.
+        stream = ctx.plan._stream(coef)
+        check(library.blockem_penalty_backward(ctx.plan._handle.pointer, byref(args), stream))
         if torch.is_grad_enabled():
             # Under create_graph=True a plain tensor would pass for a constant.
             grad = _NoSecondDerivative.apply(grad.requires_grad_())
@@ -118,7 +121,8 @@ def _forward(
     )
     if coef is not None:
         args.coef = _arrays.rows("coef", coef).tensor
-    check(library.blockem_penalty_forward(plan._handle.pointer, byref(args), None))
+    stream = plan._stream(hidden)
+    check(library.blockem_penalty_forward(plan._handle.pointer, byref(args), stream))
     return loss_sum, count
 
 

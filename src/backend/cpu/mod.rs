@@ -19,7 +19,8 @@ use self::pack::{Panels, bf16_lines, f32_lines, pack_bf16, pack_f32};
 use self::slab::Kernels;
 use self::threads::Threads;
 use super::{Backend, BackwardCall, EncodeCall, OwnedRows, PenaltyCall, Rows, Workspace};
-use crate::tensor::DType;
+use crate::error::Result;
+use crate::tensor::{DType, Stream};
 
 /// The instruction set that the kernels use on this machine.
 pub(crate) fn isa_name() -> &'static str {
@@ -117,19 +118,22 @@ impl Backend for Cpu {
         Kernels::workspace_size(self.rows.bias.len(), tokens, self.threads.count())
     }
 
-    unsafe fn encode(&self, call: &EncodeCall) {
+    unsafe fn encode(&self, call: &EncodeCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.kernels().encode(&self.threads, call) }
+        unsafe { self.kernels().encode(&self.threads, call) };
+        Ok(())
     }
 
-    unsafe fn penalty(&self, call: &PenaltyCall) {
+    unsafe fn penalty(&self, call: &PenaltyCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.kernels().penalty(&self.threads, call) }
+        unsafe { self.kernels().penalty(&self.threads, call) };
+        Ok(())
     }
 
-    unsafe fn backward(&self, call: &BackwardCall) {
+    unsafe fn backward(&self, call: &BackwardCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.kernels().backward(&self.threads, call) }
+        unsafe { self.kernels().backward(&self.threads, call) };
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use crate::backend::{
     Backend, BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows,
     Workspace,
 };
-use crate::tensor::DType;
+use crate::tensor::{DType, Stream};
 
 /// xorshift64*; every run starts elsewhere and failures print where.
 #[derive(Clone, Copy, Debug)]
@@ -328,9 +328,9 @@ fn fused(p: &Problem, isa: Isa, threads: usize) -> Outputs {
     let call = out.call(p, true, workspace(&mut lines));
     // SAFETY: every matrix has the problem's shape.
     unsafe {
-        cpu.penalty(&call);
+        cpu.penalty(&call, Stream::NULL).unwrap();
         let (hidden, latents) = (p.hidden.matrix(), out.latents.matrix());
-        cpu.encode(&EncodeCall { tokens: p.tokens, hidden, latents });
+        cpu.encode(&EncodeCall { tokens: p.tokens, hidden, latents }, Stream::NULL).unwrap();
     }
     out
 }
@@ -343,11 +343,12 @@ fn in_two_calls(p: &Problem, isa: Isa) -> Outputs {
     let call = out.call(p, false, workspace(&mut lines));
     // SAFETY: every matrix has the problem's shape.
     unsafe {
-        cpu.penalty(&call);
+        cpu.penalty(&call, Stream::NULL).unwrap();
         let grad = out.grad(p);
-        cpu.backward(&BackwardCall { tokens: p.tokens, coef: out.coef.matrix(), grad });
+        let call = BackwardCall { tokens: p.tokens, coef: out.coef.matrix(), grad };
+        cpu.backward(&call, Stream::NULL).unwrap();
         let (hidden, latents) = (p.hidden.matrix(), out.latents.matrix());
-        cpu.encode(&EncodeCall { tokens: p.tokens, hidden, latents });
+        cpu.encode(&EncodeCall { tokens: p.tokens, hidden, latents }, Stream::NULL).unwrap();
     }
     out
 }
@@ -384,8 +385,8 @@ fn in_two_batches(p: &Problem, isa: Isa, at: usize, whole: &Outputs) -> Outputs 
         let (hidden, latents) = (p.hidden.tail(start), out.latents.tail(start));
         // SAFETY: the tails have this many tokens.
         unsafe {
-            cpu.penalty(&call);
-            cpu.encode(&EncodeCall { tokens, hidden, latents });
+            cpu.penalty(&call, Stream::NULL).unwrap();
+            cpu.encode(&EncodeCall { tokens, hidden, latents }, Stream::NULL).unwrap();
         }
     }
     (out.loss, out.count) = (whole.loss, whole.count);
@@ -645,14 +646,14 @@ fn a_forked_child_computes_without_the_pool() {
     let mut lines = space(cpu.workspace_size(p.tokens));
     let call = parent.call(&p, true, workspace(&mut lines));
     // SAFETY: every matrix has the problem's shape.
-    unsafe { cpu.penalty(&call) };
+    unsafe { cpu.penalty(&call, Stream::NULL).unwrap() };
     let call = child.call(&p, true, workspace(&mut lines));
     // SAFETY: the child calls nothing but the backend, and leaves without running destructors.
     unsafe {
         let pid = libc::fork();
         if pid == 0 {
             libc::alarm(60);
-            cpu.penalty(&call);
+            cpu.penalty(&call, Stream::NULL).unwrap();
             libc::_exit((child.loss.to_bits() != parent.loss.to_bits()) as i32);
         }
         let mut status = 0;

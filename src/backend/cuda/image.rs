@@ -1,0 +1,130 @@
+//! The kernels' images, which build.rs made, and the modules that contexts load from them.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use cudarc::driver::sys::CUdevice_attribute;
+
+use super::driver::{Context, Driver, Function, LoadedImage, Version, require_version};
+use super::launch::Kernel;
+use crate::error::{Result, bail};
+
+// IMAGES: one fatbin for each kernels/*.cu; TOOLKIT: the CUDA version of the nvcc that made them.
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// The driver reads 64-bit fields from an image where it lies.
+#[repr(C, align(16))]
+struct Aligned<Bytes: ?Sized>(Bytes);
+
+/// Whether this build has kernels.
+pub(crate) const fn is_embedded() -> bool {
+    !IMAGES.is_empty()
+}
+
+/// Refuses what can never run, before anything is created on a device.
+pub(super) fn check_driver(driver: &Driver) -> Result<()> {
+    if !is_embedded() {
+        bail!(
+            NoKernelImage,
+            "this build of libblockem has no CUDA kernels: no nvcc was found when it was made; \
+             build it again with nvcc on PATH, or in CUDA_HOME, or named by BLOCKEM_NVCC"
+        );
+    }
+    // Kernels of a toolkit load in every driver of its major version and in later ones.
+    let needed = Version(TOOLKIT / 1000 * 1000);
+    require_version(driver.version(), needed, "the kernels of this build of libblockem")
+}
+
+/// The kernels in one context, ready to be launched.
+pub(super) struct Module {
+    functions: [Function; Kernel::ALL.len()],
+    _images: Vec<LoadedImage>,
+    pub context: Arc<Context>,
+}
+
+impl Module {
+    /// Loaded once for each context, whatever the number of plans in it. `pin` keeps it for calls
+    /// without a plan, to the end of the process.
+    pub fn of(context: Context, pin: bool) -> Result<Arc<Module>> {
+        let mut loaded = loaded_modules();
+        if let Some(entry) = loaded.iter_mut().find(|entry| entry.context == context.id())
+            && let Some(module) = entry.module.upgrade()
+        {
+            if pin && entry.pinned.is_none() {
+                entry.pinned = Some(module.clone());
+            }
+            return Ok(module);
+        }
+        let module = Arc::new(Module::load(Arc::new(context))?);
+        loaded.retain(|entry| entry.module.strong_count() > 0);
+        loaded.push(Entry {
+            context: module.context.id(),
+            module: Arc::downgrade(&module),
+            pinned: pin.then(|| module.clone()),
+        });
+        Ok(module)
+    }
+
+    /// The pinned module of a device's context; without a context, of its primary one.
+    pub fn pinned(device: i32, context: Option<u64>) -> Option<Arc<Module>> {
+        let loaded = loaded_modules();
+        let mut modules = loaded.iter().filter_map(|entry| entry.pinned.as_ref());
+        let wanted = |module: &&Arc<Module>| {
+            let found = &module.context;
+            found.device_index() == device
+                && context.map_or(found.is_primary(), |context| found.id() == context)
+        };
+        modules.find(wanted).cloned()
+    }
+
+    fn load(context: Arc<Context>) -> Result<Module> {
+        use CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+        };
+        let (major, minor) = (context.attribute(MAJOR)?, context.attribute(MINOR)?);
+        if major < 8 {
+            bail!(
+                NoKernelImage,
+                "cuda:{} has compute capability {major}.{minor}; the kernels need 8.0 or later",
+                context.device_index()
+            );
+        }
+        let _entered = context.enter()?;
+        let images = IMAGES
+            .iter()
+            .map(|(name, image)| LoadedImage::new(&context, name, &image.0))
+            .collect::<Result<Vec<_>>>()?;
+        let mut functions = Vec::with_capacity(Kernel::ALL.len());
+        for kernel in Kernel::ALL {
+            functions.push(find(&images, *kernel)?);
+        }
+        let Ok(functions) = functions.try_into() else { unreachable!("one for each kernel") };
+        drop(_entered);
+        Ok(Module { functions, _images: images, context })
+    }
+
+    pub fn function(&self, kernel: Kernel) -> Function {
+        self.functions[kernel as usize]
+    }
+}
+
+fn find(images: &[LoadedImage], kernel: Kernel) -> Result<Function> {
+    for image in images {
+        if let Some(function) = image.function(kernel.name(), kernel.shared_limit())? {
+            return Ok(function);
+        }
+    }
+    bail!(Internal, "no image has the kernel {}", kernel.name().to_string_lossy())
+}
+
+struct Entry {
+    /// [`Context::id`], which outlives the handle.
+    context: u64,
+    module: Weak<Module>,
+    pinned: Option<Arc<Module>>,
+}
+
+fn loaded_modules() -> MutexGuard<'static, Vec<Entry>> {
+    static LOADED: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+    LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,474 @@
+//! The CUDA backend: a plan's rows in device memory, and run calls that only check and launch.
+//!
+//! A run call pushes the plan's context, compares the stream's, asks the driver what each pointer
+//! is, launches, and pops the context: no allocation, no load, no wait, so that it can be captured
+//! into a graph. All that must be loaded is loaded with the plan, or by the first raw call of a
+//! context.
+
+mod driver;
+mod image;
+mod launch;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub(crate) use self::driver::DeviceMemory;
+use self::driver::{Context, Driver, OwnStream, Pointer};
+use self::image::Module;
+pub(crate) use self::image::is_embedded;
+pub(crate) use self::launch::{DeviceRows, GateKind};
+use self::launch::{Launch, packed_bytes};
+use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows, Workspace};
+use crate::error::{Result, bail};
+use crate::penalty::WORKSPACE_ALIGN;
+use crate::tensor::{Device, Stream};
+
+/// How many devices there are; none without a driver or without kernels, which is no error.
+pub(crate) fn device_count() -> Result<i32> {
+    use crate::error::Status::{CudaUnavailable, DriverTooOld, NoKernelImage};
+    let count = Driver::get().and_then(|driver| {
+        image::check_driver(driver)?;
+        driver.device_count()
+    });
+    match count {
+        Err(e) if matches!(e.status, CudaUnavailable | DriverTooOld | NoKernelImage) => Ok(0),
+        count => count,
+    }
+}
+
+/// Refuses a process that cannot use CUDA at all.
+pub(crate) fn check_available() -> Result<()> {
+    image::check_driver(Driver::get()?)
+}
+
+/// A plan's rows on a device.
+pub(crate) struct Cuda {
+    rows: DeviceRows,
+    _memory: DeviceMemory,
+    module: Arc<Module>,
+}
+
+impl Cuda {
+    /// Copies and packs rows in the calling thread's current context where it is one of the device,
+    /// else in the device's primary context. The plan belongs to that context.
+    pub fn new(rows: &Rows<'_>, device: i32) -> Result<Cuda> {
+        check_available()?;
+        let context = Context::of_device(device)?;
+        {
+            // Before anything that a capture forbids, and that would spoil it.
+            let _entered = context.enter()?;
+            context.driver().check_not_capturing(std::ptr::null_mut())?;
+        }
+        let module = Module::of(context, false)?;
+        let context = &module.context;
+        let _entered = context.enter()?;
+        let mut parts = Parts::default();
+        let packed = parts.reserve(packed_bytes(rows.count(), rows.d_in));
+        let bias = parts.add(rows.bias);
+        let sign_weight = parts.add(rows.sign_weight);
+        let scale = rows.scale.map(|scale| parts.add(scale));
+        let gate_values = gate_values(&rows.gate).map(|values| parts.add(values));
+        let memory = DeviceMemory::new(context, parts.bytes)?;
+        let at = |offset: usize| memory.address() + offset as u64;
+        let device_rows = DeviceRows {
+            d_in: rows.d_in,
+            count: rows.count(),
+            gate: GateKind::of(&rows.gate),
+            packed: at(packed),
+            bias: at(bias),
+            scale: scale.map_or(0, at),
+            gate_values: gate_values.map_or(0, at),
+            sign_weight: at(sign_weight),
+        };
+        let weight = DeviceMemory::new(context, size_of_val(rows.weight))?;
+        let stream = OwnStream::new(context)?;
+        // SAFETY: every copy stays within its part of the memory, and the slices outlive the wait.
+        unsafe {
+            for (offset, values) in &parts.copies {
+                stream.copy_in(at(*offset), as_bytes(values))?;
+            }
+            stream.copy_in(weight.address(), as_bytes(rows.weight))?;
+            let pack = launch::pack(weight.address(), rows.weight_stride, &device_rows);
+            start(&module, &pack, Stream::from_raw(stream.as_raw()))?;
+        }
+        stream.synchronize()?;
+        drop((stream, weight, _entered));
+        Ok(Cuda { rows: device_rows, _memory: memory, module })
+    }
+
+    /// Enters the plan's context for a call on a stream of it.
+    fn enter(&self, stream: Stream, pointers: &Pointers) -> Result<driver::Entered> {
+        let context = &self.module.context;
+        let entered = context.enter()?;
+        context.check_stream(stream.as_raw())?;
+        pointers.check(context)?;
+        Ok(entered)
+    }
+}
+
+impl Backend for Cuda {
+    fn numerics(&self) -> String {
+        "cuda-1".into()
+    }
+
+    fn num_threads(&self) -> usize {
+        0
+    }
+
+    fn workspace_size(&self, tokens: usize) -> usize {
+        workspace_size(self.rows.count, self.rows.d_in, tokens)
+    }
+
+    fn transfers(&self) -> Result<Option<Transfers>> {
+        Transfers::new(&self.module.context).map(Some)
+    }
+
+    unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()> {
+        let _entered = self.enter(stream, &Pointers::of_encode(call))?;
+        // SAFETY: the caller's promise; the context is current and the stream's.
+        unsafe { start_all(&self.module, launch::encode(&self.rows, call).iter(), stream) }
+    }
+
+    unsafe fn penalty(&self, call: &PenaltyCall, stream: Stream) -> Result<()> {
+        let _entered = self.enter(stream, &Pointers::of_penalty(call))?;
+        // SAFETY: as above.
+        unsafe { start_all(&self.module, launch::penalty(&self.rows, call).iter(), stream) }
+    }
+
+    unsafe fn backward(&self, call: &BackwardCall, stream: Stream) -> Result<()> {
+        let _entered = self.enter(stream, &Pointers::of_backward(call))?;
+        // SAFETY: as above.
+        unsafe { start_all(&self.module, launch::backward(&self.rows, call).iter(), stream) }
+    }
+}
+
+/// Copies between the host and a plan's device, for callers who bring host arrays.
+pub(crate) struct Transfers {
+    context: Arc<Context>,
+    stream: OwnStream,
+}
+
+impl Transfers {
+    fn new(context: &Arc<Context>) -> Result<Transfers> {
+        let _entered = context.enter()?;
+        Ok(Transfers { context: context.clone(), stream: OwnStream::new(context)? })
+    }
+
+    /// Calls and copies on it run one after the other.
+    pub fn stream(&self) -> Stream {
+        // SAFETY: the stream lives as long as this; whoever launches on it calls `wait`.
+        unsafe { Stream::from_raw(self.stream.as_raw()) }
+    }
+
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.context.device_index())
+    }
+
+    pub fn space(&self, bytes: usize) -> Result<DeviceMemory> {
+        let _entered = self.context.enter()?;
+        DeviceMemory::new(&self.context, bytes)
+    }
+
+    pub fn upload(&self, bytes: &[u8]) -> Result<DeviceMemory> {
+        let _entered = self.context.enter()?;
+        let memory = DeviceMemory::new(&self.context, bytes.len())?;
+        // SAFETY: as many bytes, and the slice outlives the wait.
+        unsafe { self.stream.copy_in(memory.address(), bytes)? };
+        self.stream.synchronize()?;
+        Ok(memory)
+    }
+
+    /// Until all work on the stream is done.
+    pub fn wait(&self) -> Result<()> {
+        let _entered = self.context.enter()?;
+        self.stream.synchronize()
+    }
+
+    /// Waits for all work on the stream, too. `memory` holds as many bytes.
+    pub fn download(&self, memory: &DeviceMemory, bytes: &mut [u8]) -> Result<()> {
+        let _entered = self.context.enter()?;
+        // SAFETY: as many bytes, and the slice outlives the wait.
+        unsafe { self.stream.copy_out(bytes, memory.address())? };
+        self.stream.synchronize()
+    }
+}
+
+// ---- Calls without a plan ----------------------------------------------------------------------
+
+/// Rows of a raw call: f32 weights and the rest in the caller's device memory, packed by the call
+/// itself into the head of its workspace.
+#[derive(Clone, Copy)]
+pub(crate) struct RawDeviceRows {
+    /// `packed` is not set.
+    pub rows: DeviceRows,
+    pub weight: Matrix,
+    pub device: i32,
+}
+
+/// Bytes of workspace that the raw calls need, at a multiple of 64.
+pub(crate) fn raw_workspace_size(count: usize, d_in: usize, tokens: usize) -> usize {
+    packed_part(count, d_in).saturating_add(workspace_size(count, d_in, tokens))
+}
+
+/// # Safety
+/// As [`Backend`]; the workspace has [`raw_workspace_size`] bytes.
+pub(crate) unsafe fn raw_penalty(
+    raw: &RawDeviceRows,
+    call: &PenaltyCall,
+    stream: Stream,
+) -> Result<()> {
+    let mut pointers = Pointers::of_penalty(call);
+    let (rows, workspace) = raw.packed_into(call.workspace);
+    let call = PenaltyCall { workspace, ..*call };
+    let pack = launch::pack(raw.weight.data.addr() as u64, raw.weight.row_stride, &rows);
+    let work = launch::penalty(&rows, &call);
+    // SAFETY: the caller's promise.
+    unsafe { raw.start(&mut pointers, &pack, work.iter(), stream) }
+}
+
+/// # Safety
+/// As [`raw_penalty`].
+pub(crate) unsafe fn raw_backward(
+    raw: &RawDeviceRows,
+    call: &BackwardCall,
+    workspace: Workspace,
+    stream: Stream,
+) -> Result<()> {
+    let mut pointers = Pointers::of_backward(call);
+    pointers.add("workspace", workspace.data);
+    let (rows, _) = raw.packed_into(workspace);
+    let pack = launch::pack(raw.weight.data.addr() as u64, raw.weight.row_stride, &rows);
+    let work = launch::backward(&rows, call);
+    // SAFETY: the caller's promise.
+    unsafe { raw.start(&mut pointers, &pack, work.iter(), stream) }
+}
+
+impl RawDeviceRows {
+    /// The rows with their packed form at the head of a workspace, and the rest of it.
+    fn packed_into(&self, workspace: Workspace) -> (DeviceRows, Workspace) {
+        let used = packed_part(self.rows.count, self.rows.d_in);
+        let rows = DeviceRows { packed: workspace.data.addr() as u64, ..self.rows };
+        let rest =
+            Workspace { data: workspace.data.wrapping_add(used), size: workspace.size - used };
+        (rows, rest)
+    }
+
+    /// # Safety
+    /// The addresses of the launches are valid until their work is done.
+    unsafe fn start<'l>(
+        &self,
+        pointers: &mut Pointers,
+        pack: &'l Launch,
+        work: impl Iterator<Item = &'l Launch>,
+        stream: Stream,
+    ) -> Result<()> {
+        check_available()?;
+        let module = raw_module(self.device, stream)?;
+        let _entered = module.context.enter()?;
+        pointers.add("weight", self.weight.data);
+        for (name, address) in [
+            ("bias", self.rows.bias),
+            ("gate_scale", self.rows.scale),
+            ("threshold or gate_bias", self.rows.gate_values),
+            ("sign_weight", self.rows.sign_weight),
+        ] {
+            pointers.add(name, address as *const u8);
+        }
+        pointers.check(&module.context)?;
+        // SAFETY: the caller's promise; the context is current and the stream's.
+        unsafe { start_all(&module, std::iter::once(pack).chain(work), stream) }
+    }
+}
+
+/// The kernels in the stream's context, loaded by the first raw call there.
+fn raw_module(device: i32, stream: Stream) -> Result<Arc<Module>> {
+    let found = Context::id_of_stream(device, stream.as_raw())?;
+    if let Some(module) = Module::pinned(device, found) {
+        return Ok(module);
+    }
+    let context = Context::of_stream(device, stream.as_raw())?;
+    {
+        let _entered = context.enter()?;
+        context.driver().check_not_capturing(stream.as_raw())?;
+    }
+    Module::of(context, true)
+}
+
+/// The packed form at the head of a workspace; what follows keeps the workspace's alignment.
+fn packed_part(count: usize, d_in: usize) -> usize {
+    bounded(count, d_in, || packed_bytes(count, d_in).next_multiple_of(WORKSPACE_ALIGN))
+}
+
+fn workspace_size(count: usize, d_in: usize, tokens: usize) -> usize {
+    bounded(count, tokens, || launch::workspace_size(count, d_in, tokens))
+}
+
+/// The size of something of about `a` times `b` elements, or more than any memory has where the
+/// arithmetic would overflow.
+fn bounded(a: usize, b: usize, size: impl FnOnce() -> usize) -> usize {
+    const MOST: usize = 1 << 44;
+    match a.max(64).checked_mul(b.max(64)) {
+        Some(product) if product <= MOST => size(),
+        _ => isize::MAX as usize,
+    }
+}
+
+// ---- Launches and pointers ---------------------------------------------------------------------
+
+/// # Safety
+/// The module's context is current, the stream is one of it, and the addresses of the launches are
+/// valid until their work is done.
+unsafe fn start_all<'l>(
+    module: &Module,
+    launches: impl Iterator<Item = &'l Launch>,
+    stream: Stream,
+) -> Result<()> {
+    for launch in launches {
+        // SAFETY: the caller's promise.
+        unsafe { start(module, launch, stream)? };
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As [`start_all`].
+unsafe fn start(module: &Module, launch: &Launch, stream: Stream) -> Result<()> {
+    let &Launch { kernel, grid, block, shared, ref params } = launch;
+    let (driver, function) = (module.context.driver(), module.function(kernel));
+    // SAFETY: the caller's promise; the parameters are the kernel's.
+    unsafe { function.launch(driver, grid, block, shared, params.as_ptr(), stream.as_raw()) }
+}
+
+/// The distinct pointers of a call, with their names.
+#[derive(Default)]
+struct Pointers {
+    given: [(&'static str, u64); Pointers::MOST],
+    count: usize,
+}
+
+impl Pointers {
+    const MOST: usize = 16;
+
+    fn of_encode(call: &EncodeCall) -> Pointers {
+        let mut pointers = Pointers::default();
+        pointers.add("hidden", call.hidden.data);
+        pointers.add("latents", call.latents.data);
+        pointers
+    }
+
+    fn of_penalty(call: &PenaltyCall) -> Pointers {
+        let mut pointers = Pointers::default();
+        pointers.add("hidden", call.hidden.data);
+        pointers.add("reference", call.reference.data);
+        pointers.add("mask", call.mask.map_or(std::ptr::null(), |m| m.data));
+        pointers.add("coef", call.coef.map_or(std::ptr::null_mut(), |m| m.data));
+        let outputs = [
+            ("loss_sum", &call.loss_sum),
+            ("token_count", &call.token_count),
+            ("latent_loss", &call.latent_loss),
+        ];
+        for (name, output) in outputs {
+            pointers.add(name, output.map_or(std::ptr::null_mut(), |o| o.data));
+        }
+        if let Some(grad) = &call.grad {
+            pointers.add_grad(grad);
+        }
+        pointers.add("workspace", call.workspace.data);
+        pointers
+    }
+
+    fn of_backward(call: &BackwardCall) -> Pointers {
+        let mut pointers = Pointers::default();
+        pointers.add("coef", call.coef.data);
+        pointers.add_grad(&call.grad);
+        pointers
+    }
+
+    fn add_grad(&mut self, grad: &Grad) {
+        self.add("grad_hidden", grad.rows.data);
+        self.add("scale_tensor", grad.scale_tensor.unwrap_or(std::ptr::null()).cast());
+    }
+
+    /// NULL is absent, or a tensor without elements.
+    fn add(&mut self, name: &'static str, pointer: *const u8) {
+        let address = pointer.addr() as u64;
+        let known = self.given[..self.count].iter().any(|(_, other)| *other == address);
+        if address != 0 && !known {
+            self.given[self.count] = (name, address);
+            self.count += 1;
+        }
+    }
+
+    /// Device memory of the context's device, or managed memory. Pinned host memory is refused: a
+    /// device could reach it, at a small part of the speed, and nobody means that.
+    fn check(&self, context: &Context) -> Result<()> {
+        let index = context.device_index();
+        for (name, address) in &self.given[..self.count] {
+            match context.driver().pointer(*address)? {
+                Pointer::Device(device) if device == index => {}
+                Pointer::Managed => {}
+                Pointer::Device(device) => bail!(
+                    DeviceMismatch,
+                    "{name} is memory of cuda:{device}, the call runs on cuda:{index}"
+                ),
+                Pointer::Host => bail!(
+                    DeviceMismatch,
+                    "{name} is pinned host memory, the call runs on cuda:{index}; copy it to the \
+                     device"
+                ),
+                Pointer::Unknown => bail!(
+                    DeviceMismatch,
+                    "{name} ({address:#x}) is no memory of cuda:{index}: it is host memory, or was \
+                     freed"
+                ),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where each array of a plan lies in its one allocation.
+#[derive(Default)]
+struct Parts<'a> {
+    bytes: usize,
+    copies: Vec<(usize, &'a [f32])>,
+}
+
+impl<'a> Parts<'a> {
+    fn reserve(&mut self, bytes: usize) -> usize {
+        const ALIGN: usize = 256;
+        let offset = self.bytes;
+        self.bytes = (offset + bytes).next_multiple_of(ALIGN);
+        offset
+    }
+
+    fn add(&mut self, values: &'a [f32]) -> usize {
+        let offset = self.reserve(size_of_val(values));
+        self.copies.push((offset, values));
+        offset
+    }
+}
+
+fn as_bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: floats are plain bytes.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+impl GateKind {
+    fn of(gate: &Gate<'_>) -> GateKind {
+        match gate {
+            Gate::Open => GateKind::Open,
+            Gate::Relu => GateKind::Relu,
+            Gate::Threshold(_) => GateKind::Threshold,
+            Gate::Gated(_) => GateKind::Gated,
+        }
+    }
+}
+
+fn gate_values<'a>(gate: &Gate<'a>) -> Option<&'a [f32]> {
+    match gate {
+        Gate::Open | Gate::Relu => None,
+        Gate::Threshold(values) | Gate::Gated(values) => Some(values),
+    }
+}

@@ -1,0 +1,1139 @@
+//! The kernels, executed without a device: tests/simt compiles kernels/*.cu as C++, runs every
+//! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
+//! f64 arithmetic, and with itself bit for bit.
+
+use std::collections::HashSet;
+use std::panic::catch_unwind;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+use std::{env, fs, thread};
+
+use half::{bf16, f16};
+use sha2::{Digest, Sha256};
+
+use super::launch::{
+    DeviceRows, GateKind, Kernel, Launch, backward, encode, layout, pack, packed_bytes, penalty,
+    workspace_size,
+};
+use crate::backend::{
+    BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
+};
+use crate::tensor::DType;
+
+/// Where the harness maps a job's memory, so that addresses in parameters need no relocation.
+const ADDRESS: u64 = 0x2000_0000_0000;
+/// Lowest thread first, highest first, and at random.
+const ORDERS: [u64; 3] = [0, 1, 0x5eed];
+
+// ---------------------------------------------------------------------------------- the harness
+
+const KERNELS: [&str; 4] = ["encode.cu", "gradient.cu", "pack.cu", "reduce.cu"];
+const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
+/// Neither instrumented nor slow: it touches nothing but its operands.
+const TENSOR_CORE: &str = "tensor_core.cpp";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Compiles one file; a machine without g++ cannot run these tests, and says so.
+fn compile(source: &Path, object: &Path, kernels: &Path) {
+    let mut gxx = Command::new("g++");
+    gxx.args(["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-x", "c++"]);
+    match source.ends_with(TENSOR_CORE) {
+        true => gxx.arg("-O2"),
+        false => gxx.args(["-O1", "-g1", "-fsanitize=address,undefined"]),
+    };
+    gxx.arg("-fno-sanitize-recover=all").arg("-I").arg(kernels).arg("-I");
+    gxx.arg(root().join("tests/simt")).arg("-c").arg(source).arg("-o").arg(object);
+    finish(gxx);
+}
+
+fn link(objects: &[PathBuf], program: &Path) {
+    let mut gxx = Command::new("g++");
+    gxx.arg("-fsanitize=address,undefined").args(objects).arg("-o").arg(program);
+    finish(gxx);
+}
+
+fn finish(mut command: Command) {
+    let output = command.output().expect("these tests need g++ with its sanitizers: install it");
+    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn object(folder: &Path, source: &str) -> PathBuf {
+    folder.join(source).with_extension("o")
+}
+
+/// The folder with the harness and its objects, built once for each state of the sources.
+fn harness() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let kernels = root().join("kernels");
+        let mut sources: Vec<PathBuf> = [&kernels, &root().join("tests/simt")]
+            .iter()
+            .flat_map(|folder| fs::read_dir(folder).expect("sources beside Cargo.toml"))
+            .map(|entry| entry.expect("a readable folder").path())
+            .collect();
+        sources.sort();
+        sources.push(root().join("src/backend/cuda/tests.rs"));
+        let mut hash = Sha256::new();
+        sources.iter().for_each(|s| hash.update(fs::read(s).expect("a readable source")));
+        let digest: String =
+            hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let folder = root().join("target/simt").join(digest);
+        if !folder.join("simt").exists() {
+            fs::create_dir_all(root().join("target/simt")).expect("a writable target folder");
+            let new = tempfile::tempdir_in(root().join("target/simt")).expect("a folder");
+            build(&kernels, new.path());
+            // Another process may have been faster; its build is the same.
+            let _ = fs::rename(new.path(), &folder);
+        }
+        folder
+    })
+}
+
+fn build(kernels: &Path, folder: &Path) {
+    let files: Vec<PathBuf> = KERNELS
+        .iter()
+        .map(|k| kernels.join(k))
+        .chain(HARNESS.iter().chain(&[TENSOR_CORE]).map(|h| root().join("tests/simt").join(h)))
+        .collect();
+    let objects: Vec<PathBuf> = files
+        .iter()
+        .map(|f| object(folder, f.file_name().and_then(|n| n.to_str()).expect("a plain name")))
+        .collect();
+    thread::scope(|scope| {
+        for (file, object) in files.iter().zip(&objects) {
+            scope.spawn(|| compile(file, object, kernels));
+        }
+    });
+    link(&objects, &folder.join("simt"));
+}
+
+/// Runs the launches in each order of threads; the memory after each, or the harness's message.
+fn run(program: &Path, arena: &Arena, launches: &[Launch]) -> Result<Vec<Vec<u8>>, String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (job, out) = (folder.path().join("job"), folder.path().join("out"));
+    let mut words = vec![ADDRESS, arena.bytes.len() as u64, ORDERS.len() as u64];
+    words.extend(ORDERS);
+    words.push(arena.regions.len() as u64);
+    words.extend(arena.regions.iter().flatten());
+    words.push(launches.len() as u64);
+    let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    for launch in launches {
+        let mut name = [0; 64];
+        let symbol = launch.kernel.name().to_bytes();
+        name[..symbol.len()].copy_from_slice(symbol);
+        bytes.extend(name);
+        assert_eq!(launch.grid[1..], [1, 1]);
+        let params = launch.params.bytes();
+        for word in [launch.grid[0], launch.block, launch.shared, params.len() as u32] {
+            bytes.extend((word as u64).to_le_bytes());
+        }
+        bytes.extend(params);
+    }
+    bytes.extend(&arena.bytes);
+    fs::write(&job, bytes).expect("a writable job");
+    let output = Command::new(program)
+        .arg("run")
+        .args([&job, &out])
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .output()
+        .expect("the harness starts");
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let out = fs::read(&out).expect("the harness's output");
+    assert_eq!(out.len(), ORDERS.len() * arena.bytes.len());
+    Ok(out.chunks(arena.bytes.len().max(1)).map(<[u8]>::to_vec).collect())
+}
+
+// ------------------------------------------------------------------------------------- memory
+
+/// A job's memory. Bytes outside its regions may not be touched by any kernel.
+#[derive(Clone)]
+struct Arena {
+    bytes: Vec<u8>,
+    regions: Vec<[u64; 2]>,
+}
+
+/// A matrix in an arena.
+#[derive(Clone, Copy, Debug)]
+struct Buffer {
+    address: u64,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl Buffer {
+    fn matrix(&self) -> Matrix {
+        Matrix { data: self.pointer(), dtype: self.dtype, row_stride: self.stride }
+    }
+
+    fn pointer(&self) -> *mut u8 {
+        std::ptr::without_provenance_mut(self.address as usize)
+    }
+
+    fn output(&self) -> Output {
+        Output { data: self.pointer(), dtype: self.dtype, stride: self.stride }
+    }
+
+    fn row(&self, t: usize) -> [u64; 2] {
+        let size = self.dtype.size();
+        [self.address + (t * self.stride * size) as u64, (self.cols * size) as u64]
+    }
+
+    fn at(&self, t: usize, i: usize) -> usize {
+        assert!(t < self.rows && i < self.cols);
+        (self.address - ADDRESS) as usize + (t * self.stride + i) * self.dtype.size()
+    }
+
+    fn get(&self, bytes: &[u8], t: usize, i: usize) -> f64 {
+        let at = &bytes[self.at(t, i)..];
+        match self.dtype {
+            DType::F64 => f64::from_le_bytes(at[..8].try_into().expect("eight bytes")),
+            DType::F32 => f32::from_le_bytes(at[..4].try_into().expect("four bytes")) as f64,
+            DType::F16 => f16::from_le_bytes([at[0], at[1]]).to_f64(),
+            DType::BF16 => bf16::from_le_bytes([at[0], at[1]]).to_f64(),
+            _ => at[0] as f64,
+        }
+    }
+
+    fn all(&self, bytes: &[u8]) -> Vec<f64> {
+        (0..self.rows).flat_map(|t| (0..self.cols).map(move |i| self.get(bytes, t, i))).collect()
+    }
+}
+
+impl Arena {
+    fn new() -> Arena {
+        Arena { bytes: Vec::new(), regions: Vec::new() }
+    }
+
+    /// NaN in every element; `gap` elements between rows, the first one `offset` elements off
+    /// alignment.
+    fn matrix(&mut self, dtype: DType, rows: usize, cols: usize, place: Place) -> Buffer {
+        let stride = cols + place.gap;
+        let start = (self.bytes.len() + 64).next_multiple_of(256) + place.offset * dtype.size();
+        self.bytes.resize(start + rows * stride * dtype.size() + 64, 0xff);
+        let buffer = Buffer { address: ADDRESS + start as u64, dtype, rows, cols, stride };
+        self.regions.extend((0..rows).map(|t| buffer.row(t)));
+        buffer
+    }
+
+    fn filled(&mut self, dtype: DType, cols: usize, values: &[f32], place: Place) -> Buffer {
+        let rows = values.len() / cols;
+        let buffer = self.matrix(dtype, rows, cols, place);
+        for (n, value) in values.iter().enumerate() {
+            self.set(&buffer, n / cols, n % cols, *value);
+        }
+        buffer
+    }
+
+    fn vector(&mut self, values: &[f32]) -> Buffer {
+        self.filled(DType::F32, values.len(), values, Place::default())
+    }
+
+    fn space(&mut self, bytes: usize) -> Buffer {
+        self.matrix(DType::U8, 1, bytes, Place::default())
+    }
+
+    fn set(&mut self, buffer: &Buffer, t: usize, i: usize, value: f32) {
+        let at = buffer.at(t, i);
+        match buffer.dtype {
+            DType::F32 => self.bytes[at..][..4].copy_from_slice(&value.to_le_bytes()),
+            DType::F16 => {
+                self.bytes[at..][..2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+            }
+            DType::BF16 => {
+                self.bytes[at..][..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+            }
+            _ => self.bytes[at] = value as u8,
+        }
+    }
+
+    /// Takes rows back from the kernels.
+    fn forbid(&mut self, buffer: &Buffer, rows: impl Iterator<Item = usize>) {
+        let rows: HashSet<[u64; 2]> = rows.map(|t| buffer.row(t)).collect();
+        self.regions.retain(|region| !rows.contains(region));
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    gap: usize,
+    offset: usize,
+}
+
+// ------------------------------------------------------------------------------------ problems
+
+/// xorshift64*; every run starts elsewhere and failures print where.
+#[derive(Clone, Copy, Debug)]
+struct Random(u64);
+
+impl Random {
+    fn fresh() -> Random {
+        let seed = env::var("BLOCKEM_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+        Random(seed.unwrap_or(now.as_nanos() as u64) | 1)
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Roughly normal, standard deviation 1.
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
+        (sum - 2.0) * 1.73
+    }
+
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+fn round(dtype: DType, x: f32) -> f32 {
+    match dtype {
+        DType::F16 => f16::from_f32(x).to_f32(),
+        DType::BF16 => bf16::from_f32(x).to_f32(),
+        _ => x,
+    }
+}
+
+/// Inputs of every call.
+#[derive(Clone, Debug)]
+struct Problem {
+    name: String,
+    tokens: usize,
+    count: usize,
+    d_in: usize,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    scale: Option<Vec<f32>>,
+    gate: GateKind,
+    gate_values: Vec<f32>,
+    sign_weight: Vec<f32>,
+    hidden_dtype: DType,
+    hidden: Vec<f32>,
+    reference: Vec<f32>,
+    mask: Option<(DType, Vec<f32>)>,
+    grad_dtype: DType,
+    grad: Vec<f32>,
+    accumulate: bool,
+    /// The sums' dtype.
+    sums: DType,
+    /// Whether the fused call keeps the coefficients.
+    keeps_coef: bool,
+    /// Of hidden, latents, reference, mask, coefficients, gradient, weights.
+    places: [Place; 7],
+}
+
+const FACTOR: (f64, f32) = (1.4, 0.5);
+
+impl Problem {
+    fn random(random: &mut Random, hidden_dtype: DType, shape: [usize; 3]) -> Problem {
+        let [tokens, d_in, count] = shape;
+        let gate =
+            random.pick(&[GateKind::Open, GateKind::Relu, GateKind::Threshold, GateKind::Gated]);
+        let seed = *random;
+        let grad_dtype = random.pick(&[DType::F32, hidden_dtype]);
+        let norm = 1.0 / (d_in as f32).sqrt();
+        let sign_weight: Vec<f32> =
+            (0..count).map(|_| random.pick(&[1.0, -1.0, 0.3, -2.5])).collect();
+        // Some tokens violate nothing: their references are beyond reach.
+        let calm: Vec<bool> = (0..tokens).map(|_| random.below(5) < 2).collect();
+        let reference = (0..tokens * count)
+            .map(|n| match calm[n / count] {
+                true => 1e3 * sign_weight[n % count].signum(),
+                false => random.normal(),
+            })
+            .collect();
+        let mask_dtype = random.pick(&[DType::U8, DType::Bool, DType::F32]);
+        let masks: &[f32] =
+            if mask_dtype == DType::F32 { &[0.0, 1.0, 0.37, 1.5] } else { &[0.0, 1.0, 1.0, 7.0] };
+        let mask = (random.below(3) > 0)
+            .then(|| (mask_dtype, (0..tokens).map(|_| random.pick(masks)).collect()));
+        let mut place = |gaps: &[usize]| Place {
+            gap: random.pick(gaps),
+            offset: if random.below(3) == 0 { random.below(7) + 1 } else { 0 },
+        };
+        // Rows on sixteen bytes, or not.
+        let aligned = d_in.next_multiple_of(8) - d_in;
+        let wide = [aligned, aligned + 64, 1, 0];
+        let places = [
+            place(&wide),
+            place(&[0, 3, 8]),
+            place(&[0, 3, 8]),
+            place(&[0, 2]),
+            place(&[0, 3, count % 2]),
+            place(&wide),
+            place(&[0, 3]),
+        ];
+        Problem {
+            name: format!(
+                "T {tokens}, d {d_in}, K {count}, {hidden_dtype:?} to {grad_dtype:?}, {gate:?}, \
+                 {places:?}, {seed:?}"
+            ),
+            tokens,
+            count,
+            d_in,
+            weight: random.normals(count * d_in).iter().map(|w| w * norm).collect(),
+            bias: random.normals(count).iter().map(|b| 0.2 * b).collect(),
+            scale: (random.below(2) == 0)
+                .then(|| random.normals(count).iter().map(|x| x.abs() + 0.2).collect()),
+            gate,
+            gate_values: random.normals(count).iter().map(|b| 0.2 * b).collect(),
+            sign_weight,
+            hidden_dtype,
+            hidden: random
+                .normals(tokens * d_in)
+                .into_iter()
+                .map(|x| round(hidden_dtype, x))
+                .collect(),
+            reference,
+            mask,
+            grad_dtype,
+            grad: random.normals(tokens * d_in).into_iter().map(|x| round(grad_dtype, x)).collect(),
+            accumulate: random.below(2) == 0,
+            sums: random.pick(&[DType::F32, DType::F64]),
+            keeps_coef: random.below(2) == 0,
+            places,
+        }
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows {
+            d_in: self.d_in,
+            weight: &self.weight,
+            weight_stride: self.d_in,
+            bias: &self.bias,
+            scale: self.scale.as_deref(),
+            gate: match self.gate {
+                GateKind::Open => Gate::Open,
+                GateKind::Relu => Gate::Relu,
+                GateKind::Threshold => Gate::Threshold(&self.gate_values),
+                GateKind::Gated => Gate::Gated(&self.gate_values),
+            },
+            sign_weight: &self.sign_weight,
+        }
+    }
+
+    fn mask(&self, t: usize) -> f32 {
+        match &self.mask {
+            None => 1.0,
+            Some((DType::F32, mask)) => mask[t],
+            Some((_, mask)) => (mask[t] != 0.0) as u8 as f32,
+        }
+    }
+
+    fn scale(&self, k: usize) -> f32 {
+        self.scale.as_ref().map_or(1.0, |s| s[k])
+    }
+
+    fn hidden_row(&self, t: usize) -> Vec<f64> {
+        self.hidden[t * self.d_in..][..self.d_in].iter().map(|h| *h as f64).collect()
+    }
+}
+
+/// A problem laid out for the device, and its calls.
+struct Job {
+    program: PathBuf,
+    arena: Arena,
+    rows: DeviceRows,
+    pack: Launch,
+    hidden: Buffer,
+    reference: Buffer,
+    latents: Buffer,
+    coef: Buffer,
+    fused_coef: Option<Buffer>,
+    /// loss, count and latent losses of the fused call, then of forward.
+    sums: [[Buffer; 3]; 2],
+    /// Of the fused call, then of backward.
+    grads: [Buffer; 2],
+    fused: PenaltyCall,
+    forward: PenaltyCall,
+    backward: BackwardCall,
+    scratch: [Buffer; 2],
+}
+
+impl Job {
+    fn new(p: &Problem) -> Job {
+        Job::on(&harness().join("simt"), p)
+    }
+
+    fn on(program: &Path, p: &Problem) -> Job {
+        let mut arena = Arena::new();
+        let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
+        let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
+        let packed = arena.space(packed_bytes(p.count, p.d_in));
+        let rows = DeviceRows {
+            d_in: p.d_in,
+            count: p.count,
+            gate: p.gate,
+            packed: packed.address,
+            bias: arena.vector(&p.bias).address,
+            scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
+            gate_values: match p.gate {
+                GateKind::Open | GateKind::Relu => 0,
+                _ => arena.vector(&p.gate_values).address,
+            },
+            sign_weight: arena.vector(&p.sign_weight).address,
+        };
+        let hidden = arena.filled(p.hidden_dtype, p.d_in, &p.hidden, hidden_at);
+        let reference = arena.filled(DType::F32, p.count, &p.reference, reference_at);
+        let mask = p.mask.as_ref().map(|(dtype, mask)| {
+            let buffer = arena.filled(*dtype, 1, mask, mask_at);
+            Mask { data: buffer.pointer(), dtype: *dtype, stride: buffer.stride }
+        });
+        let latents = arena.matrix(DType::F32, p.tokens, p.count, latents_at);
+        let coef = arena.matrix(DType::F32, p.tokens, p.count, coef_at);
+        let fused_coef =
+            p.keeps_coef.then(|| arena.matrix(DType::F32, p.tokens, p.count, Place::default()));
+        let sums = [0, 1].map(|gap| {
+            [1, 1, p.count].map(|n| arena.matrix(p.sums, n, 1, Place { gap, offset: 0 }))
+        });
+        let grads = [grad_at, Place::default()].map(|place| match p.accumulate {
+            true => arena.filled(p.grad_dtype, p.d_in, &p.grad, place),
+            false => arena.matrix(p.grad_dtype, p.tokens, p.d_in, place),
+        });
+        let factor = arena.vector(&[FACTOR.1]);
+        let size = workspace_size(p.count, p.d_in, p.tokens);
+        let space = arena.space(size);
+        let grad = |n: usize| Grad {
+            rows: grads[n].matrix(),
+            accumulate: p.accumulate,
+            scale: FACTOR.0,
+            scale_tensor: Some(factor.pointer().cast::<f32>().cast_const()),
+        };
+        let fused = PenaltyCall {
+            tokens: p.tokens,
+            hidden: hidden.matrix(),
+            reference: reference.matrix(),
+            mask,
+            coef: fused_coef.map(|b| b.matrix()),
+            loss_sum: Some(sums[0][0].output()),
+            token_count: Some(sums[0][1].output()),
+            latent_loss: Some(sums[0][2].output()),
+            grad: Some(grad(0)),
+            workspace: Workspace { data: space.pointer(), size },
+        };
+        let forward = PenaltyCall {
+            coef: Some(coef.matrix()),
+            loss_sum: Some(sums[1][0].output()),
+            token_count: Some(sums[1][1].output()),
+            latent_loss: Some(sums[1][2].output()),
+            grad: None,
+            ..fused
+        };
+        let backward = BackwardCall { tokens: p.tokens, coef: coef.matrix(), grad: grad(1) };
+        Job {
+            program: program.to_path_buf(),
+            pack: pack(weight.address, weight.stride, &rows),
+            arena,
+            rows,
+            hidden,
+            reference,
+            latents,
+            coef,
+            fused_coef,
+            sums,
+            grads,
+            fused,
+            forward,
+            backward,
+            scratch: [packed, space],
+        }
+    }
+
+    /// z of every token; `masked` tokens have one too.
+    fn encode(&self, p: &Problem) -> Vec<f32> {
+        let call = EncodeCall {
+            tokens: p.tokens,
+            hidden: self.hidden.matrix(),
+            latents: self.latents.matrix(),
+        };
+        let launches = encode(&self.rows, &call);
+        let memory = self.run(&self.arena, launches.iter(), &p.name);
+        self.check_untouched(&memory, &[self.latents], p);
+        self.latents.all(&memory).iter().map(|z| *z as f32).collect()
+    }
+
+    /// The fused call, then forward and backward. No kernel reads hidden states and references of
+    /// tokens that do not count.
+    fn penalty(&self, p: &Problem) -> Vec<u8> {
+        let mut arena = self.arena.clone();
+        for buffer in [&self.hidden, &self.reference] {
+            arena.forbid(buffer, (0..p.tokens).filter(|t| p.mask(*t) == 0.0));
+        }
+        let fused = penalty(&self.rows, &self.fused);
+        let forward = penalty(&self.rows, &self.forward);
+        let backward = backward(&self.rows, &self.backward);
+        let launches = fused.iter().chain(forward.iter()).chain(backward.iter());
+        let memory = self.run(&arena, launches, &p.name);
+        let mut outputs = [&self.sums[0][..], &self.sums[1], &self.grads, &[self.coef]].concat();
+        outputs.extend(self.fused_coef);
+        self.check_untouched(&memory, &outputs, p);
+        memory
+    }
+
+    /// Packs, then runs the launches; every order of threads must leave the same bytes.
+    fn run<'a>(
+        &self,
+        arena: &Arena,
+        launches: impl Iterator<Item = &'a Launch>,
+        name: &str,
+    ) -> Vec<u8> {
+        let launches: Vec<Launch> = [self.pack].into_iter().chain(launches.copied()).collect();
+        let memories = run(&self.program, arena, &launches)
+            .unwrap_or_else(|message| panic!("{name}\n{message}"));
+        for (memory, order) in memories.iter().zip(ORDERS) {
+            assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
+        }
+        memories.into_iter().next().expect("there are orders")
+    }
+
+    /// Whatever is no output keeps its bytes.
+    fn check_untouched(&self, memory: &[u8], outputs: &[Buffer], p: &Problem) {
+        let mut before = self.arena.bytes.clone();
+        for buffer in outputs.iter().chain(&self.scratch) {
+            for t in 0..buffer.rows {
+                let [start, bytes] = buffer.row(t);
+                let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
+                before[range.clone()].copy_from_slice(&memory[range]);
+            }
+        }
+        assert!(before == memory, "bytes beside the outputs changed: {}", p.name);
+    }
+}
+
+/// Compares each stage with f64 arithmetic on the output of the stage before.
+fn check(p: &Problem) {
+    check_job(p, &Job::new(p));
+}
+
+/// Returns z.
+fn check_job(p: &Problem, job: &Job) -> Vec<f32> {
+    let z = job.encode(p);
+    let memory = job.penalty(p);
+    let coef: Vec<f32> = job.coef.all(&memory).iter().map(|c| *c as f32).collect();
+    let mut latent_loss = vec![0.0; p.count];
+    let mut count = 0.0;
+    for t in 0..p.tokens {
+        let mask = p.mask(t);
+        count += mask as f64;
+        let hidden = p.hidden_row(t);
+        for k in 0..p.count {
+            let (z, coef) = (z[t * p.count + k], coef[t * p.count + k]);
+            let at = format!("[{t},{k}]: {}", p.name);
+            let exact = Exact::new(p, k, &hidden);
+            let clear = exact.distance.abs() > exact.slack;
+            if clear {
+                let expected = if exact.distance > 0.0 { exact.pre } else { 0.0 };
+                assert!((z as f64 - expected).abs() <= exact.slack, "z {z} {expected} {at}");
+            }
+            if mask == 0.0 {
+                assert_eq!(coef.to_bits(), 0, "coef {at}");
+                continue;
+            }
+            let sw = p.sign_weight[k];
+            let reference = p.reference[t * p.count + k];
+            let x = if sw < 0.0 { reference - z } else { z - reference };
+            let r = if x <= 0.0 { 0.0 } else { x };
+            let on = mask * (2.0 * sw * r) * p.scale(k);
+            let is_on = if clear { exact.distance > 0.0 } else { z != 0.0 };
+            assert_eq!(coef, if is_on { on } else { 0.0 }, "coef {at}");
+            latent_loss[k] += mask as f64 * (sw.abs() as f64 * (r as f64 * r as f64));
+        }
+        check_gradient_row(p, t, &coef[t * p.count..][..p.count], |i| {
+            job.grads[0].get(&memory, t, i)
+        });
+    }
+    let tolerance = if p.sums == DType::F64 { 1e-13 } else { 1e-7 };
+    let close = |x: f64, y: f64| (x - y).abs() <= tolerance * y.abs();
+    for sums in &job.sums {
+        let [loss, tokens, latents] = sums.map(|b| b.all(&memory));
+        let expected: f64 = latent_loss.iter().sum();
+        assert!(close(loss[0], expected), "loss {} {expected}: {}", loss[0], p.name);
+        assert!(close(tokens[0], count), "count {} {count}: {}", tokens[0], p.name);
+        for (k, (x, y)) in latents.iter().zip(&latent_loss).enumerate() {
+            assert!(close(*x, *y), "latent_loss[{k}] {x} {y}: {}", p.name);
+        }
+    }
+    let same = |x: &Buffer, y: &Buffer, what: &str| {
+        let bits = |b: &Buffer| b.all(&memory).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(x), bits(y), "{what}, fused and in two calls: {}", p.name);
+    };
+    same(&job.grads[0], &job.grads[1], "dH");
+    job.sums[0].iter().zip(&job.sums[1]).for_each(|(x, y)| same(x, y, "sums"));
+    job.fused_coef.iter().for_each(|c| same(c, &job.coef, "coef"));
+    z
+}
+
+/// One latent of one token in f64.
+struct Exact {
+    pre: f64,
+    /// How far the gate is from switching.
+    distance: f64,
+    /// What rounding may change.
+    slack: f64,
+}
+
+impl Exact {
+    fn new(p: &Problem, k: usize, hidden: &[f64]) -> Exact {
+        let (rows, gate) = (p.rows(), p.gate_values[k] as f64);
+        let products = || rows.row(k).iter().zip(hidden).map(|(w, h)| *w as f64 * h);
+        let (dot, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+        let scale = p.scale(k) as f64;
+        let pre = dot * scale + p.bias[k] as f64;
+        let distance = match p.gate {
+            GateKind::Open => f64::INFINITY,
+            GateKind::Relu => pre,
+            GateKind::Threshold => pre - gate,
+            GateKind::Gated => pre.min(dot + gate),
+        };
+        let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
+        Exact { pre, distance, slack: 1e-6 * size + 1e-9 }
+    }
+}
+
+/// dH of one token against its coefficients.
+fn check_gradient_row(p: &Problem, t: usize, coef: &[f32], new: impl Fn(usize) -> f64) {
+    let active = coef.iter().any(|c| *c != 0.0);
+    // Half a unit in the last place, and the products that 16-bit results leave out.
+    let (unit, left_out) = match p.grad_dtype {
+        DType::BF16 => (0.5f64.powi(8), 0.5f64.powi(15)),
+        DType::F16 => (0.5f64.powi(11), 0.5f64.powi(15)),
+        _ => (0.5f64.powi(24), 0.0),
+    };
+    for i in 0..p.d_in {
+        let old = if p.accumulate { p.grad[t * p.d_in + i] as f64 } else { 0.0 };
+        let (mut sum, mut size) = (0.0, 0.0);
+        for (k, c) in coef.iter().enumerate() {
+            let product = FACTOR.0 * FACTOR.1 as f64 * *c as f64 * p.weight[k * p.d_in + i] as f64;
+            sum += product;
+            size += product.abs();
+        }
+        let (new, expected) = (new(i), old + sum);
+        let slack = unit * 1.001 * expected.abs() + (1e-6 + left_out) * (size + old.abs()) + 1e-7;
+        assert!((new - expected).abs() <= slack, "dH[{t},{i}] {new} {expected}: {}", p.name);
+        assert!(active || new == old, "a row without violation changed: {}", p.name);
+    }
+}
+
+const TOKENS: [usize; 6] = [1, 17, 64, 65, 200, 0];
+const WIDTHS: [usize; 8] = [1, 7, 63, 64, 65, 100, 520, 1030];
+const COUNTS: [usize; 9] = [1, 3, 8, 12, 20, 30, 33, 70, 130];
+
+/// Every size at least twice, with everything else at random.
+fn problems(hidden_dtype: DType) -> impl Iterator<Item = Problem> {
+    let mut random = Random::fresh();
+    (0..18).map(move |i| {
+        let shape = [TOKENS[i % 6], WIDTHS[(i + i / 6) % 8], COUNTS[(i + i / 9) % 9]];
+        Problem::random(&mut random, hidden_dtype, shape)
+    })
+}
+
+#[test]
+fn parameter_structs_are_laid_out_alike() {
+    let output = Command::new(harness().join("simt")).arg("layout").output().expect("it starts");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), layout());
+}
+
+#[test]
+fn every_kernel_is_compiled_and_no_other() {
+    let output = Command::new(harness().join("simt")).arg("kernels").output().expect("it starts");
+    let text = String::from_utf8(output.stdout).expect("plain names");
+    let mut compiled: Vec<&str> = text.lines().collect();
+    let mut named: Vec<&str> =
+        Kernel::ALL.iter().map(|k| k.name().to_str().expect("a plain name")).collect();
+    compiled.sort();
+    named.sort();
+    assert_eq!(compiled, named);
+}
+
+#[test]
+fn f32_kernels_are_right() {
+    problems(DType::F32).for_each(|p| check(&p));
+}
+
+#[test]
+fn f16_kernels_are_right() {
+    problems(DType::F16).for_each(|p| check(&p));
+}
+
+#[test]
+fn bf16_kernels_are_right() {
+    problems(DType::BF16).for_each(|p| check(&p));
+}
+
+/// The same problem for some of its tokens and latents, in that order, elsewhere in memory.
+fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -> Problem {
+    let fresh = Problem::random(random, p.hidden_dtype, [tokens.len(), p.d_in, latents.len()]);
+    let of_latents = |x: &[f32]| latents.iter().map(|k| x[*k]).collect::<Vec<f32>>();
+    let rows = |x: &[f32], cols: usize, which: &[usize]| -> Vec<f32> {
+        which.iter().flat_map(|n| x[n * cols..][..cols].to_vec()).collect()
+    };
+    Problem {
+        name: format!("tokens {tokens:?}, latents {latents:?} of {}", p.name),
+        weight: rows(&p.weight, p.d_in, latents),
+        bias: of_latents(&p.bias),
+        scale: p.scale.as_deref().map(of_latents),
+        gate: p.gate,
+        gate_values: of_latents(&p.gate_values),
+        sign_weight: of_latents(&p.sign_weight),
+        hidden: rows(&p.hidden, p.d_in, tokens),
+        grad: rows(&p.grad, p.d_in, tokens),
+        accumulate: p.accumulate,
+        grad_dtype: p.grad_dtype,
+        mask: None,
+        ..fresh
+    }
+}
+
+const REAL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Narrow and wide kernels, aligned and not, alone and among others: all give a token's z.
+#[test]
+fn a_latent_depends_on_its_own_token_and_row_only() {
+    let mut random = Random::fresh();
+    for dtype in REAL {
+        let p = Problem::random(&mut random, dtype, [70, 584, 66]);
+        let whole = Job::new(&p).encode(&p);
+        let shuffled: Vec<usize> = (0..p.tokens).rev().collect();
+        let parts: [(&[usize], &[usize]); 4] = [
+            (&[69], &[65]),
+            (&shuffled, &[1, 64, 7]),
+            (&[5, 5, 5], &[2; 20]),
+            (&[3; 66], &[9; 65]),
+        ];
+        for (tokens, latents) in parts {
+            let q = part(&mut random, &p, tokens, latents);
+            let z = Job::new(&q).encode(&q);
+            for (n, z) in z.iter().enumerate() {
+                let (t, k) = (tokens[n / latents.len()], latents[n % latents.len()]);
+                assert_eq!(z.to_bits(), whole[t * p.count + k].to_bits(), "[{t},{k}]: {}", q.name);
+            }
+        }
+    }
+}
+
+/// Many tokens go to kernels of their own. Few of them count here: whole tiles are passed over.
+#[test]
+fn tall_kernels_are_right_and_give_the_same_latents() {
+    let mut random = Random::fresh();
+    let tokens = (1 << 14) + 1;
+    let some = [0, 16, 64, 127, 5000, tokens - 1];
+    for dtype in [DType::F16, DType::BF16] {
+        for (count, d_in) in [(5, 70), (16, 9), (20, 9), (32, 9)] {
+            let mut p = Problem::random(&mut random, dtype, [tokens, d_in, count]);
+            let counts = |t: usize| (t < 150 || some.contains(&t)) as u8 as f32;
+            p.mask = Some((DType::U8, (0..tokens).map(counts).collect()));
+            let whole = check_job(&p, &Job::new(&p));
+            let q = part(&mut random, &p, &some, &[count - 1, 0]);
+            for (n, z) in Job::new(&q).encode(&q).iter().enumerate() {
+                let (t, k) = (some[n / 2], [count - 1, 0][n % 2]);
+                assert_eq!(z.to_bits(), whole[t * count + k].to_bits(), "[{t},{k}]: {}", q.name);
+            }
+        }
+    }
+}
+
+/// dH of a token depends on its own coefficients only, wherever it stands.
+#[test]
+fn a_gradient_row_depends_on_its_own_token_only() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::F32, 20), (DType::F16, 40), (DType::BF16, 40), (DType::BF16, 7)]
+    {
+        let mut p = Problem::random(&mut random, dtype, [130, 72, count]);
+        p.mask = None;
+        let job = Job::new(&p);
+        let memory = job.penalty(&p);
+        let latents: Vec<usize> = (0..count).collect();
+        for t in [0, 129, 77] {
+            let mut q = part(&mut random, &p, &[t], &latents);
+            q.reference = p.reference[t * count..][..count].to_vec();
+            let alone = Job::new(&q);
+            let row = alone.penalty(&q);
+            for i in 0..p.d_in {
+                let (x, y) = (alone.grads[0].get(&row, 0, i), job.grads[0].get(&memory, t, i));
+                assert_eq!(x.to_bits(), y.to_bits(), "dH[{t},{i}]: {}", q.name);
+            }
+        }
+    }
+}
+
+/// Encode and the penalty see the same z: a reference that encode wrote costs nothing, and rows of
+/// dH are then neither read nor written.
+#[test]
+fn equal_hidden_states_cost_nothing_and_touch_nothing() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::F32, 24), (DType::F16, 50), (DType::BF16, 12), (DType::BF16, 80)]
+    {
+        let mut p = Problem::random(&mut random, dtype, [66, 200, count]);
+        p.accumulate = true;
+        p.reference = Job::new(&p).encode(&p);
+        let mut job = Job::new(&p);
+        job.grads.iter().for_each(|grad| job.arena.forbid(grad, 0..p.tokens));
+        let memory = job.penalty(&p);
+        for sums in &job.sums {
+            assert_eq!(sums[0].get(&memory, 0, 0), 0.0, "{}", p.name);
+        }
+        assert!(job.coef.all(&memory).iter().all(|c| *c == 0.0), "{}", p.name);
+    }
+}
+
+/// Outputs that nobody asks for leave no trace, and change nothing in the others.
+#[test]
+fn absent_outputs_change_no_other() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::BF16, 20), (DType::F32, 40)] {
+        let p = Problem::random(&mut random, dtype, [80, 90, count]);
+        let job = Job::new(&p);
+        let whole = job.penalty(&p);
+        let nothing = PenaltyCall {
+            coef: None,
+            loss_sum: None,
+            token_count: None,
+            latent_loss: None,
+            grad: None,
+            ..job.fused
+        };
+        let calls: [(PenaltyCall, Vec<Buffer>); 5] = [
+            (PenaltyCall { loss_sum: job.fused.loss_sum, ..nothing }, vec![job.sums[0][0]]),
+            (PenaltyCall { token_count: job.fused.token_count, ..nothing }, vec![job.sums[0][1]]),
+            (PenaltyCall { latent_loss: job.fused.latent_loss, ..nothing }, vec![job.sums[0][2]]),
+            (PenaltyCall { grad: job.fused.grad, ..nothing }, vec![job.grads[0]]),
+            (PenaltyCall { coef: job.forward.coef, ..nothing }, vec![job.coef]),
+        ];
+        for (call, outputs) in calls {
+            let memory = job.run(&job.arena, penalty(&job.rows, &call).iter(), &p.name);
+            job.check_untouched(&memory, &outputs, &p);
+            for output in outputs {
+                let bits =
+                    |memory| output.all(memory).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&memory), bits(&whole), "{}", p.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_stays_with_its_token() {
+    let mut random = Random::fresh();
+    for (dtype, count) in [(DType::F32, 5), (DType::F16, 40), (DType::BF16, 20)] {
+        let mut p = Problem::random(&mut random, dtype, [40, 70, count]);
+        p.mask = None;
+        let job = Job::new(&p);
+        let clean = (job.encode(&p), job.penalty(&p));
+        // One element is enough.
+        p.hidden[21 * p.d_in + 69] = f32::NAN;
+        let job = Job::new(&p);
+        let (z, memory) = (job.encode(&p), job.penalty(&p));
+        for (n, (z, before)) in z.iter().zip(&clean.0).enumerate() {
+            let own = n / count == 21;
+            assert!(if own { z.is_nan() } else { z.to_bits() == before.to_bits() }, "{}", p.name);
+        }
+        for (n, x) in job.grads[0].all(&memory).iter().enumerate() {
+            let before = job.grads[0].get(&clean.1, n / p.d_in, n % p.d_in);
+            let own = n / p.d_in == 21;
+            assert!(if own { x.is_nan() } else { x.to_bits() == before.to_bits() }, "{}", p.name);
+        }
+        for sums in &job.sums {
+            assert!(sums[0].get(&memory, 0, 0).is_nan(), "{}", p.name);
+            assert!(sums[2].all(&memory).iter().all(|loss| loss.is_nan()), "{}", p.name);
+        }
+    }
+}
+
+/// z from tensor cores that cut off is as good as a plain sum in f32, twice its error at most.
+#[test]
+fn latents_are_as_accurate_as_a_sum_in_f32() {
+    let mut random = Random::fresh();
+    for dtype in REAL {
+        let mut p = Problem::random(&mut random, dtype, [16, 4096, 8]);
+        (p.gate, p.scale, p.mask) = (GateKind::Open, None, None);
+        p.bias.fill(0.0);
+        let z = Job::new(&p).encode(&p);
+        let (mut ours, mut plain) = (0.0, 0.0);
+        for (n, z) in z.iter().enumerate() {
+            let (hidden, row) = (p.hidden_row(n / 8), &p.weight[n % 8 * p.d_in..][..p.d_in]);
+            let products = || row.iter().zip(&hidden);
+            let exact: f64 = products().map(|(w, h)| *w as f64 * h).sum();
+            let sum = products().fold(0.0f32, |sum, (w, h)| sum + *w * *h as f32);
+            ours += (*z as f64 - exact).powi(2);
+            plain += (sum as f64 - exact).powi(2);
+        }
+        let ratio = (ours / plain).sqrt();
+        println!("{dtype:?}: {ratio:.2} times the error of a sum in f32");
+        assert!(ratio < 2.0, "{dtype:?}: {ratio}");
+    }
+}
+
+// --------------------------------------------------------------------------------------- faults
+
+/// The nth `from` becomes `to`.
+struct Fault<'a> {
+    from: &'a str,
+    nth: usize,
+    to: &'a str,
+}
+
+/// A harness with a fault in one source, of which only the named kernel is compiled.
+fn with_fault(folder: &Path, source: &str, kernel: &str, fault: &Fault) -> PathBuf {
+    let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+    let found = text.match_indices(fault.from).nth(fault.nth);
+    let (at, _) = found.unwrap_or_else(|| panic!("{source} has no {}", fault.from));
+    let text = format!("{}{}{}", &text[..at], fault.to, &text[at + fault.from.len()..]);
+    let other = |line: &&str| {
+        ["FEW(", "TALL(", "WIDE(", "KERNEL("].iter().any(|m| line.starts_with(m))
+            && line.ends_with([')', '}'])
+            && !line.contains(kernel)
+    };
+    let text: String =
+        text.lines().filter(|line| !other(line)).map(|line| format!("{line}\n")).collect();
+    let changed = folder.join(source);
+    fs::write(&changed, text).expect("a writable folder");
+    compile(&changed, &object(folder, source), &root().join("kernels"));
+    let folder_of = |file: &str| if file == source { folder } else { harness() };
+    let files: Vec<PathBuf> = (KERNELS.iter().chain(&HARNESS).chain(&[TENSOR_CORE]))
+        .map(|file| object(folder_of(file), file))
+        .collect();
+    let program = folder.join("simt");
+    link(&files, &program);
+    program
+}
+
+/// What `check` says to a fault, if anything.
+fn verdict(p: &Problem, source: &str, kernel: &str, fault: Fault) -> Option<String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = with_fault(folder.path(), source, kernel, &fault);
+    let panic = catch_unwind(|| check_job(p, &Job::on(&program, p))).err()?;
+    Some(panic.downcast_ref::<String>().expect("a message").clone())
+}
+
+/// Several tiles of tokens, more slices than stages, every output. The last slice lies in the first
+/// stage, which the epilogue uses again.
+fn fault_problem(count: usize) -> Problem {
+    let mut random = Random(0x5eed);
+    let mut p = Problem::random(&mut random, DType::BF16, [130, 830, count]);
+    p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
+    (p.grad_dtype, p.sums, p.accumulate) = (DType::BF16, DType::F64, false);
+    p.name = format!("T 130, d 830, K {count}");
+    p.reference.fill(0.0);
+    p.places = [Place::default(); 7];
+    // Rows of hidden states and dH that start at sixteen bytes.
+    (p.places[0].gap, p.places[5].gap) = (2, 2);
+    p
+}
+
+#[test]
+fn every_missing_barrier_and_wait_is_caught() {
+    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let cases = [
+        ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
+        (
+            "gradient.cu",
+            [(&few, "blockem_gradient_bf16_few"), (&wide, "blockem_gradient_bf16_wide")],
+        ),
+        ("reduce.cu", [(&few, "blockem_reduce"), (&wide, "blockem_reduce")]),
+    ];
+    for (source, kernels) in cases {
+        let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+        for (call, without) in [("sync_block();", ""), ("copy_wait<", "if (false) copy_wait<")] {
+            for nth in 0..text.matches(call).count() {
+                let found = kernels.iter().find_map(|(p, kernel)| {
+                    verdict(p, source, kernel, Fault { from: call, nth, to: without })
+                });
+                let found = found.unwrap_or_else(|| panic!("{source} works without {call} {nth}"));
+                println!("{source} without {call} {nth}: {found:.100}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_accesses_and_indices_are_caught() {
+    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let outside = "AddressSanitizer";
+    let cases: [(&Problem, &str, &str, &str, &str, &str); 12] = [
+        // Beyond shared memory: a copy, a plain store, a collective load.
+        (
+            &few,
+            "encode.cu",
+            "_bf16_8",
+            "fill + 1 == S::STAGES ?",
+            "fill == S::STAGES ?",
+            "shared memory",
+        ),
+        (
+            &few,
+            "reduce.cu",
+            "_reduce",
+            "scratch[thread_index()] =",
+            "scratch[thread_index() + 1] =",
+            outside,
+        ),
+        (
+            &few,
+            "gradient.cu",
+            "_bf16_few",
+            "lane * ROW_BYTES",
+            "(lane + 112) * ROW_BYTES",
+            "shared memory",
+        ),
+        // Beyond a row of h, the tokens of coefficients, the columns of dH, the latents.
+        (&few, "encode.cu", "_bf16_8", "left < 16 ? left : 16", "left ? 16 : 0", outside),
+        (
+            &wide,
+            "gradient.cu",
+            "_bf16_wide",
+            "t >= p.tokens || k >= p.count",
+            "k >= p.count",
+            outside,
+        ),
+        (&few, "gradient.cu", "_bf16_few", "column + 8 <= p.d_in", "column < p.d_in", outside),
+        (&wide, "encode.cu", "_bf16_wide", "if (k >= p.rows.count) continue;", "", outside),
+        // A token that does not count.
+        (&few, "encode.cu", "_bf16_8", "mask_of(p, t) != 0.0f", "mask_of(p, t) != 9.0f", outside),
+        // The wrong number from the right memory.
+        (
+            &few,
+            "encode.cu",
+            "_bf16_8",
+            "[2 * half + i];\n                    const float pre",
+            "[half + 2 * i];\n                    const float pre",
+            "z ",
+        ),
+        (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
+        (&wide, "gradient.cu", "_bf16_wide", "[2 * half + i % 2]", "[half + i % 2 * 2]", "dH["),
+        (
+            &wide,
+            "gradient.cu",
+            "_bf16_wide",
+            "j / 2][j % 2 * 2 + half]",
+            "j % 2][j / 2 * 2 + half]",
+            "dH[",
+        ),
+    ];
+    for (p, source, kernel, from, to, message) in cases {
+        let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
+        let found = found.unwrap_or_else(|| panic!("{source} works with {to}"));
+        println!("{source} with {to}: {:.100}", found.replace('\n', " "));
+        assert!(found.contains(message), "{source} with {to}: {found}");
+    }
+}

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Compiles every kernels/*.cu by itself for every device, and fails where one spills registers, or
+# where the kernels are not those that src/backend/cuda/launch.rs launches.
+# Prints registers and shared memory of each kernel: the compiler's report, for want of a GPU.
+#
+#   tests/compile_kernels.sh [architecture...]      such as 90a; all by default
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nvcc=${BLOCKEM_NVCC:-}
+for found in .venv/cuda/nvidia/*/bin/nvcc .venv/lib/python3*/site-packages/nvidia/*/bin/nvcc "$(command -v nvcc || true)"; do
+  if [ -z "$nvcc" ] && [ -x "$found" ]; then nvcc=$found; fi
+done
+if [ -z "$nvcc" ]; then
+  echo "compile_kernels.sh: no nvcc; \`make test\` installs it, or set BLOCKEM_NVCC" >&2
+  exit 1
+fi
+
+architectures=("$@")
+[ $# -gt 0 ] || architectures=(80 86 89 90 90a 100 120)
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+compile() { # source architecture: the report of ptxas goes to a file of its own
+  local name
+  name=$(basename "$1" .cu)
+  "$nvcc" -std=c++17 -O3 -Ikernels -arch="sm_$2" -Xptxas -v -cubin \
+    -o "$folder/$name.$2.cubin" "$1" > "$folder/$name.$2.txt" 2>&1 \
+    || { echo "$1 does not compile for sm_$2:" >&2; cat "$folder/$name.$2.txt" >&2; return 1; }
+}
+export -f compile
+export nvcc folder
+
+for source in kernels/*.cu; do
+  for architecture in "${architectures[@]}"; do echo "$source" "$architecture"; done
+done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$0" "$1"'
+
+awk '
+  FNR == 1 {
+    n = split(FILENAME, part, "/"); split(part[n], word, ".")
+    architecture = word[2]
+  }
+  /Compiling entry function/ { split($0, quoted, "\x27"); kernel = quoted[2] }
+  /bytes stack frame/ {
+    for (i = 1; i < NF; i++) {
+      if ($i == "bytes" && $(i + 1) == "spill" && $(i - 1) > 0) spilled = $0
+    }
+  }
+  /Used [0-9]+ registers/ {
+    shared = 0
+    for (i = 1; i < NF; i++) {
+      if ($i == "registers," || $i == "registers") registers = $(i - 1)
+      if ($i == "bytes" && $(i + 1) ~ /^smem/) shared = $(i - 1)
+    }
+    printf "sm_%-5s %-28s %4d registers %6d bytes of static shared memory%s\n", architecture, kernel,
+           registers, shared, spilled == "" ? "" : "  SPILLS"
+    if (spilled != "") { bad++; print "  " spilled }
+    spilled = ""; kernels++
+  }
+  END {
+    if (kernels == 0) { print "no kernel was reported: has the compiler changed its words?"; exit 1 }
+    if (bad > 0) { print bad " of " kernels " kernels spill"; exit 1 }
+    print kernels " kernels compiled, none spills"
+  }' "$folder"/*.txt
+
+launched=$(grep -o 'c"blockem_[a-z0-9_]*"' src/backend/cuda/launch.rs | sed 's/^c"//; s/"$//' | sort)
+for architecture in "${architectures[@]}"; do
+  made=$(sed -n "s/.*Compiling entry function '\([^']*\)'.*/\1/p" "$folder"/*."$architecture".txt | sort)
+  if ! diff <(echo "$launched") <(echo "$made"); then
+    echo "sm_$architecture: launch.rs (<) and kernels/*.cu (>) name different kernels" >&2
+    exit 1
+  fi
+done
