@@ -165,7 +165,7 @@ macro_rules! params {
         )*
 
         /// Sizes and offsets as kernels/params.cuh must have them.
-        #[cfg(test)]
+        #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
         pub(super) fn layout() -> String {
             let mut lines = String::new();
             $(

@@ -2,6 +2,8 @@
 //! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
 //! f64 arithmetic, and with itself bit for bit.
 
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
 use std::collections::HashSet;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
