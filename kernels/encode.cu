@@ -13,10 +13,10 @@
 // More latents: 128 × 64 (f32: 64 × 64) in eight warps; CTAs that share tokens are neighbours, so h
 // comes from memory once and from the second-level cache after that. A tile of masked tokens reads
 // nothing.
-// Bytes moved: h once (less the rows of masked tokens), the packed rows (6 · K · d, cached) once for
-// each tile of tokens, reference and coefficients 4 · T · K each.
+// Bytes moved: h once (less the rows of masked tokens), the packed rows (6 · K · d, cached) once
+// for each tile of tokens, reference and coefficients 4 · T · K each.
 // Determinism: 64 columns are one chain of mma, smallest products first, that starts at zero; eight
-// chains are added in order to a group; the groups are added in order. So dot has the same bits in
+// chains are added in order to a group, and groups in order to the sum. So dot has the same bits in
 // every kernel here, whatever the tile or the other tokens and latents. Losses are summed in f64
 // along a fixed tree within a tile; reduce.cu adds up the tiles.
 // A NaN in h makes all latents of its token NaN. So may an infinity: its products with the terms of

@@ -369,14 +369,13 @@ impl EncodeTile {
 
     fn of(dtype: DType, count: usize, tokens: usize) -> &'static EncodeTile {
         let most = if tokens > TALL { 128 } else { 64 };
-        let few = |t: &&EncodeTile| t.dtype == dtype && t.latents >= count && t.tokens <= most;
-        let wide = |t: &&EncodeTile| t.dtype == dtype && t.latents > FEW;
-        // The tallest of the narrowest.
-        let tiles = ENCODE_TILES.iter().filter(few).filter(|t| t.latents <= FEW);
-        tiles
-            .min_by_key(|t| (t.latents, Reverse(t.tokens)))
-            .or_else(|| ENCODE_TILES.iter().find(wide))
-            .expect("every dtype has a wide tile")
+        let fits = |t: &&EncodeTile| {
+            let few = t.latents >= count && t.tokens <= most;
+            t.dtype == dtype && (few || t.latents > FEW)
+        };
+        let tallest_of_the_narrowest = |t: &&EncodeTile| (t.latents, Reverse(t.tokens));
+        let tiles = ENCODE_TILES.iter().filter(fits);
+        tiles.min_by_key(tallest_of_the_narrowest).expect("every dtype has a wide tile")
     }
 
     /// Stages of 64 columns: as many as fit, six at most.
