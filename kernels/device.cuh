@@ -1,9 +1,9 @@
 // Everything that only the device has, behind plain functions: the kernels use nothing else. On the
 // host tests/simt/device_host.h stands in for it, so that the same sources run without a device.
 //
-// Notation of mma fragments: lane = 4 · g + q, g < 8, q < 4. Of a 16 × 16 operand A a lane holds rows
-// g and g + 8 at k = 2q, 2q + 1 and 2q + 8, 2q + 9; of a 16 × 8 operand B column g at these k; of a
-// 16 × 8 accumulator rows g and g + 8 at columns 2q, 2q + 1.
+// Notation of mma fragments: lane = 4 · g + q, g < 8, q < 4. Of a 16 × 16 operand A a lane holds
+// rows g and g + 8 at k = 2q, 2q + 1 and 2q + 8, 2q + 9; of a 16 × 8 operand B column g at these k;
+// of a 16 × 8 accumulator rows g and g + 8 at columns 2q, 2q + 1.
 #pragma once
 
 #include <stdint.h>
@@ -101,7 +101,7 @@ DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const unsigned char *row) {
                  : "memory");
 }
 
-// Copies the first `bytes` of sixteen, and zeros the rest, some time before the wait that covers it.
+// Copies `bytes` of sixteen and zeros the rest, some time before the wait that covers it.
 DEVICE void copy_async(unsigned char *shared, const unsigned char *global, uint32_t bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes)

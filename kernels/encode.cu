@@ -8,14 +8,15 @@
 //   loss[k] = Σ_t mask_t · w_k · r²
 //
 // Parallelisation: a CTA takes a tile of tokens × latents through all columns, 64 at a time, in a
-// pipeline of asynchronous copies. Up to 32 latents: 64 tokens × all latents in four warps, so that h
-// is read once; with tokens to spare 128 (f16, bf16), so that rows are read less often. More latents:
-// 128 × 64 (f32: 64 × 64) in eight warps; CTAs that share tokens are neighbours, so h comes from
-// memory once and from the second-level cache after that. A tile of masked tokens reads nothing.
-// Bytes moved: h once (less the rows of masked tokens), the packed rows (6 · K · d, cached) once for
-// each tile of tokens, reference and coefficients 4 · T · K each.
+// pipeline of asynchronous copies. Up to 32 latents: 64 tokens × all latents in four warps, so that
+// h is read once; with tokens to spare 128 (f16, bf16), so that packed rows are read less often.
+// More latents: 128 × 64 (f32: 64 × 64) in eight warps; CTAs that share tokens are neighbours, so h
+// comes from memory once and from the second-level cache after that. A tile of masked tokens reads
+// nothing.
+// Bytes moved: h once (less the rows of masked tokens), the packed rows (6 · K · d, cached) once
+// for each tile of tokens, reference and coefficients 4 · T · K each.
 // Determinism: 64 columns are one chain of mma, smallest products first, that starts at zero; eight
-// chains are added in order to a group; the groups are added in order. So dot has the same bits in
+// chains are added in order to a group, and groups in order to the sum. So dot has the same bits in
 // every kernel here, whatever the tile or the other tokens and latents. Losses are summed in f64
 // along a fixed tree within a tile; reduce.cu adds up the tiles.
 // A NaN in h makes all latents of its token NaN. So may an infinity: its products with the terms of

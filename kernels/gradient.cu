@@ -11,9 +11,10 @@
 // Bytes moved: dH written once (accumulate: rows with a violation are read and written, the others
 // are not touched), coefficients 4 · T · K for every 128 columns and packed rows (4 · K · d, f32:
 // 6 · K · d) for every few tiles of tokens, both cached.
-// Determinism: 32 latents are one chain of mma, smallest products first, that starts at zero; chains
-// are added in order. An f16 or bf16 result leaves out products below 2^-16 of the largest, which
-// its rounding hides. Skipped chains would have added zero. A row depends on its own coefficients.
+// Determinism: 32 latents are one chain of mma, smallest products first, that starts at zero;
+// chains are added in order. An f16 or bf16 result leaves out products below 2^-16 of the largest,
+// which its rounding hides. Skipped chains would have added zero. A row depends on its own
+// coefficients.
 #include "device.cuh"
 #include "params.cuh"
 

@@ -22,10 +22,22 @@ DEVICE void write(const OutputParams &out, uint64_t i, double value) {
     else reinterpret_cast<float *>(out.data)[i * out.stride] = (float)value;
 }
 
-// The sum of every 256th number from the thread's own on, then a tree over the block: thread 0 has it.
-DEVICE double block_sum(const double *x, uint64_t n, double *scratch) {
+// Every `step`th of n numbers from `first` on, in order; eight reads are under way at a time.
+DEVICE double sum_of(const double *x, uint64_t n, uint64_t first, uint64_t step) {
     double sum = 0.0;
-    for (uint64_t i = thread_index(); i < n; i += THREADS) sum = add_rn(sum, x[i]);
+    for (uint64_t i = first; i < n; i += 8 * step) {
+        double ahead[8];
+        UNROLL
+        for (uint64_t j = 0; j < 8; j++) ahead[j] = i + j * step < n ? x[i + j * step] : 0.0;
+        UNROLL
+        for (uint64_t j = 0; j < 8; j++) sum = add_rn(sum, ahead[j]);
+    }
+    return sum;
+}
+
+// The threads' sums, then a tree over the block: every thread has the result.
+DEVICE double block_sum(const double *x, uint64_t n, double *scratch) {
+    double sum = sum_of(x, n, thread_index(), THREADS);
     UNROLL
     for (uint32_t lanes = 1; lanes < 32; lanes *= 2) sum = add_rn(sum, shuffle_xor(sum, lanes));
     if (thread_index() % 32 == 0) scratch[thread_index() / 32] = sum;
@@ -55,9 +67,8 @@ KERNEL(blockem_reduce_latents, ReduceParams, THREADS, 1) {
     const uint32_t k = block_index() * LATENTS + own;
     double sum = 0.0;
     if (k < p.count) {
-        for (uint64_t tile = share; tile < p.tiles; tile += SHARES) {
-            sum = add_rn(sum, p.loss_partials[tile * p.padded_count + k]);
-        }
+        const uint64_t all = p.tiles * p.padded_count, row = p.padded_count;
+        sum = sum_of(p.loss_partials, all, share * row + k, SHARES * row);
     }
     scratch[thread_index()] = sum;
     sync_block();

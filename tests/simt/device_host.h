@@ -97,7 +97,9 @@ DEVICE uint32_t round_to_f16(float low, float high) {
 }
 DEVICE float float_of_f16(uint16_t x) {
     const uint32_t exponent = x >> 10 & 31, fraction = x & 0x3ff;
-    float size = ldexpf((float)(exponent ? fraction | 0x400 : fraction), (exponent ? (int)exponent : 1) - 25);
+    // Subnormals have the exponent of the smallest normal number, and no leading one.
+    const uint32_t significand = exponent ? fraction | 0x400 : fraction;
+    float size = ldexpf((float)significand, (exponent ? (int)exponent : 1) - 25);
     if (exponent == 31) size = fraction ? NAN : INFINITY;
     return x >> 15 ? -size : size;
 }

@@ -62,7 +62,8 @@ void simt::mma(void *const (&lanes)[32]) {
         const uint32_t g = lane / 4, q = lane % 4;
         for (uint32_t i = 0; i < 2; i++) {
             for (uint32_t part = 0; part < 4; part++) {
-                a[g + part % 2 * 8][2 * q + i + part / 2 * 8] = bf16(own.a[part] >> 16 * i & 0xffff);
+                const uint32_t half = own.a[part] >> 16 * i & 0xffff;
+                a[g + part % 2 * 8][2 * q + i + part / 2 * 8] = bf16(half);
             }
             for (uint32_t part = 0; part < 2; part++) {
                 b[g][2 * q + i + part * 8] = bf16(own.b[part] >> 16 * i & 0xffff);

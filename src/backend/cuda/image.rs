@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::driver::{Context, Driver, Function, LoadedImage, Version, require_version};
+use super::driver::{Context, Function, LoadedImage, Version, require_version};
 use super::launch::Kernel;
 use crate::error::{Result, bail};
 
@@ -21,7 +21,7 @@ pub(crate) const fn is_embedded() -> bool {
 }
 
 /// Refuses what can never run, before anything is created on a device.
-pub(super) fn check_driver(driver: &Driver) -> Result<()> {
+pub(super) fn check_driver(version: Version) -> Result<()> {
     if !is_embedded() {
         bail!(
             NoKernelImage,
@@ -31,7 +31,7 @@ pub(super) fn check_driver(driver: &Driver) -> Result<()> {
     }
     // Kernels of a toolkit load in every driver of its major version and in later ones.
     let needed = Version(TOOLKIT / 1000 * 1000);
-    require_version(driver.version(), needed, "the kernels of this build of libblockem")
+    require_version(version, needed, "the kernels of this build of libblockem")
 }
 
 /// The kernels in one context, ready to be launched.
@@ -127,4 +127,31 @@ struct Entry {
 fn loaded_modules() -> MutexGuard<'static, Vec<Entry>> {
     static LOADED: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
     LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+
+    /// `make test` runs this in builds with kernels and without.
+    #[test]
+    fn a_driver_is_refused_before_anything_is_made() {
+        let answer = |version| check_driver(Version(version)).map_err(|e| (e.status, e.message));
+        let own = TOOLKIT / 1000 * 1000;
+        if !is_embedded() {
+            let (status, message) = answer(99000).unwrap_err();
+            assert_eq!(status, Status::NoKernelImage);
+            assert!(message.contains("BLOCKEM_NVCC"), "{message}");
+            return;
+        }
+        for version in [own, own + 90, own + 1000] {
+            assert_eq!(answer(version), Ok(()));
+        }
+        let (status, message) = answer(own - 10).unwrap_err();
+        assert_eq!(status, Status::DriverTooOld);
+        for version in [Version(own - 10), Version(own)] {
+            assert!(message.contains(&version.to_string()), "{version} is not in {message:?}");
+        }
+    }
 }

@@ -166,7 +166,7 @@ macro_rules! params {
         )*
 
         /// Sizes and offsets as kernels/params.cuh must have them.
-        #[cfg(test)]
+        #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
         pub(super) fn layout() -> String {
             let mut lines = String::new();
             $(
@@ -370,14 +370,13 @@ impl EncodeTile {
 
     fn of(dtype: DType, count: usize, tokens: usize) -> &'static EncodeTile {
         let most = if tokens > TALL { 128 } else { 64 };
-        let few = |t: &&EncodeTile| t.dtype == dtype && t.latents >= count && t.tokens <= most;
-        let wide = |t: &&EncodeTile| t.dtype == dtype && t.latents > FEW;
-        // The tallest of the narrowest.
-        let tiles = ENCODE_TILES.iter().filter(few).filter(|t| t.latents <= FEW);
-        tiles
-            .min_by_key(|t| (t.latents, Reverse(t.tokens)))
-            .or_else(|| ENCODE_TILES.iter().find(wide))
-            .expect("every dtype has a wide tile")
+        let fits = |t: &&EncodeTile| {
+            let few = t.latents >= count && t.tokens <= most;
+            t.dtype == dtype && (few || t.latents > FEW)
+        };
+        let tallest_of_the_narrowest = |t: &&EncodeTile| (t.latents, Reverse(t.tokens));
+        let tiles = ENCODE_TILES.iter().filter(fits);
+        tiles.min_by_key(tallest_of_the_narrowest).expect("every dtype has a wide tile")
     }
 
     /// Stages of 64 columns: as many as fit, six at most.

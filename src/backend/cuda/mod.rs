@@ -28,7 +28,7 @@ use crate::tensor::{Device, Stream};
 pub(crate) fn device_count() -> Result<i32> {
     use crate::error::Status::{CudaUnavailable, DriverTooOld, NoKernelImage};
     let count = Driver::get().and_then(|driver| {
-        image::check_driver(driver)?;
+        image::check_driver(driver.version())?;
         driver.device_count()
     });
     match count {
@@ -39,7 +39,7 @@ pub(crate) fn device_count() -> Result<i32> {
 
 /// Refuses a process that cannot use CUDA at all.
 pub(crate) fn check_available() -> Result<()> {
-    image::check_driver(Driver::get()?)
+    image::check_driver(Driver::get()?.version())
 }
 
 /// A plan's rows on a device.

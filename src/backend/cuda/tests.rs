@@ -2,13 +2,15 @@
 //! thread as a fiber under AddressSanitizer and UBSan, and these tests compare what comes out with
 //! f64 arithmetic, and with itself bit for bit.
 
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
 use std::collections::HashSet;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
-use std::{env, fs, thread};
+use std::{fs, thread};
 
 use half::{bf16, f16};
 use sha2::{Digest, Sha256};
@@ -41,7 +43,7 @@ fn root() -> &'static Path {
 /// Compiles one file; a machine without g++ cannot run these tests, and says so.
 fn compile(source: &Path, object: &Path, kernels: &Path) {
     let mut gxx = Command::new("g++");
-    gxx.args(["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-x", "c++"]);
+    gxx.args(["-std=c++17", "-ffp-contract=off", "-x", "c++"]);
     match source.ends_with(TENSOR_CORE) {
         true => gxx.arg("-O2"),
         false => gxx.args(["-O1", "-g1", "-fsanitize=address,undefined"]),
@@ -276,9 +278,8 @@ struct Random(u64);
 
 impl Random {
     fn fresh() -> Random {
-        let seed = env::var("BLOCKEM_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-        Random(seed.unwrap_or(now.as_nanos() as u64) | 1)
+        Random((now.as_nanos() as u64) | 1)
     }
 
     fn bits(&mut self) -> u64 {
