@@ -499,7 +499,8 @@ typedef struct blockem_sae_options {
   size_t struct_size;
   /**
    * A JSON object of configuration keys by their SAELens names, such as
-   * {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. Or NULL.
+   * {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. "format"
+   * names the format of tensors that fit several. Or NULL.
    */
   const char *recipe_json;
   /**
@@ -970,9 +971,11 @@ blockem_status blockem_raw_penalty_workspace_size(int64_t tokens,
                                                   size_t *bytes);
 
 /**
- * Opens a checkpoint: a SAELens folder (cfg.json and sae_weights.safetensors) or a safetensors
- * file that states its recipe. Reads headers only; rows are read by blockem_plan_create. The file
- * stays open until the handle is freed and must not change.
+ * Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama Scope,
+ * Goodfire, sparsify, dictionary_learning and others: README.md has the table; safetensors, npz, and
+ * PyTorch's .pt and .pth, which are read as data and run nothing), or a safetensors file that states
+ * its recipe. Tensors and shapes tell the format. Reads headers only; rows are read by
+ * blockem_plan_create. The file stays open until the handle is freed and must not change.
  * path: UTF-8. options: NULL or what the file does not say.
  * out: a new handle, to be freed with blockem_sae_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, IO, FORMAT, TENSOR_MISSING,

@@ -31,7 +31,8 @@ pub struct blockem_sae_options {
     /// sizeof(blockem_sae_options), set by BLOCKEM_SAE_OPTIONS_INIT.
     pub struct_size: usize,
     /// A JSON object of configuration keys by their SAELens names, such as
-    /// {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. Or NULL.
+    /// {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. "format"
+    /// names the format of tensors that fit several. Or NULL.
     pub recipe_json: *const c_char,
     /// sqrt(d) / mean norm of hidden, for a file that needs a scale and does not hold it; 0 means
     /// not given.
@@ -109,9 +110,11 @@ pub struct blockem_sae_info {
 }
 versioned!(blockem_sae_info, first_size = 64, last = reserved: i32);
 
-/// Opens a checkpoint: a SAELens folder (cfg.json and sae_weights.safetensors) or a safetensors
-/// file that states its recipe. Reads headers only; rows are read by blockem_plan_create. The file
-/// stays open until the handle is freed and must not change.
+/// Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama Scope,
+/// Goodfire, sparsify, dictionary_learning and others: README.md has the table; safetensors, npz, and
+/// PyTorch's .pt and .pth, which are read as data and run nothing), or a safetensors file that states
+/// its recipe. Tensors and shapes tell the format. Reads headers only; rows are read by
+/// blockem_plan_create. The file stays open until the handle is freed and must not change.
 /// path: UTF-8. options: NULL or what the file does not say.
 /// out: a new handle, to be freed with blockem_sae_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, IO, FORMAT, TENSOR_MISSING,

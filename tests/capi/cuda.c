@@ -278,6 +278,26 @@ static void pointers(void) {
   CHECK_STATUS(blockem_penalty(plan, &a.penalty, NULL), BLOCKEM_STATUS_DEVICE_MISMATCH);
   a.penalty.latent_loss = good;
 
+  /* Memory of another context of the same device. */
+  {
+    unsigned long long address = 0;
+    void *other = stub.context(0, 0), *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    int (*alloc)(unsigned long long *, size_t) = NULL;
+    int (*free_memory)(unsigned long long) = NULL;
+    *(void **)&alloc = dlsym(driver, "cuMemAlloc_v2");
+    *(void **)&free_memory = dlsym(driver, "cuMemFree_v2");
+    stub.set_current(other);
+    CHECK(alloc != NULL && alloc(&address, K * 4) == 0);
+    stub.set_current(NULL);
+    a.penalty.latent_loss.data = (void *)(size_t)address;
+    CHECK_STATUS(blockem_penalty(plan, &a.penalty, NULL), BLOCKEM_STATUS_DEVICE_MISMATCH);
+    CHECK(message_has("latent_loss") && message_has("another CUDA context"));
+    a.penalty.latent_loss = good;
+    stub.set_current(other);
+    CHECK(free_memory != NULL && free_memory(address) == 0);
+    stub.set_current(NULL);
+  }
+
   gone = a.encode.latents.data;
   a.memory[1] = stub.memory(0, 4);
   stub.release(gone);

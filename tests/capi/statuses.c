@@ -281,7 +281,7 @@ static void file_statuses(void) {
   write_file(pickle, "\x80\x02}q\x00(X\x01\x00\x00\x00", 12);
   CHECK_STATUS(open_sae(pickle), BLOCKEM_STATUS_UNSAFE_PICKLE);
   write_file(zip, "PK\x03\x04\x14\x00\x00\x00\x00\x00\x00\x00", 12);
-  CHECK_STATUS(open_sae(zip), BLOCKEM_STATUS_UNSAFE_PICKLE);
+  CHECK_STATUS(open_sae(zip), BLOCKEM_STATUS_FORMAT);
 
   /* Rows are read when a plan is made, so at the latest there a NaN is found. */
   weight[0] = NAN;

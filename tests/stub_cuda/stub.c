@@ -61,6 +61,7 @@ typedef struct {
   uintptr_t start;
   size_t bytes;
   int device, owned;
+  context *owner; /* NULL: of no one context, as a driver's memory pools are */
 } memory;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -144,6 +145,7 @@ static void *new_memory(int device, size_t bytes) {
   m->bytes = bytes;
   m->device = device;
   m->owned = 1;
+  m->owner = NULL;
   alive++;
   return start;
 }
@@ -230,6 +232,7 @@ EXPORT void stub_adopt(int device, void *start, size_t bytes) {
   m->bytes = bytes;
   m->device = device;
   m->owned = 0;
+  m->owner = NULL;
 }
 
 EXPORT int stub_alive(void) { return alive; }
@@ -423,6 +426,7 @@ EXPORT CUresult cuMemAlloc_v2(deviceptr *out, size_t bytes) {
   if (bytes == 0) return INVALID_VALUE;
   if (unsafe_in_capture() != SUCCESS) return CAPTURE_UNSUPPORTED;
   *out = (deviceptr)(uintptr_t)new_memory(current()->device, bytes);
+  find_memory((uintptr_t)*out)->owner = current();
   return SUCCESS;
 }
 
@@ -457,6 +461,9 @@ EXPORT CUresult cuPointerGetAttributes(unsigned n, const int *keys, void **out, 
   BEGIN("cuPointerGetAttributes");
   for (i = 0; i < n; i++) {
     switch (keys[i]) {
+      case 1: /* CONTEXT */
+        *(void **)out[i] = m == NULL ? NULL : m->owner;
+        break;
       case 2: /* MEMORY_TYPE: host 1, device 2, unknown 0 */
         *(unsigned *)out[i] = m == NULL ? 0 : m->device == -1 ? 1 : 2;
         break;

@@ -34,7 +34,7 @@ typedef void *stub_stream_fn(void *context);
 /* A stream is captured from now on, or (off) no longer; NULL stands for one that the test has not. */
 enum { STUB_CAPTURE_OFF, STUB_CAPTURE_BLOCKING, STUB_CAPTURE_NON_BLOCKING };
 typedef void stub_capture_fn(void *stream, int kind);
-/* Memory of a device, pinned memory (device -1) or managed memory (device -2). */
+/* Memory of a device and of no one context, pinned memory (device -1) or managed memory (device -2). */
 typedef void *stub_memory_fn(int device, size_t bytes);
 typedef void stub_release_fn(void *memory);
 /* Makes host memory pass for a device's, until stub_release. */

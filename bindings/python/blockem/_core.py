@@ -221,13 +221,16 @@ def load_sae(
     recipe: Mapping[str, Any] | None = None,
     input_scale: float | None = None,
 ) -> Sae:
-    """Opens a checkpoint: the owner's folder (SAELens: ``cfg.json`` and
-    ``sae_weights.safetensors``) or a safetensors file that states its recipe.
+    """Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama
+    Scope, Goodfire, sparsify, dictionary_learning and others: the README has the table), or a
+    safetensors file that states its recipe. PyTorch's ``.pt`` and ``.pth`` are read as data: nothing
+    in them runs. Tensors and shapes tell the format.
 
     Reads headers only; rows are read when a :class:`Plan` is made.
 
     recipe: configuration keys by their SAELens names that complete or override the file's own,
-        such as ``{"architecture": "jumprelu"}``.
+        such as ``{"architecture": "jumprelu"}``; ``"format"`` names the format of tensors that fit
+        several.
     input_scale: sqrt(d) / mean norm of hidden, for a file that needs a scale and does not hold it.
 
     Raises Error: IO (also OSError), FORMAT, TENSOR_MISSING, RECIPE_INCOMPLETE, UNSAFE_PICKLE,

@@ -186,13 +186,19 @@ impl Driver {
     /// Tells what a pointer is, in one call.
     pub fn pointer(&self, address: u64) -> Result<Pointer> {
         let (mut memory, mut device, mut managed) = (0 as c_uint, -1 as c_int, 0 as c_uint);
+        let mut context: CUcontext = std::ptr::null_mut();
         let attributes = [
+            CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT,
             CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
             CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
             CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_MANAGED,
         ];
-        let mut places: [*mut c_void; 3] =
-            [(&raw mut memory).cast(), (&raw mut device).cast(), (&raw mut managed).cast()];
+        let mut places: [*mut c_void; 4] = [
+            (&raw mut context).cast(),
+            (&raw mut memory).cast(),
+            (&raw mut device).cast(),
+            (&raw mut managed).cast(),
+        ];
         // SAFETY: as many attributes as places, each of its type; the pointer is only looked up.
         let code = unsafe {
             let (keys, places) = (attributes.as_ptr(), places.as_mut_ptr());
@@ -202,7 +208,7 @@ impl Driver {
         // CU_MEMORYTYPE_HOST and CU_MEMORYTYPE_DEVICE.
         Ok(match (managed, memory) {
             (1.., _) => Pointer::Managed,
-            (0, 2) => Pointer::Device(device),
+            (0, 2) => Pointer::Device(device, context),
             (0, 1) => Pointer::Host,
             _ => Pointer::Unknown,
         })
@@ -238,7 +244,8 @@ impl Driver {
 /// What the driver knows of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pointer {
-    Device(i32),
+    /// Of a device, and of a context; NULL where it is of no one context, as pools are.
+    Device(i32, CUcontext),
     Managed,
     /// Pinned or registered.
     Host,
@@ -410,6 +417,11 @@ impl Context {
 
     pub fn device_index(&self) -> i32 {
         self.index
+    }
+
+    /// Whether memory of this context may be used in it; NULL stands for memory of any.
+    pub fn owns(&self, context: CUcontext) -> bool {
+        context.is_null() || context == self.handle
     }
 
     /// Never given again while the process lives, unlike the handle.

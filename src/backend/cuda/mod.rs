@@ -406,9 +406,14 @@ impl Pointers {
         let index = context.device_index();
         for (name, address) in &self.given[..self.count] {
             match context.driver().pointer(*address)? {
-                Pointer::Device(device) if device == index => {}
+                Pointer::Device(device, owner) if device == index && context.owns(owner) => {}
                 Pointer::Managed => {}
-                Pointer::Device(device) => bail!(
+                Pointer::Device(device, _) if device == index => bail!(
+                    DeviceMismatch,
+                    "{name} is memory of another CUDA context of cuda:{index} than the plan's, which \
+                     cannot reach it; make the plan where that context is current"
+                ),
+                Pointer::Device(device, _) => bail!(
                     DeviceMismatch,
                     "{name} is memory of cuda:{device}, the call runs on cuda:{index}"
                 ),
