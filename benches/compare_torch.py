@@ -182,6 +182,8 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            # torch's idle workers spin for some milliseconds: nobody pays for the one before.
+            time.sleep(0.02)
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
