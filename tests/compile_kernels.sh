@@ -71,3 +71,30 @@ for architecture in "${architectures[@]}"; do
     exit 1
   fi
 done
+
+# Launches of a fused call at T = 8192, d = 4096 on an H100 or H200 (132 multiprocessors, each with
+# 65,536 registers, 228 KiB of shared memory, 2,048 threads).
+if [[ " ${architectures[*]} " == *" 90 "* ]] && command -v cargo > /dev/null; then
+  echo
+  echo "fused calls, T=8192 d=4096, sm_90: occupancy from the compiler's registers, bytes from the launch"
+  printf "%-9s %5s %-28s %7s %8s %9s %10s %12s\n" \
+    dtype K kernel blocks 'per SM' 'warps/SM' 'MiB moved' 'MiB of W, L2'
+  cargo test --locked --quiet --lib cuda::launch::tests::footprints -- --nocapture \
+    | grep '^launch ' > "$folder/launches"
+  awk '
+    FNR == NR {
+      if (/Compiling entry function/) { split($0, quoted, "\x27"); kernel = quoted[2] }
+      if (/Used [0-9]+ registers/) {
+        for (i = 1; i < NF; i++) if ($i ~ /^registers,?$/) registers[kernel] = $(i - 1)
+      }
+      next
+    }
+    {
+      rounded = int((registers[$4] + 7) / 8) * 8
+      blocks = int(65536 / (rounded * $6))
+      if ($7 > 0 && int(233472 / ($7 + 1024)) < blocks) blocks = int(233472 / ($7 + 1024))
+      if (int(2048 / $6) < blocks) blocks = int(2048 / $6)
+      printf "%-9s %5d %-28s %7d %8d %9d %10.1f %12.1f\n", $2, $3, $4, $5, blocks,
+             blocks * $6 / 32, $8 / 1048576, $9 / 1048576
+    }' <(cat "$folder"/*.90.txt) "$folder/launches"
+fi

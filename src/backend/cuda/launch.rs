@@ -761,4 +761,48 @@ mod tests {
             }
         }
     }
+
+    /// What tests/compile_kernels.sh makes a report of: each launch of a fused call, with the bytes
+    /// that it must move and the packed rows that its blocks read through the cache.
+    #[test]
+    fn footprints() {
+        let (tokens, d_in) = (8192, 4096);
+        for dtype in [DType::BF16, DType::F32] {
+            for count in [20, 128, 1024, 4096] {
+                let rows = DeviceRows { count, d_in, ..ROWS };
+                let mut call = penalty_call(tokens, count);
+                call.hidden.dtype = dtype;
+                if let Some(grad) = &mut call.grad {
+                    grad.rows.dtype = dtype;
+                    grad.accumulate = false;
+                }
+                let launches = penalty(&rows, &call);
+                let (matrix, values) = (tokens * d_in * dtype.size(), tokens * count * 4);
+                for launch in launches.iter() {
+                    let (must, packed) = match launch.params {
+                        Params::Encode(_) => {
+                            let tile = EncodeTile::of(dtype, count, tokens);
+                            let rows = packed_bytes(tile.latents.min(count), d_in);
+                            (matrix + 2 * values, launch.grid[0] as usize * rows)
+                        }
+                        Params::Gradient(p) => {
+                            let tiles = launch.grid[0] as usize / p.column_tiles as usize;
+                            let terms = if dtype == DType::F32 { 3 } else { 2 };
+                            (matrix + values, tiles * packed_bytes(count, d_in) * terms / TERMS)
+                        }
+                        _ => (8 * tokens.div_ceil(64) * padded_count(count), 0),
+                    };
+                    assert!(launch.shared <= launch.kernel.shared_limit());
+                    println!(
+                        "launch {} {count} {} {} {} {} {must} {packed}",
+                        dtype.name(),
+                        launch.kernel.name().to_string_lossy(),
+                        launch.grid[0],
+                        launch.block,
+                        launch.shared
+                    );
+                }
+            }
+        }
+    }
 }
