@@ -15,7 +15,7 @@ RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs'
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels \
-        lint header gpu-check bench install clean
+        lint header gpu-check fuzz bench install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,21 @@ test-install: $(VENV)/requirements $(LIB) $(VENV)/tools ## install into a scratc
 
 test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
 	tests/compile_kernels.sh
+
+# Coverage-guided, from the fixtures on: every file format, then K0.json and recipes.
+FUZZ_SECONDS ?= 600
+fuzz: ## the readers, FUZZ_SECONDS each (600)
+	@command -v cargo-fuzz > /dev/null || $(CARGO) install --quiet --locked cargo-fuzz
+	mkdir -p target/fuzz/checkpoint target/fuzz/json
+	find tests/data -name '*.pt' -o -name '*.pth' -o -name '*.npz' -o -name '*.safetensors' \
+	  | while read -r file; do cp "$$file" "target/fuzz/checkpoint/$$(echo "$$file" | tr / _)"; done
+	find tests/data -name '*.json' \
+	  | while read -r file; do cp "$$file" "target/fuzz/json/$$(echo "$$file" | tr / _)"; done
+	for target in checkpoint json; do \
+	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build \
+	    $$target target/fuzz/$$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=5 \
+	    -rss_limit_mb=2048 -max_len=65536 -print_final_stats=1; \
+	done
 
 lint: ## formatting, clippy (which also checks the MSRV)
 	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \

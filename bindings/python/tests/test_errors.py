@@ -218,9 +218,20 @@ def test_recipe_incomplete(sae_folder: Path) -> None:
 
 
 def test_unsafe_pickle(tmp_path: Path) -> None:
-    torch.save({"W_enc": torch.zeros(2, 3)}, tmp_path / "sae.pt")
-    with raises("UNSAFE_PICKLE", 204, "sae.pt"):
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "sae.pt")
+    with raises("UNSAFE_PICKLE", 204, "torch.nn.modules.linear.Linear"):
         blockem.load_sae(tmp_path / "sae.pt")
+
+
+def test_a_state_dict_is_read_as_data(tmp_path: Path) -> None:
+    weight = torch.randn(6, 4)
+    state = {"encoder_linear.weight": weight, "encoder_linear.bias": torch.zeros(6)}
+    torch.save(state, tmp_path / "tiny-l3.pth")
+    sae = blockem.load_sae(tmp_path / "tiny-l3.pth")
+    assert (sae.d_in, sae.d_sae, sae.layer, sae.describe()["format"]) == (4, 6, 3, "goodfire")
+    hidden = torch.randn(5, 4)
+    plan = blockem.Plan(sae, blockem.Latents([5, 1], [1, -1]))
+    torch.testing.assert_close(plan.encode(hidden), torch.relu(hidden @ weight.T)[:, [5, 1]])
 
 
 def test_non_finite() -> None:
