@@ -17,7 +17,9 @@ pub(super) fn is_llama(s: &Source<'_>) -> bool {
 pub(super) fn open_llama(s: &Source<'_>) -> Result<Opened> {
     let w_enc = s.linear("encoder_linear.weight")?;
     let b_enc = s.container.need("encoder_linear.bias")?;
-    let mut found = Found::standard("goodfire", w_enc, b_enc).at(None, s.layer_in_path(&["l"]));
+    let layer = s.layer_in_path(&["l"]);
+    let hook = layer.map(|n| format!("model.layers.{n}"));
+    let mut found = Found::standard("goodfire", w_enc, b_enc).at(hook, layer);
     found.w_dec = s.decoder("decoder_linear.weight", &found.w_enc, LINEAR_DECODER)?;
     found.b_dec = s.container.find("decoder_linear.bias")?;
     found.open(s.options_config())

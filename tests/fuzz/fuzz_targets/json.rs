@@ -11,7 +11,8 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!((again.ids(), again.signs()), (set.ids(), set.signs()));
     }
     if let Ok(serde_json::Value::Object(recipe)) = serde_json::from_slice(bytes) {
-        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/sae/standard/sae_weights.safetensors");
+        let file =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../data/sae/standard/sae_weights.safetensors");
         let options = SaeOptions { recipe: Some(recipe), input_scale: None };
         let copy = std::env::temp_dir().join("blockem-fuzz-bare.safetensors");
         if !copy.exists() {
