@@ -466,7 +466,8 @@ def sanitizer(o: Options) -> str:
     ours = [flag, "kernel_substring=blockem"] if flag else []
     for check in ("memcheck", "racecheck", "initcheck"):
         only = [x for name in SANITIZED for x in ("--only", name)]
-        command = [tool, "--tool", check, "--error-exitcode", "9", *ours, sys.executable, __file__, "--device", o.device, "--quick", *only]  # fmt: skip
+        checked = [sys.executable, __file__, "--device", o.device, "--quick", *only]
+        command = [tool, "--tool", check, "--error-exitcode", "9", *ours, *checked]
         done = subprocess.run(command, capture_output=True, text=True)
         expect(done.returncode == 0, f"{check}: {done.stdout[-2000:]}{done.stderr[-500:]}")
     return "memcheck, racecheck and initcheck find nothing"
