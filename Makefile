@@ -44,7 +44,7 @@ test-python: $(VENV)/package ## Python tests
 GPU_PYTHON ?= python3
 BENCH ?= quick
 gpu-check: ## the CUDA backend on this machine's GPU, then the benchmark: BENCH=quick, I/N (a part) or none
-	$(GPU_PYTHON) tests/gpu/check.py
+	$(GPU_PYTHON) tests/gpu/check.py --output benches/results/gpu-check.json
 	@case '$(BENCH)' in \
 	  none) ;; \
 	  quick) $(GPU_PYTHON) benches/gpu/compare.py --quick ;; \

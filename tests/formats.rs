@@ -217,6 +217,12 @@ fn what_files_do_not_tell_must_be_given() {
         assert_eq!(error.status, Status::RecipeIncomplete, "{name}: {error}");
         assert!(error.message.contains(key), "{name}: {error}");
     }
+    // Without its configuration a file is not taken for what its name suggests.
+    let temp = tempfile::TempDir::new().unwrap();
+    let run = root().join("dl_autoencoder_new").join("resid_post_layer_15/trainer_0");
+    fs::copy(run.join("ae.pt"), temp.path().join("ae.pt")).unwrap();
+    let error = Sae::open(temp.path(), &SaeOptions::default()).err().unwrap();
+    assert_eq!(error.status, Status::RecipeIncomplete, "{error}");
     let half: Map<String, Value> = json!({"format": "qwen_scope"}).as_object().unwrap().clone();
     let options = SaeOptions { recipe: Some(half), ..SaeOptions::default() };
     let error = open("qwen_scope", &options).err().unwrap();

@@ -3,6 +3,8 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+#[cfg(test)]
+mod random;
 pub(crate) mod reference;
 
 use crate::error::Result;

@@ -32,7 +32,7 @@ pub(super) fn matches(s: &Source<'_>) -> bool {
     let linear = c.has("encoder.weight") && c.has("decoder.weight");
     is_backup(s)
         || linear && (c.has("bias") || c.has("decoder_bias") || c.has("b_dec"))
-        || linear && s.beside("ae.pt").is_some()
+        || linear && states_class(s)
         || c.has("W_enc") && c.has("group_sizes")
         || c.has("W_enc") && c.kind() == "torch" && c.has("threshold")
 }
@@ -84,6 +84,13 @@ enum Class {
     BatchTopK,
     Matryoshka,
     JumpRelu,
+}
+
+/// Whether the run's configuration is beside the file, or the caller names a class: linear layers
+/// alone are also another format's.
+fn states_class(s: &Source<'_>) -> bool {
+    let config = s.config_or_options("config.json").ok();
+    config.is_some_and(|c| c.find("trainer").is_some() || c.find("dict_class").is_some())
 }
 
 fn is_backup(s: &Source<'_>) -> bool {
