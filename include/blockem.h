@@ -270,6 +270,41 @@
 #define BLOCKEM_ENCODER_LAYOUT_F_D 2
 
 /**
+ * A TOPK SAE keeps each token's k largest latents that are above 0.
+ */
+#define BLOCKEM_SELECTION_LARGEST 0
+
+/**
+ * It keeps each token's k largest in magnitude, with their signs.
+ */
+#define BLOCKEM_SELECTION_MAGNITUDE 1
+
+/**
+ * It keeps the largest of each of k equal groups, where that is above 0.
+ */
+#define BLOCKEM_SELECTION_GROUPS 2
+
+/**
+ * It keeps the k T largest of a batch of T tokens, which no plan computes natively.
+ */
+#define BLOCKEM_SELECTION_BATCH 3
+
+/**
+ * Hidden is encoded as it is.
+ */
+#define BLOCKEM_TOKEN_NORM_NONE 0
+
+/**
+ * Every h becomes h sqrt(d) / |h|.
+ */
+#define BLOCKEM_TOKEN_NORM_CONSTANT 1
+
+/**
+ * Every h becomes (h - mean) / (deviation + 1e-5), with the unbiased standard deviation.
+ */
+#define BLOCKEM_TOKEN_NORM_LAYER 2
+
+/**
  * The device's own backend.
  */
 #define BLOCKEM_BACKEND_AUTO 0
@@ -586,6 +621,14 @@ typedef struct blockem_sae_desc {
    * Where hidden is read, such as "blocks.19.hook_resid_post", or NULL.
    */
   const char *hook_name;
+  /**
+   * BLOCKEM_SELECTION_..., TOPK only.
+   */
+  int32_t selection;
+  /**
+   * BLOCKEM_TOKEN_NORM_...; excludes input_scale.
+   */
+  int32_t token_norm;
 } blockem_sae_desc;
 
 /**
@@ -805,6 +848,15 @@ typedef struct blockem_plan_info {
    * bit.
    */
   char numerics[64];
+  /**
+   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE.
+   */
+  int32_t encode_needs_workspace;
+  /**
+   * 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
+   * token.
+   */
+  int32_t backward_needs_hidden;
 } blockem_plan_info;
 
 /**
@@ -823,6 +875,15 @@ typedef struct blockem_encode_args {
    * [T, K] F32, written.
    */
   struct blockem_tensor latents;
+  /**
+   * Scratch memory on the plan's device, starting at a multiple of 64 bytes. Needed only where
+   * blockem_plan_info.encode_needs_workspace is 1; may be NULL elsewhere.
+   */
+  void *workspace;
+  /**
+   * Its bytes; at least what blockem_plan_workspace_size says.
+   */
+  size_t workspace_size;
 } blockem_encode_args;
 
 /**
@@ -891,7 +952,7 @@ typedef struct blockem_penalty_args {
   void *workspace;
   /**
    * Its bytes; at least what blockem_plan_workspace_size says, for forward and
-   * blockem_penalty.
+   * blockem_penalty, and for backward where blockem_plan_info.backward_needs_hidden is 1.
    */
   size_t workspace_size;
 } blockem_penalty_args;
@@ -1079,11 +1140,13 @@ BLOCKEM_API void blockem_latents_free(struct blockem_latents *latents);
 
 /**
  * Gathers the rows of a latent set from an SAE for a device. The plan keeps copies: the SAE and
- * the set may be freed. Reads only the rows that are needed.
+ * the set may be freed. Reads only the rows that are needed: those of the set, and for the native
+ * activation of a TOPK SAE all of the dictionary (of GROUPS: of the set's groups), which the plan
+ * keeps too.
  * options: NULL for the defaults (CPU, native activation, all cores).
  * out: a new handle, to be freed with blockem_plan_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
- * activation of a topk SAE), IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
+ * activation of a TOPK SAE that is partial or selects over a BATCH), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
  * also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
  * CAPTURE_UNSAFE, FORKED. Thread-safe.
  * On CUDA the plan belongs to the thread's current context where that is one of the device, else
@@ -1106,7 +1169,7 @@ blockem_status blockem_plan_info_get(const struct blockem_plan *plan,
 
 /**
  * Writes the bytes of workspace that blockem_penalty_forward and blockem_penalty need for so many
- * tokens; it may be 0 and grows with tokens up to a bound. Any workspace must start at a multiple
+ * tokens, and the other two where blockem_plan_info says that they need one; it may be 0. Any workspace must start at a multiple
  * of 64 bytes; calls that run at the same time need one each.
  * Errors: NULL_POINTER, INVALID_ARGUMENT (negative tokens). Thread-safe.
  */
@@ -1133,6 +1196,8 @@ BLOCKEM_API void blockem_plan_free(struct blockem_plan *plan);
  * Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH (also a pointer that is
  * no memory of the plan's device), OVERLAP, INVALID_ARGUMENT (also a stream of another context);
  * on CUDA also CUDA_DRIVER, CAPTURE_UNSAFE, FORKED.
+ * The native activation of a TOPK SAE compares with every latent of the dictionary: it needs
+ * workspace (WORKSPACE_TOO_SMALL), and takes as long as encoding them all.
  * Thread-safe: no allocation, no lock held across calls.
  */
 BLOCKEM_API
@@ -1156,9 +1221,12 @@ blockem_status blockem_penalty_forward(const struct blockem_plan *plan,
 
 /**
  * grad_hidden[t,:] (+)= scale * sum_k coef[t,k] W_k.
- * Reads coef, scale_tensor; writes or adds to grad_hidden. hidden may be absent. A token without a
- * coefficient other than 0 gets a row of zeros, and is left untouched when accumulating.
- * stream, errors, thread-safety: as blockem_encode. Needs no workspace.
+ * Reads coef, scale_tensor; writes or adds to grad_hidden. A token without a coefficient other
+ * than 0 gets a row of zeros, and is left untouched when accumulating.
+ * hidden may be absent and no workspace is needed, except where
+ * blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token, and the gradient
+ * is that of the norm too.
+ * stream, errors, thread-safety: as blockem_encode.
  */
 BLOCKEM_API
 blockem_status blockem_penalty_backward(const struct blockem_plan *plan,
@@ -1188,16 +1256,16 @@ blockem_status blockem_penalty(const struct blockem_plan *plan,
 #define BLOCKEM_SAE_DESC_INIT \
   { sizeof(blockem_sae_desc), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
-    BLOCKEM_TENSOR_INIT, 0, 0, 0, 0, 0, 0, 0, 0.0, NULL }
+    BLOCKEM_TENSOR_INIT, 0, 0, 0, 0, 0, 0, 0, 0.0, NULL, 0, 0 }
 #define BLOCKEM_SAE_INFO_INIT { sizeof(blockem_sae_info), 0, 0, 0, 0, 0.0, 0, 0, 0, 0 }
 #define BLOCKEM_LATENTS_DESC_INIT { sizeof(blockem_latents_desc), NULL, NULL, NULL, 0 }
 #define BLOCKEM_LATENTS_INFO_INIT { sizeof(blockem_latents_info), 0, 0, 0, 0, 0 }
 #define BLOCKEM_LATENTS_SAVE_OPTIONS_INIT { sizeof(blockem_latents_save_options), NULL, NULL }
 #define BLOCKEM_PLAN_OPTIONS_INIT { sizeof(blockem_plan_options), 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_PLAN_INFO_INIT \
-  { sizeof(blockem_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 } }
+  { sizeof(blockem_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 }, 0, 0 }
 #define BLOCKEM_ENCODE_ARGS_INIT \
-  { sizeof(blockem_encode_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT }
+  { sizeof(blockem_encode_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, NULL, 0 }
 #define BLOCKEM_PENALTY_ARGS_INIT \
   { sizeof(blockem_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \

@@ -496,21 +496,27 @@ class Plan : public detail::Handle<blockem_plan, blockem_plan_free> {
     return info;
   }
 
-  /// Bytes that forward and penalty need for so many tokens.
+  /// Bytes that forward and penalty need for so many tokens, and the other calls where info() says
+  /// that they need any.
   std::size_t workspace_size(std::int64_t tokens) const {
     std::size_t bytes = 0;
     check(blockem_plan_workspace_size(get(), tokens, &bytes));
     return bytes;
   }
 
-  /// Host memory for forward and penalty on up to so many tokens (CPU plans).
+  /// Host memory for calls on up to so many tokens (CPU plans).
   Workspace workspace(std::int64_t tokens) const { return Workspace(workspace_size(tokens)); }
 
-  /// z of hidden [T, d] into latents [T, K] F32: references for later calls.
+  /// z of hidden [T, d] into latents [T, K] F32: references for later calls. Where
+  /// info().encode_needs_workspace is 1, encode(args) takes one.
   void encode(const Tensor& hidden, const Tensor& latents, void* stream = nullptr) const {
     blockem_encode_args args = BLOCKEM_ENCODE_ARGS_INIT;
     args.hidden = hidden;
     args.latents = latents;
+    encode(args, stream);
+  }
+
+  void encode(const blockem_encode_args& args, void* stream = nullptr) const {
     check(blockem_encode(get(), &args, stream));
   }
 
@@ -519,7 +525,13 @@ class Plan : public detail::Handle<blockem_plan, blockem_plan_free> {
     const std::int64_t tokens = hidden.ndim > 0 && hidden.shape[0] > 0 ? hidden.shape[0] : 0;
     const std::int64_t count = info().num_latents;
     std::vector<float> latents(static_cast<std::size_t>(tokens) * static_cast<std::size_t>(count));
-    encode(hidden, tensor(latents.data(), {tokens, count}));
+    const Workspace scratch = workspace(tokens);
+    blockem_encode_args args = BLOCKEM_ENCODE_ARGS_INIT;
+    args.hidden = hidden;
+    args.latents = tensor(latents.data(), {tokens, count});
+    args.workspace = scratch.data();
+    args.workspace_size = scratch.size();
+    encode(args);
     return latents;
   }
 

@@ -24,6 +24,7 @@ use crate::backend::{
 };
 use crate::error::{Result, bail};
 use crate::plan::{BackendKind, Plan, resolve_backend};
+use crate::sae::TokenNorm;
 use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
 
 /// Arguments of [`Plan::encode`].
@@ -33,6 +34,8 @@ pub struct EncodeArgs<'a> {
     pub hidden: Tensor<'a>,
     /// [T, K] F32, written.
     pub latents: TensorMut<'a>,
+    /// At least [`Plan::workspace_size`] bytes if [`Plan::encode_needs_workspace`].
+    pub workspace: Scratch<'a>,
 }
 
 /// Arguments of [`Plan::forward`], [`Plan::backward`] and [`Plan::penalty`].
@@ -60,7 +63,8 @@ pub struct PenaltyArgs<'a> {
     pub scale: f64,
     /// [1] F32: multiplies dH too, read when the work runs.
     pub scale_tensor: Option<Tensor<'a>>,
-    /// At least [`Plan::workspace_size`] bytes for forward and penalty.
+    /// At least [`Plan::workspace_size`] bytes for forward and penalty, and for backward if
+    /// [`Plan::backward_needs_hidden`].
     pub workspace: Scratch<'a>,
 }
 
@@ -85,6 +89,12 @@ impl Scratch<'_> {
 
     fn workspace(&self) -> Workspace {
         Workspace { data: self.data, size: self.size }
+    }
+
+    /// Its bytes, to compare addresses with.
+    fn view(&self) -> Result<Tensor<'_>> {
+        // SAFETY: nothing is read through it.
+        unsafe { Tensor::from_raw(self.data, DType::U8, Device::Cpu, &[self.size], &[1]) }
     }
 }
 
@@ -192,8 +202,12 @@ impl Plan {
     /// the stream, and every tensor must live until it is done.
     pub fn encode_on(&self, stream: Stream, args: &mut EncodeArgs<'_>) -> Result<()> {
         let call = self.shape().encode_call(args)?;
+        let workspace = match self.encode_needs_workspace() {
+            true => checked_workspace(&args.workspace, self.workspace_size(call.tokens))?,
+            false => Workspace::NONE,
+        };
         // SAFETY: `encode_call` checked every view against the plan.
-        unsafe { self.backend.encode(&call, stream) }
+        unsafe { self.backend.encode(&EncodeCall { workspace, ..call }, stream) }
     }
 
     pub fn forward_on(&self, stream: Stream, args: &mut PenaltyArgs<'_>) -> Result<()> {
@@ -202,8 +216,20 @@ impl Plan {
 
     pub fn backward_on(&self, stream: Stream, args: &mut PenaltyArgs<'_>) -> Result<()> {
         let call = self.shape().backward_call(args, &[])?;
+        let (hidden, workspace) = match (self.backward_needs_hidden(), call.hidden) {
+            (false, _) => (None, Workspace::NONE),
+            (true, Some(_)) => {
+                let needed = self.workspace_size(call.tokens);
+                (call.hidden, checked_workspace(&args.workspace, needed)?)
+            }
+            (true, None) => bail!(
+                NullPointer,
+                "hidden is required by the backward call of this plan: its SAE normalises every \
+                 token, and the gradient depends on the norm"
+            ),
+        };
         // SAFETY: `backward_call` checked every view against the plan.
-        unsafe { self.backend.backward(&call, stream) }
+        unsafe { self.backend.backward(&BackwardCall { hidden, workspace, ..call }, stream) }
     }
 
     pub fn penalty_on(&self, stream: Stream, args: &mut PenaltyArgs<'_>) -> Result<()> {
@@ -413,6 +439,7 @@ impl<'a> RawArrays<'a> {
                 RawGate::Gated(values) => Gate::Gated(vector(values)),
             },
             sign_weight: vector(self.sign_weight),
+            norm: TokenNorm::None,
         }
     }
 
@@ -489,7 +516,10 @@ impl CallShape {
         let latents = self.matrix("latents", out, tokens, self.num_latents, self.values())?;
         check_rows_apart("latents", out)?;
         check_apart("latents", out, "hidden", &args.hidden)?;
-        Ok(EncodeCall { tokens, hidden, latents })
+        let workspace = args.workspace.view()?;
+        check_apart("workspace", &workspace, "latents", out)?;
+        check_apart("workspace", &workspace, "hidden", &args.hidden)?;
+        Ok(EncodeCall { tokens, hidden, latents, workspace: Workspace::NONE })
     }
 
     fn penalty_call(
@@ -523,7 +553,7 @@ impl CallShape {
             token_count: self.output("token_count", &args.token_count, 1)?,
             latent_loss: self.output("latent_loss", &args.latent_loss, self.num_latents)?,
             grad,
-            workspace: Workspace { data: std::ptr::null_mut(), size: 0 },
+            workspace: Workspace::NONE,
         })
     }
 
@@ -541,7 +571,8 @@ impl CallShape {
         let coef = self.coef(coef, tokens)?;
         let grad = self.grad(args, tokens, hidden.map(|(_, hidden)| hidden.dtype))?;
         check_overlaps(args, true, rows)?;
-        Ok(BackwardCall { tokens, coef, grad })
+        let hidden = hidden.map(|(_, hidden)| hidden);
+        Ok(BackwardCall { tokens, coef, grad, hidden, workspace: Workspace::NONE })
     }
 
     fn hidden(&self, tensor: &Tensor<'_>) -> Result<(usize, Matrix)> {
@@ -690,16 +721,13 @@ fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool, rows: &[NamedTensor<'
     fn view<'a>(out: &Option<TensorMut<'a>>) -> Option<Tensor<'a>> {
         out.as_ref().map(|tensor| *tensor.view())
     }
-    let Workspace { data, size } = args.workspace.workspace();
-    // SAFETY: only its addresses are compared.
-    let workspace = unsafe { Tensor::from_raw(data, DType::U8, Device::Cpu, &[size], &[1])? };
     let outputs = [
         ("coef", view(&args.coef)),
         ("loss_sum", view(&args.loss_sum)),
         ("token_count", view(&args.token_count)),
         ("latent_loss", view(&args.latent_loss)),
         ("grad_hidden", if with_grad { view(&args.grad_hidden) } else { None }),
-        ("workspace", Some(workspace)),
+        ("workspace", Some(args.workspace.view()?)),
     ];
     let inputs = [
         ("hidden", args.hidden),

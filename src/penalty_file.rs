@@ -142,9 +142,14 @@ impl Input {
         let wait = || transfers.map_or(Ok(()), Transfers::wait);
         let encode = |hidden: &Memory<'_>| -> Result<Memory<'d>> {
             let mut z = space(DType::F32, count * k)?;
-            let latents = z.tensor_mut(&[count, k])?;
-            let hidden = hidden.tensor(&[count, d])?;
-            plan.encode_on(stream, &mut EncodeArgs { hidden, latents })?;
+            let needed = if plan.encode_needs_workspace() { plan.workspace_size(count) } else { 0 };
+            let mut workspace = space(DType::U8, needed + WORKSPACE_ALIGN)?;
+            let mut args = EncodeArgs {
+                hidden: hidden.tensor(&[count, d])?,
+                latents: z.tensor_mut(&[count, k])?,
+                workspace: workspace.scratch(needed),
+            };
+            plan.encode_on(stream, &mut args)?;
             wait()?;
             Ok(z)
         };

@@ -1,14 +1,17 @@
 //! Plans: the rows of one latent set, gathered from one SAE, ready on one device.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
 use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::reference::Reference;
-use crate::backend::{Backend, OwnedGate, OwnedRows};
+use crate::backend::{Backend, OwnedGate, OwnedRows, TopK};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
-use crate::sae::{Architecture, EncoderRows, Sae};
+use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, TokenNorm};
 use crate::tensor::Device;
 
 /// From pre-activation to latent: the file's rule, or one of the two that BLOCK-EM's users choose.
@@ -91,6 +94,9 @@ pub struct Plan {
     num_latents: usize,
     num_positive: usize,
     layer: Option<i64>,
+    /// The gate is TopK's, so encode needs a workspace.
+    has_topk: bool,
+    token_norm: TokenNorm,
     columns: Columns,
     identity: String,
 }
@@ -99,19 +105,30 @@ impl Plan {
     pub fn new(sae: &Sae, latents: &Latents, options: &PlanOptions) -> Result<Plan> {
         let kind = resolve_backend(options.device, options.backend)?;
         latents.check_against(sae)?;
-        refuse_native_topk(sae, options.activation)?;
+        let contest = match (sae.recipe().architecture, options.activation) {
+            (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents)?),
+            _ => None,
+        };
         let encoder = sae.gather(latents.ids())?;
-        let columns = Columns::new(sae, latents, &encoder, options.activation);
-        let identity = columns.identity(0..latents.len());
-        check_provenance(latents, &identity, options.activation)?;
-        let rows = latent_rows(encoder, latents, sae.recipe().architecture, options.activation);
+        let mut columns = Columns::new(sae, latents, &encoder, options.activation);
+        let topk = contest.as_ref().map(|contest| contest.gate.clone());
+        let rows = latent_rows(encoder, latents, sae.recipe(), options.activation, topk);
+        let read = |range| contest.as_ref().map_or(Ok(EncoderRows::default()), |c| c.read(range));
         let backend: Box<dyn Backend> = match kind {
-            BackendKind::Reference => Box::new(Reference::new(rows)),
-            BackendKind::Cuda => Box::new(Cuda::new(&rows.borrow(), cuda_index(options.device))?),
+            BackendKind::Reference => Box::new(Reference::new(rows, &read)?),
+            BackendKind::Cuda => {
+                Box::new(Cuda::new(&rows.borrow(), &read, cuda_index(options.device))?)
+            }
             BackendKind::Auto | BackendKind::Cpu => {
-                Box::new(Cpu::new(&rows.borrow(), options.num_threads))
+                Box::new(Cpu::new(&rows.borrow(), &read, options.num_threads)?)
             }
         };
+        let has_topk = contest.is_some();
+        if let Some(contest) = contest {
+            columns.recipe.extend(contest.digest());
+        }
+        let identity = columns.identity(0..latents.len());
+        check_provenance(latents, &identity, options.activation)?;
         Ok(Plan {
             backend,
             kind,
@@ -122,6 +139,8 @@ impl Plan {
             num_latents: latents.len(),
             num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
             layer: sae.recipe().layer,
+            has_topk,
+            token_norm: sae.recipe().token_norm,
             columns,
             identity,
         })
@@ -184,7 +203,18 @@ impl Plan {
         self.backend.numerics()
     }
 
-    /// Bytes of scratch that the penalty calls need for so many tokens.
+    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary.
+    pub fn encode_needs_workspace(&self) -> bool {
+        self.has_topk
+    }
+
+    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised.
+    pub fn backward_needs_hidden(&self) -> bool {
+        self.token_norm != TokenNorm::None
+    }
+
+    /// Bytes of scratch that the penalty calls need for so many tokens, and the others where they
+    /// need any.
     pub fn workspace_size(&self, tokens: usize) -> usize {
         self.backend.workspace_size(tokens)
     }
@@ -217,17 +247,74 @@ fn cuda_index(device: Device) -> i32 {
     }
 }
 
-/// A top-k over the blocked rows alone would be another function than the SAE's.
-fn refuse_native_topk(sae: &Sae, activation: Activation) -> Result<()> {
-    if sae.recipe().architecture == Architecture::TopK && activation == Activation::Native {
-        bail!(
-            Unsupported,
-            "the activation 'native' of a topk SAE needs every latent of the dictionary, which \
-             this version does not compute; use 'dense_relu' (what BLOCK-EM's authors use) or \
-             'preactivation'"
-        );
+/// A TopK SAE under its own rule: a top-k over the blocked rows alone would be another function.
+struct Contest<'a> {
+    sae: &'a Sae,
+    gate: TopK,
+    /// Where the rivals of each group begin in the dictionary.
+    starts: Vec<usize>,
+    hash: RefCell<Sha256>,
+}
+
+impl Contest<'_> {
+    fn new<'a>(sae: &'a Sae, latents: &Latents) -> Result<Contest<'a>> {
+        let recipe = sae.recipe();
+        let (Some(k), false) = (recipe.k, recipe.selection == Selection::Batch) else {
+            bail!(
+                Unsupported,
+                "the activation 'native' of this SAE keeps the largest latents of a whole batch, so \
+                 a token's would depend on the other tokens; use 'dense_relu' (what BLOCK-EM's \
+                 authors use) or 'preactivation'"
+            );
+        };
+        if let Some(stored) = sae.stored_latents() {
+            bail!(
+                Unsupported,
+                "the activation 'native' of a topk SAE needs every latent of the dictionary; this \
+                 partial file holds {stored} of {}. Open the whole SAE, or use 'dense_relu' (what \
+                 BLOCK-EM's authors use) or 'preactivation'",
+                recipe.d_sae
+            );
+        }
+        let (size, winners) = match recipe.selection {
+            Selection::Groups => (recipe.d_sae / k, 1),
+            _ => (recipe.d_sae, k),
+        };
+        let group_of = |id: &u64| *id as usize / size;
+        let mut groups: Vec<usize> = latents.ids().iter().map(group_of).collect();
+        groups.sort_unstable();
+        groups.dedup();
+        let column = |id| groups.binary_search(&group_of(id)).unwrap_or_default() as u32;
+        let gate = TopK {
+            k: winners,
+            group: latents.ids().iter().map(column).collect(),
+            group_ends: (1..=groups.len()).map(|g| g * size).collect(),
+            by_magnitude: recipe.selection == Selection::Magnitude,
+        };
+        let starts = groups.into_iter().map(|group| group * size).collect();
+        Ok(Contest { sae, gate, starts, hash: RefCell::default() })
     }
-    Ok(())
+
+    /// Rows of rivals, each of which is read once, in order.
+    fn read(&self, rivals: Range<usize>) -> Result<EncoderRows> {
+        let size = self.gate.group_ends[0];
+        let ids: Vec<u64> =
+            rivals.map(|rival| (self.starts[rival / size] + rival % size) as u64).collect();
+        let rows = self.sae.gather(&ids)?;
+        let mut hash = self.hash.borrow_mut();
+        (0..ids.len()).for_each(|k| hash.update(row_digest(&rows, k)));
+        Ok(rows)
+    }
+
+    /// Of all that decides which latents are on.
+    fn digest(self) -> Vec<u8> {
+        let Contest { gate, hash, .. } = self;
+        let mut hash = hash.into_inner();
+        for n in [gate.k, gate.groups(), gate.by_magnitude as usize] {
+            hash.update((n as u64).to_le_bytes());
+        }
+        hash.finalize().to_vec()
+    }
 }
 
 fn check_provenance(latents: &Latents, identity: &str, activation: Activation) -> Result<()> {
@@ -266,7 +353,12 @@ impl Columns {
         let r = sae.recipe();
         let hook = r.hook.as_deref().unwrap_or("");
         let mut recipe = Vec::new();
-        for text in ["blockem identity 1", r.architecture.name(), activation.name(), hook] {
+        let norm = match r.token_norm {
+            TokenNorm::None => None,
+            norm => Some(norm.name()),
+        };
+        let texts = ["blockem identity 1", r.architecture.name(), activation.name(), hook];
+        for text in texts.into_iter().chain(norm) {
             recipe.extend((text.len() as u64).to_le_bytes());
             recipe.extend(text.as_bytes());
         }
@@ -314,17 +406,21 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
 fn latent_rows(
     rows: EncoderRows,
     latents: &Latents,
-    architecture: Architecture,
+    recipe: &Recipe,
     activation: Activation,
+    topk: Option<TopK>,
 ) -> OwnedRows {
     let zeros = vec![0.0; rows.bias.len()];
     let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
-    let gate = match (activation, architecture) {
-        (Activation::Preactivation, _) => OwnedGate::Open,
-        (Activation::Native, Architecture::JumpRelu) => {
+    let gate = match (activation, recipe.architecture, topk) {
+        (Activation::Preactivation, ..) => OwnedGate::Open,
+        (Activation::Native, _, Some(topk)) => OwnedGate::TopK(topk),
+        (Activation::Native, Architecture::JumpRelu, _) => {
             OwnedGate::Threshold(rows.threshold.unwrap_or(zeros))
         }
-        (Activation::Native, Architecture::Gated) => OwnedGate::Gated(gate_bias.unwrap_or(zeros)),
+        (Activation::Native, Architecture::Gated, _) => {
+            OwnedGate::Gated(gate_bias.unwrap_or(zeros))
+        }
         _ => OwnedGate::Relu,
     };
     let signed = latents.signs().iter().zip(latents.weights());
@@ -333,6 +429,7 @@ fn latent_rows(
         weight: rows.weight,
         bias: rows.bias,
         scale,
+        norm: recipe.token_norm,
         gate,
         sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),
     }

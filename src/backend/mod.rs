@@ -7,7 +7,10 @@ pub(crate) mod cuda;
 mod random;
 pub(crate) mod reference;
 
+use std::ops::Range;
+
 use crate::error::Result;
+use crate::sae::{EncoderRows, TokenNorm};
 use crate::tensor::{DType, Stream};
 
 /// Encoder rows of one latent set with the gate that the plan's activation chose, borrowed.
@@ -19,8 +22,10 @@ pub(crate) struct Rows<'a> {
     pub weight_stride: usize,
     /// [K]
     pub bias: &'a [f32],
-    /// [K] or absent: pre = scale · (weight · h) + bias.
+    /// [K] or absent: pre = scale · dot + bias, where dot = a · (weight · h).
     pub scale: Option<&'a [f32]>,
+    /// What a is; 1 without.
+    pub norm: TokenNorm,
     pub gate: Gate<'a>,
     /// [K]: s_k · w_k.
     pub sign_weight: &'a [f32],
@@ -43,11 +48,13 @@ impl Rows<'_> {
             weight: Vec::new(),
             bias: self.bias.to_vec(),
             scale: self.scale.map(<[f32]>::to_vec),
+            norm: self.norm,
             gate: match self.gate {
                 Gate::Open => OwnedGate::Open,
                 Gate::Relu => OwnedGate::Relu,
                 Gate::Threshold(th) => OwnedGate::Threshold(th.to_vec()),
                 Gate::Gated(bias) => OwnedGate::Gated(bias.to_vec()),
+                Gate::TopK(gate) => OwnedGate::TopK(gate.clone()),
             },
             sign_weight: self.sign_weight.to_vec(),
         }
@@ -63,9 +70,56 @@ pub(crate) enum Gate<'a> {
     Relu,
     /// z = pre <= th ? 0 : pre
     Threshold(&'a [f32]),
-    /// z = (weight · h + bias <= 0 or pre <= 0) ? 0 : pre
+    /// z = (dot + bias <= 0 or pre <= 0) ? 0 : pre
     Gated(&'a [f32]),
+    TopK(&'a TopK),
 }
+
+/// A latent is on if it is among the k largest of its group, which has rivals beyond the blocked
+/// ones: z = rank(pre) <= th ? 0 : pre, where th is just below the k-th largest rank of the token's
+/// group. So all of those that share the k-th place are on.
+#[derive(Clone, Debug)]
+pub(crate) struct TopK {
+    pub k: usize,
+    /// [K]
+    pub group: Vec<u32>,
+    /// Rivals of group g: group_ends[g - 1]..group_ends[g].
+    pub group_ends: Vec<usize>,
+    /// rank(pre) = |pre|; else rank(pre) = pre, and th is at least 0.
+    pub by_magnitude: bool,
+}
+
+impl TopK {
+    pub fn groups(&self) -> usize {
+        self.group_ends.len()
+    }
+
+    /// How many there are in all.
+    pub fn rivals(&self) -> usize {
+        self.group_ends.last().copied().unwrap_or(0)
+    }
+
+    /// What places a latent in its group; NaN comes first.
+    pub fn rank(&self, pre: f64) -> f64 {
+        match self.by_magnitude {
+            _ if pre.is_nan() => f64::INFINITY,
+            true => pre.abs(),
+            false => pre,
+        }
+    }
+
+    pub fn rivals_of(&self, group: usize) -> Range<usize> {
+        let start = if group == 0 { 0 } else { self.group_ends[group - 1] };
+        start..self.group_ends[group]
+    }
+}
+
+/// Folded rows of a range of [`TopK`]'s rivals. A backend reads each once, in order.
+pub(crate) type ReadRivals<'a> = &'a dyn Fn(Range<usize>) -> Result<EncoderRows>;
+
+/// Rivals that are read at a time: in a file that holds latents as columns, bands that are worth a
+/// read each.
+pub(crate) const RIVALS_AT_ONCE: usize = 2048;
 
 /// [`Rows`] that own their arrays.
 pub(crate) struct OwnedRows {
@@ -74,6 +128,7 @@ pub(crate) struct OwnedRows {
     pub weight: Vec<f32>,
     pub bias: Vec<f32>,
     pub scale: Option<Vec<f32>>,
+    pub norm: TokenNorm,
     pub gate: OwnedGate,
     pub sign_weight: Vec<f32>,
 }
@@ -83,6 +138,7 @@ pub(crate) enum OwnedGate {
     Relu,
     Threshold(Vec<f32>),
     Gated(Vec<f32>),
+    TopK(TopK),
 }
 
 impl OwnedRows {
@@ -93,11 +149,13 @@ impl OwnedRows {
             weight_stride: self.d_in,
             bias: &self.bias,
             scale: self.scale.as_deref(),
+            norm: self.norm,
             gate: match &self.gate {
                 OwnedGate::Open => Gate::Open,
                 OwnedGate::Relu => Gate::Relu,
                 OwnedGate::Threshold(th) => Gate::Threshold(th),
                 OwnedGate::Gated(bias) => Gate::Gated(bias),
+                OwnedGate::TopK(gate) => Gate::TopK(gate),
             },
             sign_weight: &self.sign_weight,
         }
@@ -193,6 +251,8 @@ pub(crate) struct EncodeCall {
     pub tokens: usize,
     pub hidden: Matrix,
     pub latents: Matrix,
+    /// Empty unless the gate is [`Gate::TopK`].
+    pub workspace: Workspace,
 }
 
 /// Loss, and with `grad` also dH in the same pass.
@@ -216,6 +276,9 @@ pub(crate) struct BackwardCall {
     pub tokens: usize,
     pub coef: Matrix,
     pub grad: Grad,
+    /// Given if rows have a [`TokenNorm`], as is the workspace.
+    pub hidden: Option<Matrix>,
+    pub workspace: Workspace,
 }
 
 /// Scratch memory of at least `workspace_size` bytes.
@@ -223,6 +286,10 @@ pub(crate) struct BackwardCall {
 pub(crate) struct Workspace {
     pub data: *mut u8,
     pub size: usize,
+}
+
+impl Workspace {
+    pub const NONE: Workspace = Workspace { data: std::ptr::null_mut(), size: 0 };
 }
 
 /// The three run calls on checked arguments. On the CPU they return when the work is done; on CUDA
@@ -243,7 +310,7 @@ pub(crate) trait Backend: Send + Sync {
         false
     }
 
-    /// Bytes of scratch that `penalty` needs for this many tokens.
+    /// Bytes of scratch that any call needs for this many tokens.
     fn workspace_size(&self, tokens: usize) -> usize;
 
     /// What brings host arrays to the device; `None` where calls take them as they are.

@@ -3,17 +3,34 @@
 
 use half::{bf16, f16};
 
-use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedRows, PenaltyCall, Rows};
+use super::{
+    Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedGate, OwnedRows, PenaltyCall,
+    ReadRivals, Rows, TopK,
+};
 use crate::error::Result;
+use crate::sae::{EncoderRows, TokenNorm};
 use crate::tensor::{DType, Stream};
+
+/// What SAELens adds to a token's standard deviation before it divides by it.
+const LAYER_NORM_EPS: f64 = 1e-5;
 
 pub(crate) struct Reference {
     rows: OwnedRows,
+    /// Of a TopK gate: all rivals.
+    rivals: EncoderRows,
 }
 
 impl Reference {
-    pub fn new(rows: OwnedRows) -> Reference {
-        Reference { rows }
+    pub fn new(rows: OwnedRows, rivals: ReadRivals<'_>) -> Result<Reference> {
+        let rivals = match &rows.gate {
+            OwnedGate::TopK(gate) => rivals(0..gate.rivals())?,
+            _ => EncoderRows::default(),
+        };
+        Ok(Reference { rows, rivals })
+    }
+
+    fn formulas(&self) -> Formulas<'_> {
+        Formulas { rows: self.rows.borrow(), rivals: &self.rivals }
     }
 }
 
@@ -36,131 +53,245 @@ impl Backend for Reference {
 
     unsafe fn encode(&self, call: &EncodeCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { encode(&self.rows.borrow(), call) };
+        unsafe { self.formulas().encode(call) };
         Ok(())
     }
 
     unsafe fn penalty(&self, call: &PenaltyCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { penalty(&self.rows.borrow(), call) };
+        unsafe { self.formulas().penalty(call) };
         Ok(())
     }
 
     unsafe fn backward(&self, call: &BackwardCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { backward(&self.rows.borrow(), call) };
+        unsafe { self.formulas().backward(call) };
         Ok(())
-    }
-}
-
-/// z and act' of one latent for one hidden state.
-pub(crate) fn latent(rows: &Rows<'_>, k: usize, hidden: &[f64]) -> (f64, f64) {
-    let dot: f64 = rows.row(k).iter().zip(hidden).map(|(w, h)| *w as f64 * h).sum();
-    let scale = rows.scale.map_or(1.0, |s| s[k] as f64);
-    let pre = scale * dot + rows.bias[k] as f64;
-    let off = match rows.gate {
-        Gate::Open => false,
-        Gate::Relu => pre <= 0.0,
-        Gate::Threshold(th) => pre <= th[k] as f64,
-        Gate::Gated(bias) => dot + bias[k] as f64 <= 0.0 || pre <= 0.0,
-    };
-    if off { (0.0, 0.0) } else { (pre, scale) }
-}
-
-/// # Safety
-/// As [`Backend`].
-pub(crate) unsafe fn encode(rows: &Rows<'_>, call: &EncodeCall) {
-    let mut hidden = vec![0.0; rows.d_in];
-    for t in 0..call.tokens {
-        // SAFETY: token t and latent k are within the checked shapes.
-        unsafe {
-            load_row(&call.hidden, t, &mut hidden);
-            for k in 0..rows.count() {
-                store(&call.latents, t, k, latent(rows, k, &hidden).0);
-            }
-        }
     }
 }
 
 /// # Safety
 /// As [`Backend`].
 pub(crate) unsafe fn penalty(rows: &Rows<'_>, call: &PenaltyCall) {
-    let (d, count) = (rows.d_in, rows.count());
-    let mut hidden = vec![0.0; d];
-    let mut coef = vec![0.0; count];
-    let mut latent_loss = vec![0.0; count];
-    let mut token_count = 0.0;
-    // SAFETY: every index below is within the checked shapes.
-    unsafe {
-        let factor = call.grad.map_or(0.0, |g| g.factor());
-        for t in 0..call.tokens {
-            let mask = call.mask.map_or(1.0, |m| m.get(t) as f64);
-            coef.fill(0.0);
-            if mask != 0.0 {
-                load_row(&call.hidden, t, &mut hidden);
-                for k in 0..count {
-                    let (z, slope) = latent(rows, k, &hidden);
-                    let sign = (rows.sign_weight[k] as f64).signum();
-                    let weight = (rows.sign_weight[k] as f64).abs();
-                    let rise = rectify(sign * (z - load(&call.reference, t, k)));
-                    latent_loss[k] += mask * weight * rise * rise;
-                    coef[k] = mask * 2.0 * weight * sign * rise * slope;
-                }
-                token_count += mask;
-            }
-            if let Some(out) = &call.coef {
-                for (k, c) in coef.iter().enumerate() {
-                    store(out, t, k, *c);
-                }
-            }
-            if let Some(grad) = &call.grad {
-                gradient_row(rows, grad, factor, t, &coef);
-            }
-        }
-        if let Some(out) = call.loss_sum {
-            out.set(0, latent_loss.iter().sum());
-        }
-        if let Some(out) = call.token_count {
-            out.set(0, token_count);
-        }
-        if let Some(out) = call.latent_loss {
-            for (k, loss) in latent_loss.iter().enumerate() {
-                out.set(k, *loss);
-            }
-        }
-    }
+    // SAFETY: the caller's promise.
+    unsafe { Formulas { rows: *rows, rivals: &EncoderRows::default() }.penalty(call) }
 }
 
 /// # Safety
 /// As [`Backend`].
 pub(crate) unsafe fn backward(rows: &Rows<'_>, call: &BackwardCall) {
-    let mut coef = vec![0.0; rows.count()];
-    // SAFETY: every index below is within the checked shapes.
-    unsafe {
-        let factor = call.grad.factor();
+    // SAFETY: the caller's promise.
+    unsafe { Formulas { rows: *rows, rivals: &EncoderRows::default() }.backward(call) }
+}
+
+pub(crate) struct Formulas<'a> {
+    pub rows: Rows<'a>,
+    /// Of a TopK gate.
+    pub rivals: &'a EncoderRows,
+}
+
+/// One hidden state h, with all that its latents have in common.
+pub(crate) struct Token {
+    hidden: Vec<f64>,
+    /// a of dot = a · (W · h), and the mean that is taken from h.
+    scale: f64,
+    mean: f64,
+    /// q of da/dh = −a q (h − mean).
+    pull: f64,
+    /// The k-th largest rank of each group.
+    kth: Vec<f64>,
+}
+
+/// A latent for one hidden state.
+pub(crate) struct Latent {
+    pub z: f64,
+    /// dz/d(dot)
+    pub slope: f64,
+}
+
+impl Formulas<'_> {
+    pub fn token(&self, hidden: Vec<f64>) -> Token {
+        let d = hidden.len() as f64;
+        let mut token = Token { hidden, scale: 1.0, mean: 0.0, pull: 0.0, kth: Vec::new() };
+        let centre = |h: &[f64], mean: f64| h.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>();
+        match self.rows.norm {
+            TokenNorm::None => {}
+            TokenNorm::Constant => {
+                let square = centre(&token.hidden, 0.0);
+                token.scale = (d / square).sqrt();
+                token.pull = 1.0 / square;
+            }
+            TokenNorm::Layer => {
+                token.mean = token.hidden.iter().sum::<f64>() / d;
+                let deviation = (centre(&token.hidden, token.mean) / (d - 1.0)).sqrt();
+                token.scale = 1.0 / (deviation + LAYER_NORM_EPS);
+                token.pull = token.scale / ((d - 1.0) * deviation);
+            }
+        }
+        if let Gate::TopK(gate) = self.rows.gate {
+            token.kth = (0..gate.groups()).map(|group| self.kth(gate, group, &token)).collect();
+        }
+        token
+    }
+
+    /// The k-th largest rank of a group; NaN ranks above all.
+    fn kth(&self, gate: &TopK, group: usize, token: &Token) -> f64 {
+        let rank = |rival: usize| {
+            let row = &self.rivals.weight[rival * self.rivals.d_in..][..self.rivals.d_in];
+            gate.rank(token.dot(row) + self.rivals.bias[rival] as f64)
+        };
+        let mut ranks: Vec<f64> = gate.rivals_of(group).map(rank).collect();
+        ranks.sort_by(|a, b| b.total_cmp(a));
+        ranks[gate.k - 1]
+    }
+
+    pub fn latent(&self, k: usize, token: &Token) -> Latent {
+        let rows = &self.rows;
+        let dot = token.dot(rows.row(k));
+        let scale = rows.scale.map_or(1.0, |s| s[k] as f64);
+        let pre = scale * dot + rows.bias[k] as f64;
+        let off = match rows.gate {
+            Gate::Open => false,
+            Gate::Relu => pre <= 0.0,
+            Gate::Threshold(th) => pre <= th[k] as f64,
+            Gate::Gated(bias) => dot + bias[k] as f64 <= 0.0 || pre <= 0.0,
+            Gate::TopK(gate) => {
+                let lost = gate.rank(pre) < token.kth[gate.group[k] as usize];
+                lost || (!gate.by_magnitude && pre <= 0.0)
+            }
+        };
+        let (z, slope) = if off { (0.0, 0.0) } else { (pre, scale) };
+        Latent { z, slope }
+    }
+
+    /// # Safety
+    /// As [`Backend`].
+    unsafe fn encode(&self, call: &EncodeCall) {
         for t in 0..call.tokens {
-            load_row(&call.coef, t, &mut coef);
-            gradient_row(rows, &call.grad, factor, t, &coef);
+            // SAFETY: token t and latent k are within the checked shapes.
+            unsafe {
+                let token = self.token(load_row(&call.hidden, t, self.rows.d_in));
+                for k in 0..self.rows.count() {
+                    store(&call.latents, t, k, self.latent(k, &token).z);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Backend`].
+    unsafe fn penalty(&self, call: &PenaltyCall) {
+        let rows = &self.rows;
+        let count = rows.count();
+        let mut coef = vec![0.0; count];
+        let mut latent_loss = vec![0.0; count];
+        let mut token_count = 0.0;
+        // SAFETY: every index below is within the checked shapes.
+        unsafe {
+            let factor = call.grad.map_or(0.0, |g| g.factor());
+            for t in 0..call.tokens {
+                let mask = call.mask.map_or(1.0, |m| m.get(t) as f64);
+                coef.fill(0.0);
+                let mut token = None;
+                if mask != 0.0 {
+                    let seen = self.token(load_row(&call.hidden, t, rows.d_in));
+                    for k in 0..count {
+                        let Latent { z, slope } = self.latent(k, &seen);
+                        let sign = (rows.sign_weight[k] as f64).signum();
+                        let weight = (rows.sign_weight[k] as f64).abs();
+                        let rise = rectify(sign * (z - load(&call.reference, t, k)));
+                        latent_loss[k] += mask * weight * rise * rise;
+                        coef[k] = mask * 2.0 * weight * sign * rise * slope;
+                    }
+                    token_count += mask;
+                    token = Some(seen);
+                }
+                if let Some(out) = &call.coef {
+                    for (k, c) in coef.iter().enumerate() {
+                        store(out, t, k, *c);
+                    }
+                }
+                if let Some(grad) = &call.grad {
+                    self.gradient_row(grad, factor, t, &coef, token.as_ref());
+                }
+            }
+            if let Some(out) = call.loss_sum {
+                out.set(0, latent_loss.iter().sum());
+            }
+            if let Some(out) = call.token_count {
+                out.set(0, token_count);
+            }
+            if let Some(out) = call.latent_loss {
+                for (k, loss) in latent_loss.iter().enumerate() {
+                    out.set(k, *loss);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Backend`].
+    unsafe fn backward(&self, call: &BackwardCall) {
+        // SAFETY: every index below is within the checked shapes.
+        unsafe {
+            let factor = call.grad.factor();
+            for t in 0..call.tokens {
+                let coef = load_row(&call.coef, t, self.rows.count());
+                let hidden = call.hidden.filter(|_| self.rows.norm != TokenNorm::None);
+                let token = hidden.map(|hidden| self.token(load_row(&hidden, t, self.rows.d_in)));
+                self.gradient_row(&call.grad, factor, t, &coef, token.as_ref());
+            }
+        }
+    }
+
+    /// dH[t] (+)= factor · Σ_k coef_k · d(dot_k)/dh, where dot_k = a · (W_k · h):
+    ///
+    /// ```text
+    /// d(dot_k)/dh = a W_k − q dot_k (h − mean)      q = 0 without a norm
+    /// ```
+    ///
+    /// Latents whose coefficient is 0 take no part.
+    ///
+    /// # Safety
+    /// Row t must exist and be writable.
+    unsafe fn gradient_row(
+        &self,
+        grad: &Grad,
+        factor: f64,
+        t: usize,
+        coef: &[f64],
+        token: Option<&Token>,
+    ) {
+        let rows = &self.rows;
+        let active: Vec<usize> = (0..coef.len()).filter(|k| coef[*k] != 0.0).collect();
+        if active.is_empty() && grad.accumulate {
+            return;
+        }
+        let scale = token.map_or(1.0, |token| token.scale);
+        let moved = token.filter(|token| token.pull != 0.0 && !active.is_empty()).map(|token| {
+            let dots = active.iter().map(|k| coef[*k] * token.dot(rows.row(*k)));
+            (token, factor * token.pull * dots.sum::<f64>())
+        });
+        for i in 0..rows.d_in {
+            let one = |k: &usize| factor * coef[*k] * scale * rows.row(*k)[i] as f64;
+            let mut sum: f64 = active.iter().map(one).sum();
+            if let Some((token, pull)) = moved {
+                sum -= pull * (token.hidden[i] - token.mean);
+            }
+            // SAFETY: the caller's promise.
+            unsafe {
+                let old = if grad.accumulate { load(&grad.rows, t, i) } else { 0.0 };
+                store(&grad.rows, t, i, old + sum);
+            }
         }
     }
 }
 
-/// dH[t] (+)= factor · Σ_k coef_k · W_k; latents whose coefficient is 0 take no part.
-///
-/// # Safety
-/// Row t must exist and be writable.
-unsafe fn gradient_row(rows: &Rows<'_>, grad: &Grad, factor: f64, t: usize, coef: &[f64]) {
-    let active: Vec<usize> = (0..coef.len()).filter(|k| coef[*k] != 0.0).collect();
-    if active.is_empty() && grad.accumulate {
-        return;
-    }
-    for i in 0..rows.d_in {
-        let sum: f64 = active.iter().map(|k| factor * coef[*k] * rows.row(*k)[i] as f64).sum();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let old = if grad.accumulate { load(&grad.rows, t, i) } else { 0.0 };
-            store(&grad.rows, t, i, old + sum);
-        }
+impl Token {
+    /// a · (row · h); rows are centred where the mean is taken from h.
+    fn dot(&self, row: &[f32]) -> f64 {
+        let dot: f64 = row.iter().zip(&self.hidden).map(|(w, h)| *w as f64 * h).sum();
+        self.scale * dot
     }
 }
 
@@ -169,11 +300,11 @@ fn rectify(x: f64) -> f64 {
     if x <= 0.0 { 0.0 } else { x }
 }
 
-unsafe fn load_row(matrix: &Matrix, t: usize, row: &mut [f64]) {
-    for (i, value) in row.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *value = unsafe { load(matrix, t, i) };
-    }
+/// # Safety
+/// Row t must exist, `len` elements long.
+unsafe fn load_row(matrix: &Matrix, t: usize, len: usize) -> Vec<f64> {
+    // SAFETY: the caller's promise.
+    (0..len).map(|i| unsafe { load(matrix, t, i) }).collect()
 }
 
 /// # Safety

@@ -86,15 +86,22 @@ pub struct blockem_plan_info {
     /// Names the arithmetic: plans with one identity and one numerics give the same z, bit for
     /// bit.
     pub numerics: [c_char; 64],
+    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE.
+    pub encode_needs_workspace: i32,
+    /// 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
+    /// token.
+    pub backward_needs_hidden: i32,
 }
-versioned!(blockem_plan_info, first_size = 208, last = numerics: [c_char; 64]);
+versioned!(blockem_plan_info, first_size = 208, last = backward_needs_hidden: i32);
 
 /// Gathers the rows of a latent set from an SAE for a device. The plan keeps copies: the SAE and
-/// the set may be freed. Reads only the rows that are needed.
+/// the set may be freed. Reads only the rows that are needed: those of the set, and for the native
+/// activation of a TOPK SAE all of the dictionary (of GROUPS: of the set's groups), which the plan
+/// keeps too.
 /// options: NULL for the defaults (CPU, native activation, all cores).
 /// out: a new handle, to be freed with blockem_plan_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
-/// activation of a topk SAE), IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
+/// activation of a TOPK SAE that is partial or selects over a BATCH), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
 /// also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
 /// CAPTURE_UNSAFE, FORKED. Thread-safe.
 /// On CUDA the plan belongs to the thread's current context where that is one of the device, else
@@ -153,6 +160,8 @@ pub unsafe extern "C" fn blockem_plan_info_get(
             reserved: 0,
             identity: fixed_text(plan.identity()),
             numerics: fixed_text(&plan.numerics()),
+            encode_needs_workspace: plan.encode_needs_workspace() as i32,
+            backward_needs_hidden: plan.backward_needs_hidden() as i32,
         };
         // SAFETY: the caller's struct has the bytes that its struct_size says.
         unsafe { write_struct("info", info, &value) }
@@ -160,7 +169,7 @@ pub unsafe extern "C" fn blockem_plan_info_get(
 }
 
 /// Writes the bytes of workspace that blockem_penalty_forward and blockem_penalty need for so many
-/// tokens; it may be 0 and grows with tokens up to a bound. Any workspace must start at a multiple
+/// tokens, and the other two where blockem_plan_info says that they need one; it may be 0. Any workspace must start at a multiple
 /// of 64 bytes; calls that run at the same time need one each.
 /// Errors: NULL_POINTER, INVALID_ARGUMENT (negative tokens). Thread-safe.
 #[unsafe(no_mangle)]

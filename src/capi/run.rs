@@ -18,8 +18,13 @@ pub struct blockem_encode_args {
     pub hidden: blockem_tensor,
     /// [T, K] F32, written.
     pub latents: blockem_tensor,
+    /// Scratch memory on the plan's device, starting at a multiple of 64 bytes. Needed only where
+    /// blockem_plan_info.encode_needs_workspace is 1; may be NULL elsewhere.
+    pub workspace: *mut c_void,
+    /// Its bytes; at least what blockem_plan_workspace_size says.
+    pub workspace_size: usize,
 }
-versioned!(blockem_encode_args, first_size = 184, last = latents: blockem_tensor);
+versioned!(blockem_encode_args, first_size = 184, last = workspace_size: usize);
 
 /// Arguments of blockem_penalty_forward, blockem_penalty_backward and blockem_penalty. All tensors
 /// belong to the caller, live on the plan's device and are only touched until the call's work is
@@ -58,7 +63,7 @@ pub struct blockem_penalty_args {
     /// Scratch memory on the plan's device, starting at a multiple of 64 bytes.
     pub workspace: *mut c_void,
     /// Its bytes; at least what blockem_plan_workspace_size says, for forward and
-    /// blockem_penalty.
+    /// blockem_penalty, and for backward where blockem_plan_info.backward_needs_hidden is 1.
     pub workspace_size: usize,
 }
 versioned!(blockem_penalty_args, first_size = 832, last = workspace_size: usize);
@@ -73,6 +78,8 @@ versioned!(blockem_penalty_args, first_size = 832, last = workspace_size: usize)
 /// Errors: NULL_POINTER, STRUCT_SIZE, SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH (also a pointer that is
 /// no memory of the plan's device), OVERLAP, INVALID_ARGUMENT (also a stream of another context);
 /// on CUDA also CUDA_DRIVER, CAPTURE_UNSAFE, FORKED.
+/// The native activation of a TOPK SAE compares with every latent of the dictionary: it needs
+/// workspace (WORKSPACE_TOO_SMALL), and takes as long as encoding them all.
 /// Thread-safe: no allocation, no lock held across calls.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_encode(
@@ -86,9 +93,12 @@ pub unsafe extern "C" fn blockem_encode(
             let plan = &handle("plan", plan)?.0;
             let args = read_struct("args", args)?;
             let stream = read_stream(plan.device(), stream)?;
-            let (hidden, latents) =
-                (args.hidden.required("hidden")?, args.latents.required_mut("latents")?);
-            plan.encode_on(stream, &mut EncodeArgs { hidden, latents })
+            let mut args = EncodeArgs {
+                hidden: args.hidden.required("hidden")?,
+                latents: args.latents.required_mut("latents")?,
+                workspace: scratch(args.workspace, args.workspace_size)?,
+            };
+            plan.encode_on(stream, &mut args)
         }
     })
 }
@@ -111,9 +121,12 @@ pub unsafe extern "C" fn blockem_penalty_forward(
 }
 
 /// grad_hidden[t,:] (+)= scale * sum_k coef[t,k] W_k.
-/// Reads coef, scale_tensor; writes or adds to grad_hidden. hidden may be absent. A token without a
-/// coefficient other than 0 gets a row of zeros, and is left untouched when accumulating.
-/// stream, errors, thread-safety: as blockem_encode. Needs no workspace.
+/// Reads coef, scale_tensor; writes or adds to grad_hidden. A token without a coefficient other
+/// than 0 gets a row of zeros, and is left untouched when accumulating.
+/// hidden may be absent and no workspace is needed, except where
+/// blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token, and the gradient
+/// is that of the norm too.
+/// stream, errors, thread-safety: as blockem_encode.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_penalty_backward(
     plan: *const blockem_plan,
@@ -160,9 +173,6 @@ pub(super) unsafe fn penalty_args<'a>(args: &blockem_penalty_args) -> Result<Pen
     if !matches!(args.accumulate, 0 | 1) || args.reserved != 0 {
         bail!(InvalidArgument, "accumulate must be 0 or 1 and reserved 0");
     }
-    if args.workspace_size > isize::MAX as usize {
-        bail!(InvalidArgument, "workspace_size is larger than memory");
-    }
     // SAFETY: the caller's promise.
     unsafe {
         Ok(PenaltyArgs {
@@ -177,11 +187,20 @@ pub(super) unsafe fn penalty_args<'a>(args: &blockem_penalty_args) -> Result<Pen
             accumulate: args.accumulate == 1,
             scale: args.scale,
             scale_tensor: args.scale_tensor.optional("scale_tensor")?,
-            workspace: if args.workspace.is_null() {
-                Scratch::NONE
-            } else {
-                Scratch::from_raw(args.workspace.cast(), args.workspace_size)
-            },
+            workspace: scratch(args.workspace, args.workspace_size)?,
         })
+    }
+}
+
+/// # Safety
+/// The workspace must be valid for what it says, for 'a.
+unsafe fn scratch<'a>(workspace: *mut c_void, size: usize) -> Result<Scratch<'a>> {
+    if size > isize::MAX as usize {
+        bail!(InvalidArgument, "workspace_size is larger than memory");
+    }
+    match workspace.is_null() {
+        true => Ok(Scratch::NONE),
+        // SAFETY: the caller's promise.
+        false => Ok(unsafe { Scratch::from_raw(workspace.cast(), size) }),
     }
 }

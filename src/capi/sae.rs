@@ -12,7 +12,7 @@ use super::{
     read_text, status, versioned, write_struct, write_text,
 };
 use crate::error::{Result, bail};
-use crate::sae::{Architecture, Layout, Sae, SaeOptions, SaeTensors};
+use crate::sae::{Architecture, Layout, Sae, SaeOptions, SaeTensors, Selection, TokenNorm};
 
 /// [d, F] or [F, d], told from the shape; an error where d = F.
 pub const BLOCKEM_ENCODER_LAYOUT_AUTO: i32 = 0;
@@ -20,6 +20,22 @@ pub const BLOCKEM_ENCODER_LAYOUT_AUTO: i32 = 0;
 pub const BLOCKEM_ENCODER_LAYOUT_D_F: i32 = 1;
 /// [F, d]: a latent is a row.
 pub const BLOCKEM_ENCODER_LAYOUT_F_D: i32 = 2;
+
+/// A TOPK SAE keeps each token's k largest latents that are above 0.
+pub const BLOCKEM_SELECTION_LARGEST: i32 = 0;
+/// It keeps each token's k largest in magnitude, with their signs.
+pub const BLOCKEM_SELECTION_MAGNITUDE: i32 = 1;
+/// It keeps the largest of each of k equal groups, where that is above 0.
+pub const BLOCKEM_SELECTION_GROUPS: i32 = 2;
+/// It keeps the k T largest of a batch of T tokens, which no plan computes natively.
+pub const BLOCKEM_SELECTION_BATCH: i32 = 3;
+
+/// Hidden is encoded as it is.
+pub const BLOCKEM_TOKEN_NORM_NONE: i32 = 0;
+/// Every h becomes h sqrt(d) / |h|.
+pub const BLOCKEM_TOKEN_NORM_CONSTANT: i32 = 1;
+/// Every h becomes (h - mean) / (deviation + 1e-5), with the unbiased standard deviation.
+pub const BLOCKEM_TOKEN_NORM_LAYER: i32 = 2;
 
 /// An opened sparse autoencoder. Immutable; any thread may use it.
 pub struct blockem_sae(pub(super) Sae);
@@ -80,8 +96,12 @@ pub struct blockem_sae_desc {
     pub input_scale: f64,
     /// Where hidden is read, such as "blocks.19.hook_resid_post", or NULL.
     pub hook_name: *const c_char,
+    /// BLOCKEM_SELECTION_..., TOPK only.
+    pub selection: i32,
+    /// BLOCKEM_TOKEN_NORM_...; excludes input_scale.
+    pub token_norm: i32,
 }
-versioned!(blockem_sae_desc, first_size = 768, last = hook_name: *const c_char);
+versioned!(blockem_sae_desc, first_size = 768, last = token_norm: i32);
 
 /// What an SAE is, in numbers; blockem_sae_describe has all of it. Filled by blockem_sae_info_get.
 #[repr(C)]
@@ -261,6 +281,7 @@ unsafe fn sae_tensors<'a>(desc: &blockem_sae_desc) -> Result<SaeTensors<'a>> {
             d_in: size("d_in", desc.d_in)?,
             d_sae: size("d_sae", desc.d_sae)?,
             k: (k > 0).then_some(k),
+            selection: selection(desc.selection)?,
             encoder_weight: desc.encoder_weight.required("encoder_weight")?,
             encoder_layout: encoder_layout(desc.encoder_layout)?,
             encoder_bias: desc.encoder_bias.optional("encoder_bias")?,
@@ -276,6 +297,7 @@ unsafe fn sae_tensors<'a>(desc: &blockem_sae_desc) -> Result<SaeTensors<'a>> {
                 desc.rescale_acts_by_decoder_norm,
             )?,
             input_scale: given_scale(desc.input_scale)?.unwrap_or(1.0),
+            token_norm: token_norm(desc.token_norm)?,
             hook_name: read_text("hook_name", desc.hook_name)?.map(str::to_owned),
             model: None,
         })
@@ -289,6 +311,25 @@ fn architecture(kind: i32) -> Result<Architecture> {
         BLOCKEM_ACTIVATION_KIND_GATED => Ok(Architecture::Gated),
         BLOCKEM_ACTIVATION_KIND_TOPK => Ok(Architecture::TopK),
         other => bail!(InvalidArgument, "an SAE has no activation kind {other}"),
+    }
+}
+
+fn selection(code: i32) -> Result<Selection> {
+    match code {
+        BLOCKEM_SELECTION_LARGEST => Ok(Selection::Largest),
+        BLOCKEM_SELECTION_MAGNITUDE => Ok(Selection::Magnitude),
+        BLOCKEM_SELECTION_GROUPS => Ok(Selection::Groups),
+        BLOCKEM_SELECTION_BATCH => Ok(Selection::Batch),
+        other => bail!(InvalidArgument, "there is no selection {other}"),
+    }
+}
+
+fn token_norm(code: i32) -> Result<TokenNorm> {
+    match code {
+        BLOCKEM_TOKEN_NORM_NONE => Ok(TokenNorm::None),
+        BLOCKEM_TOKEN_NORM_CONSTANT => Ok(TokenNorm::Constant),
+        BLOCKEM_TOKEN_NORM_LAYER => Ok(TokenNorm::Layer),
+        other => bail!(InvalidArgument, "there is no token norm {other}"),
     }
 }
 

@@ -7,6 +7,8 @@
 //!     = (f_k·s·W_k)·h + f_k·(b_k − b_dec·W_k)    b_dec only where it is subtracted
 //! ```
 //!
+//! Under layer norm h is centred; W_k less its mean gives the same product with h as it is.
+//!
 //! Every fold is computed in f64 and rounded to f32 once.
 
 use std::collections::HashMap;
@@ -16,7 +18,7 @@ use crate::error::{Result, Status, bail};
 
 use super::array::{Array, Matrix};
 use super::file::DataFile;
-use super::{EncoderRows, GateRows, Recipe};
+use super::{EncoderRows, GateRows, Recipe, TokenNorm};
 
 /// The arrays that a format found; the recipe says how they combine.
 pub(super) struct Checkpoint {
@@ -123,8 +125,12 @@ impl Checkpoint {
             self.w_enc.decode_row(ids[k], bytes, &mut row)?;
             let shift: f64 = b_dec.iter().zip(&row).map(|(b, w)| b * w).sum();
             let f = factor[k];
+            let mean = match recipe.token_norm {
+                TokenNorm::Layer => row.iter().sum::<f64>() / d as f64,
+                TokenNorm::None | TokenNorm::Constant => 0.0,
+            };
             for w in &row {
-                out.weight.push(self.rounded(ids[k], f * recipe.scale * w)?);
+                out.weight.push(self.rounded(ids[k], f * recipe.scale * (w - mean))?);
             }
             let Some((b_gate, r_mag)) = &gate else {
                 out.bias.push(self.rounded(ids[k], f * (bias[k] - shift))?);

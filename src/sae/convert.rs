@@ -13,7 +13,7 @@ use crate::output::{TensorEntry, safetensors_header, write_whole};
 use crate::tensor::DType;
 
 use super::array::{Array, Layout, Matrix};
-use super::{Architecture, Recipe, Sae};
+use super::{Architecture, Recipe, Sae, Selection, TokenNorm};
 
 /// Bytes of a matrix that are in memory at a time.
 const BLOCK: usize = 64 << 20;
@@ -139,12 +139,18 @@ fn configuration(recipe: &Recipe) -> Map<String, Value> {
     set("dtype", json!(recipe.dtype.name()));
     set("layout", json!(Layout::LatentMajor.name()));
     set("apply_b_dec_to_input", json!(recipe.b_dec_subtracted));
-    // Whatever the owner calls a fixed factor, this is the name that the bare format has for it.
-    let normalization = if recipe.scale == 1.0 { "none" } else { "expected_average_only_in" };
+    // Whatever the owner calls a factor, these are the names that the bare format has for it.
+    let normalization = match recipe.token_norm {
+        TokenNorm::None if recipe.scale != 1.0 => "expected_average_only_in",
+        norm => norm.name(),
+    };
     set("normalize_activations", json!(normalization));
     set("input_scale", json!(recipe.scale));
     if recipe.architecture == Architecture::TopK {
         set("k", json!(recipe.k));
+        if recipe.selection != Selection::Largest {
+            set("selection", json!(recipe.selection.name()));
+        }
     }
     if recipe.architecture == Architecture::TopK || recipe.decoder_norm_folded {
         set("rescale_acts_by_decoder_norm", json!(recipe.decoder_norm_folded));

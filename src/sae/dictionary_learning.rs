@@ -23,7 +23,7 @@ use super::checkpoint::GateArrays;
 use super::config::Config;
 use super::found::{Found, LINEAR_DECODER, calibrated, integer};
 use super::source::Source;
-use super::{Architecture, Opened};
+use super::{Architecture, Opened, Selection};
 
 const FORMAT: &str = "dictionary_learning";
 
@@ -173,7 +173,7 @@ fn topk(s: &Source<'_>, config: &Config) -> Result<Found> {
         (Some(k), ..) | (None, Some(k), _) | (None, None, Some(k)) => k,
         _ => return config.missing("k", "state the number of active latents"),
     };
-    linear(s, Some("b_dec"))?.topk(k, config.origin())
+    linear(s, Some("b_dec"))?.topk(k, Selection::Largest, config.origin())
 }
 
 /// W_enc [d, F]; only the BatchTopK kind subtracts b_dec.

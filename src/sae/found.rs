@@ -7,12 +7,13 @@ use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays};
 use super::config::Config;
 use super::hook::HookPlace;
-use super::{Architecture, Opened, Recipe};
+use super::{Architecture, Opened, Recipe, Selection, TokenNorm};
 
 pub(super) struct Found {
     pub format: &'static str,
     pub architecture: Architecture,
     pub k: Option<usize>,
+    pub selection: Selection,
     pub w_enc: Matrix,
     /// Of a gated SAE the magnitude bias.
     pub b_enc: Array,
@@ -24,6 +25,7 @@ pub(super) struct Found {
     pub decoder_norm_folded: bool,
     pub threshold_on_decoder_norm: bool,
     pub normalization: &'static str,
+    pub token_norm: TokenNorm,
     pub scale: f64,
     /// What the decoder's norms are divided by.
     pub output_scale: f64,
@@ -39,6 +41,7 @@ impl Found {
             format,
             architecture: Architecture::Standard,
             k: None,
+            selection: Selection::Largest,
             w_enc,
             b_enc,
             threshold: None,
@@ -49,6 +52,7 @@ impl Found {
             decoder_norm_folded: false,
             threshold_on_decoder_norm: false,
             normalization: "none",
+            token_norm: TokenNorm::None,
             scale: 1.0,
             output_scale: 1.0,
             hook: None,
@@ -63,12 +67,14 @@ impl Found {
     }
 
     /// The k largest.
-    pub fn topk(self, k: usize, origin: &str) -> Result<Found> {
-        let d_sae = self.w_enc.latents();
-        if !(1..=d_sae).contains(&k) {
-            bail!(Format, "{origin}: k is {k}; the SAE has {d_sae} latents");
-        }
-        Ok(Found { architecture: Architecture::TopK, k: Some(k), ..self })
+    pub fn topk(self, k: usize, selection: Selection, origin: &str) -> Result<Found> {
+        check_k(k, selection, self.w_enc.latents(), origin)?;
+        Ok(Found { architecture: Architecture::TopK, k: Some(k), selection, ..self })
+    }
+
+    /// Every token is normalised, in the words of the file.
+    pub fn normalized(self, token_norm: TokenNorm, normalization: &'static str) -> Found {
+        Found { token_norm, normalization, ..self }
     }
 
     /// The output of a decoder block, or where a hook's name says.
@@ -86,9 +92,11 @@ impl Found {
             d_in: self.w_enc.inputs(),
             d_sae: self.w_enc.latents(),
             k: self.k,
+            selection: self.selection,
             dtype: self.w_enc.array().dtype(),
             b_dec_subtracted: self.b_dec_subtracted,
             normalization: self.normalization.to_string(),
+            token_norm: self.token_norm,
             scale: self.scale,
             output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm_folded,
@@ -110,6 +118,17 @@ impl Found {
         checkpoint.check()?;
         Ok(Opened { recipe, checkpoint, config: config.into_file() })
     }
+}
+
+/// k must leave every latent, or every group of them, something to win.
+pub(super) fn check_k(k: usize, selection: Selection, d_sae: usize, origin: &str) -> Result<()> {
+    if !(1..=d_sae).contains(&k) {
+        bail!(Format, "{origin}: k is {k}; the SAE has {d_sae} latents");
+    }
+    if selection == Selection::Groups && !d_sae.is_multiple_of(k) {
+        bail!(Format, "{origin}: k is {k}, and {d_sae} latents are not {k} equal groups");
+    }
+    Ok(())
 }
 
 /// One number for each latent.

@@ -5,10 +5,10 @@
 
 use crate::error::Result;
 
-use super::Opened;
 use super::array::Layout;
 use super::found::{Found, LINEAR_DECODER};
 use super::source::Source;
+use super::{Opened, Selection};
 
 pub(super) fn is_llama(s: &Source<'_>) -> bool {
     s.container.has("encoder_linear.weight")
@@ -39,7 +39,8 @@ pub(super) fn open_r1(s: &Source<'_>) -> Result<Opened> {
             return config.missing("k", "state the mean number of active latents for each token");
         }
     };
-    let mut found = Found::standard("goodfire_r1", w_enc, b_enc).topk(k, config.origin())?;
+    let mut found =
+        Found::standard("goodfire_r1", w_enc, b_enc).topk(k, Selection::Batch, config.origin())?;
     found.b_dec = s.container.find("b_dec")?;
     found.at(None, s.layer_in_path(&["l"])).open(config)
 }

@@ -77,6 +77,59 @@ impl Architecture {
     }
 }
 
+/// Which latents of a TopK SAE are on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Selection {
+    /// The token's k largest, where they are above 0.
+    #[default]
+    Largest,
+    /// The token's k largest in magnitude, with their signs: no relu.
+    Magnitude,
+    /// The largest of each of k equal groups, where it is above 0.
+    Groups,
+    /// The k · T largest of a whole batch of T tokens.
+    Batch,
+}
+
+impl Selection {
+    pub fn from_name(name: &str) -> Option<Selection> {
+        use Selection::*;
+        [Largest, Magnitude, Groups, Batch].into_iter().find(|s| s.name() == name)
+    }
+
+    /// The name in recipes and converted files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Selection::Largest => "largest",
+            Selection::Magnitude => "magnitude",
+            Selection::Groups => "groups",
+            Selection::Batch => "batch",
+        }
+    }
+}
+
+/// What each token's hidden state x is normalised to before encoding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TokenNorm {
+    #[default]
+    None,
+    /// x √d / ‖x‖
+    Constant,
+    /// (x − mean) / (σ + 1e-5), σ unbiased
+    Layer,
+}
+
+impl TokenNorm {
+    /// SAELens' name.
+    pub fn name(self) -> &'static str {
+        match self {
+            TokenNorm::None => "none",
+            TokenNorm::Constant => "constant_norm_rescale",
+            TokenNorm::Layer => "layer_norm",
+        }
+    }
+}
+
 /// How a checkpoint was read: everything that changes a latent's value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
@@ -86,12 +139,16 @@ pub struct Recipe {
     pub d_sae: usize,
     /// Active latents per token of a TopK SAE.
     pub k: Option<usize>,
+    /// Which those are; `Largest` for all other SAEs.
+    pub selection: Selection,
     /// The encoder's element type in the file; latents are computed in f32 from it.
     pub dtype: DType,
     /// b_dec is subtracted from hidden before encoding (folded into the bias).
     pub b_dec_subtracted: bool,
     /// Input normalisation as the file names it.
     pub normalization: String,
+    /// The part of it that differs from token to token.
+    pub token_norm: TokenNorm,
     /// Hidden is multiplied by this before encoding (folded into the rows).
     pub scale: f64,
     /// What decoder norms are divided by before they are folded; differs from `scale` in transcoders.
@@ -109,8 +166,10 @@ pub struct Recipe {
     pub model: Option<String>,
 }
 
-/// Encoder rows of chosen latents, folded: u = weight · h + bias in h's own units.
-#[derive(Clone, Debug, PartialEq)]
+/// Encoder rows of chosen latents, folded: u = a · (weight · h) + bias in h's own units, where a is
+/// what [`TokenNorm`] divides the token by, or 1. Under layer norm the rows are centred, so that the
+/// token's mean drops out.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct EncoderRows {
     pub d_in: usize,
     /// [K, d_in], one contiguous row per latent.
@@ -178,6 +237,11 @@ impl Sae {
         self.path.as_deref()
     }
 
+    /// How many latents a partial file holds; none if the whole dictionary is there.
+    pub fn stored_latents(&self) -> Option<usize> {
+        self.checkpoint.stored.as_ref().map(|stored| stored.ids.len())
+    }
+
     /// Folded rows of the given latents.
     pub fn gather(&self, ids: &[u64]) -> Result<EncoderRows> {
         for id in ids {
@@ -220,6 +284,7 @@ impl Sae {
             "d_in": r.d_in,
             "d_sae": r.d_sae,
             "k": r.k,
+            "selection": (r.architecture == Architecture::TopK).then(|| r.selection.name()),
             "dtype": r.dtype.name(),
             "activation": r.architecture.name(),
             "b_dec_subtracted": r.b_dec_subtracted,
@@ -233,7 +298,7 @@ impl Sae {
             "layer": r.layer,
             "hidden_states_index": r.hidden_states_index,
             "model": r.model,
-            "stored_latents": self.checkpoint.stored.as_ref().map(|s| s.ids.len()),
+            "stored_latents": self.stored_latents(),
         }))
     }
 }

@@ -5,7 +5,7 @@
 //! ckkissane    relu((x − b_dec) W_enc + b_enc)            W_enc [d, F], `…_cfg.json`, x = hook_z
 //! mwhanna      relu(W_enc x + b_enc)                      W_enc [F, d], a transcoder's encoder
 //! qresearch    relu(E x + b)                              linear layers and nothing else
-//! OpenAI       relu(E (x − pre_bias) + latent_bias), or the k largest with layer norm
+//! OpenAI       relu(E (x − pre_bias) + latent_bias), or the k largest for x after layer norm
 //! ```
 //!
 //! The tensors of Qwen-Scope and mwhanna are the same, and those of qresearch are also another
@@ -13,10 +13,10 @@
 
 use crate::error::{Result, bail};
 
-use super::Opened;
 use super::array::Layout;
 use super::found::{Found, LINEAR_DECODER};
 use super::source::Source;
+use super::{Opened, Selection, TokenNorm};
 
 /// Matrices under the names of SAELens, without a threshold.
 pub(super) fn is_matrices(s: &Source<'_>) -> bool {
@@ -47,7 +47,8 @@ fn open_qwen_scope(s: &Source<'_>) -> Result<Opened> {
     let Some(k) = config.count("k")? else {
         return config.missing("k", "it is the number behind L0_ in the repository's name");
     };
-    let mut found = Found::standard("qwen_scope", w_enc, b_enc).topk(k, config.origin())?;
+    let mut found =
+        Found::standard("qwen_scope", w_enc, b_enc).topk(k, Selection::Largest, config.origin())?;
     found.w_dec = s.decoder("W_dec", &found.w_enc, LINEAR_DECODER)?;
     found.b_dec = s.container.find("b_dec")?;
     let layer = s.layer_in_path(&["layer"]);
@@ -106,24 +107,38 @@ pub(super) fn is_openai(s: &Source<'_>) -> bool {
 
 pub(super) fn open_openai(s: &Source<'_>) -> Result<Opened> {
     let config = s.options_config();
-    match s.container.value("activation").and_then(|v| v.as_str()) {
-        Some("ReLU") => {}
-        Some("TopK") => bail!(
-            Unsupported,
-            "{}: its inputs are normalised token by token (layer norm, with the activation TopK), \
-             which this version does not compute; use one of the versions with ReLU",
-            s.weights().display()
-        ),
-        _ => bail!(
-            Format,
-            "{}: the value activation is neither ReLU nor TopK",
-            s.weights().display()
-        ),
-    }
     let w_enc = s.linear("encoder.weight")?;
     let mut found = Found::standard("openai", w_enc, s.container.need("latent_bias")?);
+    let path = s.weights().display().to_string();
+    match s.container.value("activation").and_then(|v| v.as_str()) {
+        Some("ReLU") => {}
+        Some("TopK") => {
+            let k = openai_k(s, &path)?;
+            found = found.topk(k, Selection::Largest, &path)?;
+            found = found.normalized(TokenNorm::Layer, TokenNorm::Layer.name());
+        }
+        _ => bail!(Format, "{path}: the value activation is neither ReLU nor TopK"),
+    }
     found.b_dec = Some(s.container.need("pre_bias")?);
     found.b_dec_subtracted = true;
     found.w_dec = s.decoder("decoder.weight", &found.w_enc, LINEAR_DECODER)?;
     found.open(config)
+}
+
+/// k of `activation_state_dict`, whose values must be rectified.
+fn openai_k(s: &Source<'_>, path: &str) -> Result<usize> {
+    let state = s.container.value("activation_state_dict");
+    let part = |key| state.and_then(|state| state.get(key));
+    match part("postact_fn").and_then(|v| v.as_str()) {
+        Some("ReLU") => {}
+        other => bail!(
+            Unsupported,
+            "{path}: the value postact_fn of activation_state_dict is {}; ReLU is read",
+            other.unwrap_or("missing")
+        ),
+    }
+    match part("k").and_then(|v| v.as_u64()) {
+        Some(k) => Ok(usize::try_from(k).unwrap_or(usize::MAX)),
+        None => bail!(RecipeIncomplete, "{path}: activation_state_dict does not hold a whole k"),
+    }
 }

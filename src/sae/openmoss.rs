@@ -1,6 +1,6 @@
 //! OpenMOSS as it is now (llamascopium): `config.json` and `sae_weights.safetensors`.
 //!
-//! With s = √d / mean‖x‖ (kept in the file) or 1, n the decoder's norms if
+//! With s = √d / mean‖x‖ (kept in the file), √d / ‖x‖ (token-wise) or 1, n the decoder's norms if
 //! `sparsity_include_decoder_norm`, else 1:
 //!
 //! ```text
@@ -9,12 +9,12 @@
 
 use crate::error::{Result, bail};
 
-use super::Opened;
 use super::array::Layout;
 use super::config::Config;
 use super::found::{Found, exp};
 use super::llama_scope::dataset_scale;
 use super::source::Source;
+use super::{Opened, TokenNorm};
 
 const THETAS: &str = "activation_function.log_jumprelu_threshold";
 
@@ -35,17 +35,20 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     found.hook = config.text("hook_point_in")?.map(str::to_string);
     match config.text("norm_activation")? {
         Some("inference") => {}
+        Some("token-wise") => found = found.normalized(TokenNorm::Constant, "token-wise"),
         Some("dataset-wise") => {
             found.normalization = "dataset-wise";
             let hook = found.hook.as_deref();
             found.scale = dataset_scale(s, &config, hook, found.w_enc.inputs(), s.options)?;
         }
         Some(other) => {
-            let text =
-                format!("norm_activation is {other}: the factor depends on the token or batch");
+            let text = format!("norm_activation is {other}: the factor depends on the batch");
             return unsupported(&config, &text);
         }
-        None => return config.missing("norm_activation", "state dataset-wise or inference"),
+        None => {
+            return config
+                .missing("norm_activation", "state token-wise, dataset-wise or inference");
+        }
     }
     let Some(on_norm) = config.flag("sparsity_include_decoder_norm")? else {
         return config.missing(

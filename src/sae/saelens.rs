@@ -13,9 +13,10 @@ use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays, StoredLatents};
 use super::config::{Config, parse_object};
 use super::container::Container;
+use super::found::check_k;
 use super::hook::HookPlace;
 use super::source::matrix;
-use super::{Architecture, Opened, Recipe, SaeOptions};
+use super::{Architecture, Opened, Recipe, SaeOptions, Selection, TokenNorm};
 
 const CONFIG: &str = "cfg.json";
 const WEIGHTS: &str = "sae_weights.safetensors";
@@ -86,9 +87,12 @@ pub(super) enum Source<'a> {
 pub(super) struct Rules {
     architecture: Architecture,
     k: Option<usize>,
+    /// Of converted files alone, unless `Largest`.
+    selection: Selection,
     /// None: the key is absent, which SAELens takes as true.
     apply_b_dec: Option<bool>,
     normalization: &'static str,
+    token_norm: TokenNorm,
     scale: f64,
     output_scale: f64,
     decoder_norm: bool,
@@ -100,15 +104,17 @@ impl Rules {
     pub fn read(config: &Config, source: Source<'_>, options: &SaeOptions) -> Result<Rules> {
         let architecture = architecture(config, source)?;
         let topk = architecture == Architecture::TopK;
-        let normalization = normalization(config)?;
+        let (normalization, token_norm) = normalization(config)?;
         let rescale = config.flag("rescale_acts_by_decoder_norm")?.unwrap_or(false);
         let scale = input_scale(config, source, options, normalization)?;
         let bare = matches!(source, Source::Bare);
         Ok(Rules {
             architecture,
             k: if topk { Some(k(config)?) } else { None },
+            selection: if topk && bare { selection(config)? } else { Selection::Largest },
             apply_b_dec: config.flag("apply_b_dec_to_input")?,
             normalization,
+            token_norm,
             scale,
             output_scale: config.real("output_scale")?.filter(|_| bare).unwrap_or(scale),
             // SAELens knows the key for topk alone; converted files use it for any.
@@ -176,8 +182,8 @@ impl Rules {
             Some(stored) => stored.d_sae,
             None => checkpoint.w_enc.latents(),
         };
-        if let Some(k) = self.k.filter(|k| !(1..=d_sae).contains(k)) {
-            bail!(Format, "{}: the key k is {k}; the SAE has {d_sae} latents", config.origin());
+        if let Some(k) = self.k {
+            check_k(k, self.selection, d_sae, config.origin())?;
         }
         let hook = match config.text("hook_name")? {
             Some(name) => Some(name),
@@ -190,9 +196,11 @@ impl Rules {
             d_in: checkpoint.w_enc.inputs(),
             d_sae,
             k: self.k,
+            selection: self.selection,
             dtype: checkpoint.w_enc.array().dtype(),
             b_dec_subtracted: self.apply_b_dec.unwrap_or(true),
             normalization: self.normalization.to_string(),
+            token_norm: self.token_norm,
             scale: self.scale,
             output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm,
@@ -337,30 +345,43 @@ fn k(config: &Config) -> Result<usize> {
     }
 }
 
-fn normalization(config: &Config) -> Result<&'static str> {
+/// The key `selection` of a converted file.
+fn selection(config: &Config) -> Result<Selection> {
+    let Some(name) = config.text("selection")? else { return Ok(Selection::Largest) };
+    match Selection::from_name(name) {
+        Some(selection) => Ok(selection),
+        None => bail!(
+            Format,
+            "{}: the key selection is {name}; it must be largest, magnitude, groups or batch",
+            config.origin()
+        ),
+    }
+}
+
+fn normalization(config: &Config) -> Result<(&'static str, TokenNorm)> {
     let value = config.find("normalize_activations");
     match value {
-        None | Some(Value::Bool(false)) => return Ok("none"),
-        Some(Value::Bool(true)) => return Ok(SCALED),
+        None | Some(Value::Bool(false)) => return Ok(("none", TokenNorm::None)),
+        Some(Value::Bool(true)) => return Ok((SCALED, TokenNorm::None)),
         _ => {}
     }
-    let remedy = match config.text("normalize_activations")? {
-        None | Some("none") => return Ok("none"),
-        Some(SCALED) => return Ok(SCALED),
-        Some("covariance_whitening") => {
-            "fold it with SAELens (fold_activation_whitening) and save the SAE again"
-        }
-        Some("layer_norm" | "constant_norm_rescale") => {
-            "its factor differs from token to token; use an SAE with none or with a fixed scale"
-        }
-        Some(_) => "known are none and expected_average_only_in",
+    let token_norm = match config.text("normalize_activations")? {
+        None | Some("none") => return Ok(("none", TokenNorm::None)),
+        Some(SCALED) => return Ok((SCALED, TokenNorm::None)),
+        Some("layer_norm") => TokenNorm::Layer,
+        Some("constant_norm_rescale") => TokenNorm::Constant,
+        Some(other) => bail!(
+            Unsupported,
+            "{}: the key normalize_activations is {other}, which is not supported: {}",
+            config.origin(),
+            match other {
+                "covariance_whitening" =>
+                    "fold it with SAELens (fold_activation_whitening) and save the SAE again",
+                _ => "known are none, expected_average_only_in, constant_norm_rescale, layer_norm",
+            }
+        ),
     };
-    bail!(
-        Unsupported,
-        "{}: the key normalize_activations is {}, which is not supported: {remedy}",
-        config.origin(),
-        value.unwrap_or(&Value::Null)
-    )
+    Ok((token_norm.name(), token_norm))
 }
 
 /// The factor that hidden states are multiplied by: 1, or what a scaled SAE was trained with.

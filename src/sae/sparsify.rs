@@ -1,14 +1,16 @@
 //! sparsify (EleutherAI): `cfg.json` and `sae.safetensors`.
 //!
 //! h = relu(E · (x − b_dec) + b), of which the k largest stay; transcoders do not subtract b_dec.
+//! `groupmax`: the largest of each of k equal groups. Old files with `signed`: without relu, the k
+//! largest in magnitude.
 
 use crate::error::{Result, bail};
 
-use super::Opened;
 use super::array::Layout;
 use super::config::Config;
 use super::found::Found;
 use super::source::Source;
+use super::{Opened, Selection};
 
 pub(super) fn matches(s: &Source<'_>) -> bool {
     let c = &s.container;
@@ -17,7 +19,7 @@ pub(super) fn matches(s: &Source<'_>) -> bool {
 
 pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     let config = s.config_or_options("cfg.json")?;
-    refuse_other_rules(&config)?;
+    let selection = selection(&config)?;
     let w_enc = s.linear("encoder.weight")?;
     let b_enc = s.container.need("encoder.bias")?;
     let Some(k) = config.count("k")? else {
@@ -27,7 +29,8 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
         return config
             .missing("transcode", "state whether the file is a transcoder (true or false)");
     };
-    let mut found = Found::standard("sparsify", w_enc, b_enc).topk(k, config.origin())?;
+    let mut found =
+        Found::standard("sparsify", w_enc, b_enc).topk(k, selection, config.origin())?;
     found.b_dec = Some(s.container.need("b_dec")?);
     found.b_dec_subtracted = !transcode;
     found.w_dec = s.same_width_decoder("W_dec", &found.w_enc, Layout::LatentMajor)?;
@@ -35,17 +38,17 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     found.open(config)
 }
 
-fn refuse_other_rules(config: &Config) -> Result<()> {
-    if config.flag("signed")?.unwrap_or(false) {
-        bail!(
-            Unsupported,
-            "{}: the key signed is true: latents of both signs, chosen by their size, which this \
-             version does not compute",
-            config.origin()
-        );
-    }
+fn selection(config: &Config) -> Result<Selection> {
+    let signed = config.flag("signed")?.unwrap_or(false);
     match config.text("activation")? {
-        None | Some("topk" | "groupmax") => Ok(()),
+        None | Some("topk") if signed => Ok(Selection::Magnitude),
+        None | Some("topk") => Ok(Selection::Largest),
+        Some("groupmax") if !signed => Ok(Selection::Groups),
+        Some("groupmax") => bail!(
+            Format,
+            "{}: the key signed is true, which contradicts the activation groupmax",
+            config.origin()
+        ),
         Some(other) => bail!(
             Unsupported,
             "{}: the activation {other} is not known; known are topk and groupmax",

@@ -6,7 +6,7 @@ use crate::tensor::{Device, Tensor};
 use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays};
 use super::hook::HookPlace;
-use super::{Architecture, Recipe};
+use super::{Architecture, Recipe, Selection, TokenNorm};
 
 /// The arrays of an SAE and how they combine; the names are those of the C header.
 ///
@@ -18,6 +18,8 @@ pub struct SaeTensors<'a> {
     pub d_sae: usize,
     /// Active latents per token; TopK only.
     pub k: Option<usize>,
+    /// Which those are; TopK only.
+    pub selection: Selection,
     /// [d_sae, d_in] or [d_in, d_sae].
     pub encoder_weight: Tensor<'a>,
     /// Which of the two; without it the shape decides, and a square encoder is refused.
@@ -40,6 +42,8 @@ pub struct SaeTensors<'a> {
     pub rescale_acts_by_decoder_norm: bool,
     /// The input is multiplied by this first; 1 for none.
     pub input_scale: f64,
+    /// Every token of the input is normalised first; excludes an `input_scale`.
+    pub token_norm: TokenNorm,
     pub hook_name: Option<String>,
     pub model: Option<String>,
 }
@@ -57,6 +61,7 @@ impl<'a> SaeTensors<'a> {
             d_in,
             d_sae,
             k: None,
+            selection: Selection::Largest,
             encoder_weight,
             encoder_layout: None,
             encoder_bias: None,
@@ -69,6 +74,7 @@ impl<'a> SaeTensors<'a> {
             apply_b_dec_to_input: false,
             rescale_acts_by_decoder_norm: false,
             input_scale: 1.0,
+            token_norm: TokenNorm::None,
             hook_name: None,
             model: None,
         }
@@ -115,10 +121,15 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         d_in: t.d_in,
         d_sae: t.d_sae,
         k: t.k,
+        selection: t.selection,
         dtype: t.encoder_weight.dtype,
         b_dec_subtracted: t.apply_b_dec_to_input,
-        normalization: if t.input_scale == 1.0 { "none" } else { "expected_average_only_in" }
-            .to_string(),
+        normalization: match t.token_norm {
+            TokenNorm::None if t.input_scale != 1.0 => "expected_average_only_in",
+            norm => norm.name(),
+        }
+        .to_string(),
+        token_norm: t.token_norm,
         scale: t.input_scale,
         output_scale: t.input_scale,
         threshold_on_decoder_norm: false,
@@ -135,6 +146,14 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
 fn check_rules(t: &SaeTensors<'_>) -> Result<()> {
     if !(t.input_scale.is_finite() && t.input_scale > 0.0) {
         bail!(InvalidArgument, "input_scale is {}; it must be above 0 and finite", t.input_scale);
+    }
+    if t.token_norm != TokenNorm::None && t.input_scale != 1.0 {
+        bail!(
+            InvalidArgument,
+            "input_scale is {}, but {} normalises every token; leave one out",
+            t.input_scale,
+            t.token_norm.name()
+        );
     }
     if t.apply_b_dec_to_input && t.decoder_bias.is_none() {
         bail!(TensorMissing, "decoder_bias is missing, but apply_b_dec_to_input is set");
@@ -158,6 +177,7 @@ fn check_rules(t: &SaeTensors<'_>) -> Result<()> {
         ("magnitude_bias", t.magnitude_bias.is_some() && !gated),
         ("magnitude_log_scale", t.magnitude_log_scale.is_some() && !gated),
         ("k", t.k.is_some() && t.architecture != Architecture::TopK),
+        ("selection", t.selection != Selection::Largest && t.architecture != Architecture::TopK),
     ];
     if let Some((name, _)) = foreign.iter().find(|(_, given)| *given) {
         bail!(InvalidArgument, "{name} was given, but {} has none", t.architecture.name());
@@ -167,6 +187,9 @@ fn check_rules(t: &SaeTensors<'_>) -> Result<()> {
             None => bail!(RecipeIncomplete, "k is missing; a topk SAE needs it"),
             Some(k) if !(1..=t.d_sae).contains(&k) => {
                 bail!(InvalidArgument, "k is {k}; the SAE has {} latents", t.d_sae)
+            }
+            Some(k) if t.selection == Selection::Groups && !t.d_sae.is_multiple_of(k) => {
+                bail!(InvalidArgument, "k is {k}: {} latents are not {k} equal groups", t.d_sae)
             }
             _ => {}
         }

@@ -116,6 +116,8 @@ class Sae(Immutable):
         rescale_acts_by_decoder_norm: bool = False,
         input_scale: float = 1.0,
         hook_name: str | None = None,
+        selection: str = "largest",
+        token_norm: str = "none",
     ) -> Sae:
         """An SAE from arrays in host memory (numpy or torch; float32, float16, bfloat16 or
         float64, any strides), which are copied. d is d_in, F is d_sae.
@@ -131,6 +133,12 @@ class Sae(Immutable):
         encoder_layout: "d_f", "f_d", or "auto" to tell from the shape, which needs d != F.
         input_scale: hidden is multiplied by it before encoding.
         hook_name: where hidden is read, such as "blocks.19.hook_resid_post".
+        selection: which k a "topk" SAE keeps of a token: the "largest" above 0, the k largest in
+            "magnitude" with their signs, or the largest above 0 of each of k equal "groups";
+            "batch" (k T of a batch of T tokens) is described, but no plan computes it natively.
+        token_norm: every token is normalised before encoding: "constant_norm_rescale"
+            (h sqrt(d) / norm) or "layer_norm" ((h - mean) / (deviation + 1e-5), the deviation
+            unbiased); excludes input_scale.
 
         Raises Error: SHAPE, DTYPE, INVALID_ARGUMENT, TENSOR_MISSING, RECIPE_INCOMPLETE,
         NON_FINITE, DEVICE_MISMATCH.
@@ -159,6 +167,8 @@ class Sae(Immutable):
             rescale_acts_by_decoder_norm=bool(rescale_acts_by_decoder_norm),
             input_scale=input_scale,
             hook_name=None if hook_name is None else hook_name.encode(),
+            selection=_code("selection", selection, _ffi.SELECTIONS),
+            token_norm=_code("token_norm", token_norm, _ffi.TOKEN_NORMS),
         )
         pointer = ctypes.c_void_p()
         check(library.blockem_sae_from_tensors(byref(desc), byref(pointer)))
@@ -406,9 +416,14 @@ class Plan(Immutable):
     Attributes: ``d_in`` (d), ``d_sae``, ``num_latents`` (K), ``num_positive``, ``layer``,
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
-    ``device``, ``num_threads``.
+    ``device``, ``num_threads``, ``backward_needs_hidden`` (the SAE normalises every token, so
+    that the gradient needs hidden too).
 
-    Raises Error: INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native activation of a topk SAE),
+    The native activation of a topk SAE compares every latent of the dictionary: the plan keeps
+    them all, and a call takes as long as encoding them.
+
+    Raises Error: INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native activation of a topk SAE that
+    is partial or chooses over a batch),
     NON_FINITE, PROVENANCE_MISMATCH, IO, FORMAT; CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE,
     DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED.
     """
@@ -455,6 +470,16 @@ class Plan(Immutable):
         kind = _name(info.device_type, _ffi.DEVICES)
         self.device: str = kind if kind == "cpu" else f"{kind}:{info.device_index}"
         self.num_threads: int = info.num_threads
+        self.encode_needs_workspace: bool = bool(info.encode_needs_workspace)
+        self.backward_needs_hidden: bool = bool(info.backward_needs_hidden)
+
+    def _workspace(self, hidden: Rows) -> tuple[int, int, Array]:
+        """The address and size of this thread's workspace for a call, and its owner."""
+        size = ctypes.c_size_t()
+        tokens = hidden.tensor.shape[0]
+        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
+        address, owner = _arrays.workspace(size.value, hidden.owner)
+        return address, size.value, owner
 
     def encode(self, hidden: Array) -> Array:
         """z[..., k] = act(W_k . h + b_k): references for later calls.
@@ -470,6 +495,8 @@ class Plan(Immutable):
         dtype = "float64" if _arrays.dtype_name(hidden) == "float64" else "float32"
         latents = _arrays.empty(hidden, (*hidden.shape[:-1], self.num_latents), dtype)
         args = _ffi.EncodeArgs(hidden=rows.tensor, latents=_arrays.rows("latents", latents).tensor)
+        if self.encode_needs_workspace:
+            args.workspace, args.workspace_size, owner = self._workspace(rows)
         stream = self._stream(hidden)
         check(library.blockem_encode(self._handle.pointer, byref(args), stream))
         return latents
@@ -580,16 +607,13 @@ class _Inputs:
 
     def args(self, **outputs: object) -> _ffi.PenaltyArgs:
         """Arguments with inputs and this thread's workspace: for one call, on this thread."""
-        size, tokens = ctypes.c_size_t(), self.hidden.tensor.shape[0]
-        handle = self.plan._handle.pointer
-        check(library.blockem_plan_workspace_size(handle, tokens, byref(size)))
-        workspace, owner = _arrays.workspace(size.value, self.hidden.owner)
+        workspace, size, owner = self.plan._workspace(self.hidden)
         args = _ffi.PenaltyArgs(
             hidden=self.hidden.tensor,
             reference=self.reference.tensor,
             mask=_ffi.Tensor() if self.mask is None else self.mask.tensor,
             workspace=workspace,
-            workspace_size=size.value,
+            workspace_size=size,
             **outputs,
         )
         args.workspace_owner = owner

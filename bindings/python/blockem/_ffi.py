@@ -20,6 +20,8 @@ DTYPES = {
 DEVICES = {"cpu": 0, "cuda": 1}
 ARCHITECTURES = {"standard": 0, "jumprelu": 1, "gated": 2, "topk": 3}
 ENCODER_LAYOUTS = {"auto": 0, "d_f": 1, "f_d": 2}
+SELECTIONS = {"largest": 0, "magnitude": 1, "groups": 2, "batch": 3}
+TOKEN_NORMS = {"none": 0, "constant_norm_rescale": 1, "layer_norm": 2}
 BACKENDS = {"auto": 0, "cpu": 1, "cuda": 2, "reference": 3}
 ACTIVATIONS = {"native": 0, "dense_relu": 1, "preactivation": 2}
 
@@ -110,6 +112,8 @@ class SaeDesc(Sized):
         ("rescale_acts_by_decoder_norm", c_int32),
         ("input_scale", c_double),
         ("hook_name", c_char_p),
+        ("selection", c_int32),
+        ("token_norm", c_int32),
     ]
 
 
@@ -185,6 +189,8 @@ class PlanInfo(Sized):
         ("reserved", c_int32),
         ("identity", c_char * 72),
         ("numerics", c_char * 64),
+        ("encode_needs_workspace", c_int32),
+        ("backward_needs_hidden", c_int32),
     ]
 
 
@@ -193,6 +199,8 @@ class EncodeArgs(Sized):
         ("struct_size", c_size_t),
         ("hidden", Tensor),
         ("latents", Tensor),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
     ]
 
 

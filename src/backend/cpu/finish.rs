@@ -1,5 +1,5 @@
 //! From dot products to latents, coefficients and loss: the formulas of `penalty.rs` in f32, one
-//! token at a time, the loss in f64.
+//! token at a time, the loss in f64. A dot product here is normalised already.
 
 use super::lanes::Work;
 use crate::backend::{Gate, Rows};
@@ -21,6 +21,14 @@ struct Threshold<'a>(&'a [f32]);
 
 #[derive(Clone, Copy)]
 struct Gated<'a>(&'a [f32]);
+
+#[derive(Clone, Copy)]
+struct Chosen<'a> {
+    /// What a rank must be above, in each group.
+    thresholds: &'a [f32],
+    group: &'a [u32],
+    by_magnitude: bool,
+}
 
 impl Rule for Open {
     #[inline(always)]
@@ -50,9 +58,17 @@ impl Rule for Gated<'_> {
     }
 }
 
+impl Rule for Chosen<'_> {
+    #[inline(always)]
+    fn off(self, k: usize, _dot: f32, pre: f32) -> bool {
+        let rank = if self.by_magnitude { pre.abs() } else { pre };
+        rank <= self.thresholds[self.group[k] as usize]
+    }
+}
+
 macro_rules! with_rule {
-    ($rows:expr, $rule:ident => $body:expr) => {
-        match $rows.gate {
+    ($work:expr, $rule:ident => $body:expr) => {
+        match $work.rows.gate {
             Gate::Open => {
                 let $rule = Open;
                 $body
@@ -62,11 +78,19 @@ macro_rules! with_rule {
                 $body
             }
             Gate::Threshold(th) => {
-                let $rule = Threshold(&th[..$rows.count()]);
+                let $rule = Threshold(&th[..$work.rows.count()]);
                 $body
             }
             Gate::Gated(bias) => {
-                let $rule = Gated(&bias[..$rows.count()]);
+                let $rule = Gated(&bias[..$work.rows.count()]);
+                $body
+            }
+            Gate::TopK(gate) => {
+                let $rule = Chosen {
+                    thresholds: $work.thresholds,
+                    group: &gate.group[..$work.rows.count()],
+                    by_magnitude: gate.by_magnitude,
+                };
                 $body
             }
         }
@@ -81,10 +105,27 @@ fn pre(rows: &Rows<'_>, k: usize, dot: f32) -> f32 {
     }
 }
 
+/// Normalises a token's dot products, in place.
+pub(super) struct Normalize<'a> {
+    pub row: &'a mut [f32],
+    pub scale: f32,
+}
+
+impl Work for Normalize<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run(self) {
+        self.row.iter_mut().for_each(|dot| *dot *= self.scale);
+    }
+}
+
 /// Turns a token's dot products into its latents, in place.
 pub(super) struct Latents<'a> {
     pub rows: &'a Rows<'a>,
     pub row: &'a mut [f32],
+    /// Of a TopK gate, one for each group.
+    pub thresholds: &'a [f32],
 }
 
 impl Work for Latents<'_> {
@@ -92,11 +133,17 @@ impl Work for Latents<'_> {
 
     #[inline(always)]
     unsafe fn run(self) {
-        with_rule!(self.rows, rule => for (k, x) in self.row.iter_mut().enumerate() {
+        with_rule!(self, rule => for (k, x) in self.row.iter_mut().enumerate() {
             let pre = pre(self.rows, k, *x);
             *x = if rule.off(k, *x, pre) { 0.0 } else { pre };
         })
     }
+}
+
+/// A latent's part in Σ_k coef_k dot_k. One that takes no part adds nothing, whatever its product.
+#[inline(always)]
+pub(super) fn pull(coef: f32, dot: f32) -> f64 {
+    if coef == 0.0 { 0.0 } else { coef as f64 * dot as f64 }
 }
 
 /// Turns a token's dot products into its coefficients, in place, and returns its share of the loss.
@@ -107,6 +154,10 @@ pub(super) struct Coefficients<'a> {
     pub mask: f32,
     /// Sums over tokens, one for each latent.
     pub latent_loss: Option<&'a mut [f64]>,
+    /// Of a TopK gate, one for each group.
+    pub thresholds: &'a [f32],
+    /// Σ_k coef_k dot_k, where a norm needs it.
+    pub pull: Option<&'a mut f64>,
 }
 
 impl Work for Coefficients<'_> {
@@ -114,7 +165,7 @@ impl Work for Coefficients<'_> {
 
     #[inline(always)]
     unsafe fn run(self) -> f64 {
-        with_rule!(self.rows, rule => self.token(rule))
+        with_rule!(self, rule => self.token(rule))
     }
 }
 
@@ -134,6 +185,9 @@ impl Coefficients<'_> {
             let r = if x <= 0.0 { 0.0 } else { x };
             let coef = self.mask * (2.0 * sw * r) * self.rows.scale.map_or(1.0, |s| s[k]);
             self.row[k] = if off { 0.0 } else { coef };
+            if let Some(sum) = &mut self.pull {
+                **sum += pull(self.row[k], dot);
+            }
             let share = sw.abs() as f64 * (r as f64 * r as f64);
             loss += share;
             if let Some(sums) = &mut self.latent_loss {

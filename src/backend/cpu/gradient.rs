@@ -1,14 +1,21 @@
 //! dH of a slab of tokens: for each strip of inputs that fits the registers, the rows of the
 //! latents that are active, in ascending order, one fused multiply-add each.
 //!
+//! Where tokens are normalised, a latent's dot product is a · (W · h), and dH has a second part:
+//!
+//! ```text
+//! dH = factor · (a Σ_k coef_k W_k − q (Σ_k coef_k dot_k) (h − mean))
+//! ```
+//!
 //! One accumulator per element starts at zero and skips inactive latents, whatever the strip or
 //! block: so the bits depend on the token's coefficients alone.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
-use super::lanes::{Element, LANES, Lanes, Line, Work};
+use super::lanes::{Element, LANES, Lanes, Line, Work, with_element};
 use super::pack::{PANEL, Panels};
+use crate::tensor::DType;
 
 /// Latents whose strip stays in the first-level cache while the slab passes over it.
 const BLOCK: usize = 6 * PANEL;
@@ -41,6 +48,47 @@ pub(super) enum Write {
     Add,
 }
 
+/// What the norm of a token adds to its dH.
+#[derive(Clone, Copy)]
+pub(super) struct Normed {
+    /// a
+    pub scale: f32,
+    pub mean: f32,
+    /// q Σ_k coef_k dot_k
+    pub pull: f64,
+    pub hidden: *const u8,
+    pub dtype: DType,
+}
+
+impl Normed {
+    /// h − mean of a line of inputs.
+    #[inline(always)]
+    unsafe fn line<L: Lanes>(&self, start: usize) -> L::V {
+        // SAFETY: the caller's promise: the line lies within the row.
+        unsafe {
+            let hidden = with_element!(self.dtype, H => {
+                H::load::<L>(self.hidden.add(start * H::BYTES))
+            });
+            L::add(hidden, L::splat(-self.mean))
+        }
+    }
+
+    /// The same of fewer inputs.
+    #[inline(always)]
+    unsafe fn part<L: Lanes>(&self, start: usize, inputs: usize) -> L::V {
+        let mut line = Line([0.0; LANES]);
+        // SAFETY: the caller's promise: so many inputs lie within the row.
+        unsafe {
+            for (i, x) in line.0.iter_mut().enumerate().take(inputs) {
+                *x = with_element!(self.dtype, H => {
+                    H::widen(self.hidden.add((start + i) * H::BYTES))
+                }) - self.mean;
+            }
+            L::load((&raw const line).cast())
+        }
+    }
+}
+
 /// dH of up to SLAB tokens.
 pub(super) struct Gradient<'a> {
     pub panels: Panels<'a>,
@@ -55,26 +103,44 @@ pub(super) struct Gradient<'a> {
 impl Gradient<'_> {
     /// # Safety
     /// The machine must have the lanes' instructions; `coef` points to rows of K numbers and `out`
-    /// to as many rows of d_in elements, aligned to lines for [`Write::Stream`].
-    pub unsafe fn run<L: Lanes, E: Element>(&self, coef: &[*const f32], out: &[*mut u8]) {
+    /// to as many rows of d_in elements, aligned to lines for [`Write::Stream`]. `normed` is empty
+    /// or has each row's own.
+    pub unsafe fn run<L: Lanes, E: Element>(
+        &self,
+        coef: &[*const f32],
+        normed: &[Normed],
+        out: &[*mut u8],
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.write != Write::Add {
-                return self.strips::<L, E>(coef, out);
+                return self.strips::<L, E>(coef, normed, out);
             }
             let (mut active_coef, mut active_out) =
                 ([std::ptr::null(); SLAB], [std::ptr::null_mut(); SLAB]);
+            let mut active_normed = [const { MaybeUninit::<Normed>::uninit() }; SLAB];
             let mut n = 0;
-            for (coef, out) in coef.iter().zip(out) {
+            for (i, (coef, out)) in coef.iter().zip(out).enumerate() {
                 (active_coef[n], active_out[n]) = (*coef, *out);
+                if let Some(normed) = normed.get(i) {
+                    active_normed[n].write(*normed);
+                }
                 n += std::slice::from_raw_parts(*coef, self.count).iter().any(|c| *c != 0.0)
                     as usize;
             }
-            self.strips::<L, E>(&active_coef[..n], &active_out[..n])
+            let normed_len = if normed.is_empty() { 0 } else { n };
+            let active_normed =
+                std::slice::from_raw_parts(active_normed.as_ptr().cast(), normed_len);
+            self.strips::<L, E>(&active_coef[..n], active_normed, &active_out[..n])
         }
     }
 
-    unsafe fn strips<L: Lanes, E: Element>(&self, coef: &[*const f32], out: &[*mut u8]) {
+    unsafe fn strips<L: Lanes, E: Element>(
+        &self,
+        coef: &[*const f32],
+        normed: &[Normed],
+        out: &[*mut u8],
+    ) {
         let mut sums = [const { MaybeUninit::<Line>::uninit() }; SLAB * WIDTH];
         let (mut step, whole) = (0, self.d_in / LANES);
         while step < self.panels.steps {
@@ -86,6 +152,7 @@ impl Gradient<'_> {
             for k in (0..self.count).step_by(BLOCK) {
                 let strip = Strip {
                     coef,
+                    normed,
                     out,
                     factor: self.factor,
                     write: self.write,
@@ -118,6 +185,7 @@ impl Gradient<'_> {
 /// A strip of inputs × a block of latents, for all tokens.
 struct Strip<'a> {
     coef: &'a [*const f32],
+    normed: &'a [Normed],
     out: &'a [*mut u8],
     factor: f32,
     write: Write,
@@ -146,8 +214,9 @@ impl<L: Lanes, E: Element, const W: usize> Work for Kernel<'_, L, E, W> {
         // SAFETY: the caller's promise: coefficients k.. of each token, W lines of packed weights
         // of each latent, room for W sums of each token, `inputs` elements of each output row.
         unsafe {
-            let factor = L::splat(s.factor);
             for (t, (coef, out)) in s.coef.iter().zip(s.out).enumerate() {
+                let normed = s.normed.get(t);
+                let factor = L::splat(s.factor * normed.map_or(1.0, |normed| normed.scale));
                 let coef = coef.add(s.k);
                 let mut active = L::nonzero(coef, s.latents.min(LANES));
                 if s.latents > LANES {
@@ -170,7 +239,20 @@ impl<L: Lanes, E: Element, const W: usize> Work for Kernel<'_, L, E, W> {
                 }
                 if !s.last {
                     lines!(i < W => L::store(sums.add(i).cast(), sum[i]));
-                } else if s.inputs < LANES {
+                    continue;
+                }
+                // Without violations there is nothing to pull, whatever h is.
+                if let Some(normed) = normed.filter(|normed| normed.pull != 0.0) {
+                    let pull = L::splat((-(s.factor as f64) * normed.pull) as f32);
+                    if s.inputs < LANES {
+                        sum[0] = L::fma(pull, normed.part::<L>(s.start, s.inputs), sum[0]);
+                    } else {
+                        lines!(i < W => {
+                            sum[i] = L::fma(pull, normed.line::<L>(s.start + i * LANES), sum[i]);
+                        });
+                    }
+                }
+                if s.inputs < LANES {
                     put_part::<L, E>(&s, out.add(s.start * E::BYTES), sum[0]);
                 } else {
                     put::<L, E, W>(s.write, out.add(s.start * E::BYTES), &sum);

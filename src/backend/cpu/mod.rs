@@ -8,17 +8,22 @@ mod encode;
 mod finish;
 mod gradient;
 mod lanes;
+mod norm;
 mod pack;
 mod slab;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod topk;
 
 use self::lanes::{Isa, LANES, Line};
 use self::pack::{Panels, bf16_lines, f32_lines, pack_bf16, pack_f32};
 use self::slab::Kernels;
 use self::threads::Threads;
-use super::{Backend, BackwardCall, EncodeCall, OwnedRows, PenaltyCall, Rows, Workspace};
+use self::topk::OwnedRivals;
+use super::{
+    Backend, BackwardCall, EncodeCall, Gate, OwnedRows, PenaltyCall, ReadRivals, Rows, Workspace,
+};
 use crate::error::Result;
 use crate::tensor::{DType, Stream};
 
@@ -33,26 +38,38 @@ pub(crate) struct Cpu {
     rows: OwnedRows,
     panels: Box<[Line]>,
     bf16_panels: Option<Box<[Line]>>,
+    /// Of a TopK gate.
+    rivals: Option<OwnedRivals>,
     threads: Threads,
 }
 
 impl Cpu {
     /// `num_threads` 0 means one for each available core.
-    pub fn new(rows: &Rows<'_>, num_threads: usize) -> Cpu {
-        Cpu::with_isa(rows, num_threads, Isa::detect())
+    pub fn new(rows: &Rows<'_>, rivals: ReadRivals<'_>, num_threads: usize) -> Result<Cpu> {
+        Cpu::with_isa(rows, rivals, num_threads, Isa::detect())
     }
 
-    fn with_isa(rows: &Rows<'_>, num_threads: usize, isa: Isa) -> Cpu {
+    fn with_isa(
+        rows: &Rows<'_>,
+        rivals: ReadRivals<'_>,
+        num_threads: usize,
+        isa: Isa,
+    ) -> Result<Cpu> {
         let lines = |n| vec![Line([0.0; LANES]); n].into_boxed_slice();
         let mut panels = lines(f32_lines(rows.count(), rows.d_in));
         pack_f32(rows, &mut panels);
-        let bf16_panels = isa.has_bf16_dot().then(|| {
+        let rivals = match rows.gate {
+            Gate::TopK(gate) => Some(OwnedRivals::pack(gate.rivals(), rows.d_in, rivals)?),
+            _ => None,
+        };
+        // Rivals are kept in one form, and a latent must compare with its own value exactly.
+        let bf16_panels = (isa.has_bf16_dot() && rivals.is_none()).then(|| {
             let mut panels = lines(bf16_lines(rows.count(), rows.d_in));
             pack_bf16(rows, &mut panels);
             panels
         });
         let threads = Threads::pool(num_threads);
-        Cpu { isa, rows: rows.without_weight(), panels, bf16_panels, threads }
+        Ok(Cpu { isa, rows: rows.without_weight(), panels, bf16_panels, rivals, threads })
     }
 
     fn kernels(&self) -> Kernels<'_> {
@@ -62,6 +79,7 @@ impl Cpu {
             rows,
             panels: Panels::f32(&self.panels, rows.d_in),
             bf16: self.bf16_panels.as_ref().map(|lines| Panels::bf16(lines, rows.d_in)),
+            rivals: self.rivals.as_ref().map(OwnedRivals::borrow),
         }
     }
 
@@ -74,7 +92,7 @@ impl Cpu {
     ) -> usize {
         let lines = f32_lines(count, d_in) + raw_bf16_lines(Isa::detect(), count, d_in);
         let threads = Threads::scoped(num_threads).count();
-        lines * size_of::<Line>() + Kernels::workspace_size(count, tokens, threads)
+        lines * size_of::<Line>() + Kernels::workspace_size(Gate::Open, count, tokens, threads)
     }
 
     /// The penalty of rows that are packed into the call's workspace first.
@@ -107,7 +125,7 @@ impl Cpu {
 
 impl Backend for Cpu {
     fn numerics(&self) -> String {
-        if self.isa.has_bf16_dot() { "cpu-1-bf16dot".into() } else { "cpu-1".into() }
+        if self.bf16_panels.is_some() { "cpu-1-bf16dot".into() } else { "cpu-1".into() }
     }
 
     fn num_threads(&self) -> usize {
@@ -115,7 +133,8 @@ impl Backend for Cpu {
     }
 
     fn workspace_size(&self, tokens: usize) -> usize {
-        Kernels::workspace_size(self.rows.bias.len(), tokens, self.threads.count())
+        let rows = self.rows.borrow();
+        Kernels::workspace_size(rows.gate, rows.count(), tokens, self.threads.count())
     }
 
     unsafe fn encode(&self, call: &EncodeCall, _: Stream) -> Result<()> {
@@ -177,5 +196,6 @@ unsafe fn raw_kernels<'a>(
     });
     let used = (f32_len + bf16_len) * size_of::<Line>();
     let rest = Workspace { data: workspace.data.wrapping_add(used), size: workspace.size - used };
-    (Kernels { isa, rows: *rows, panels: Panels::f32(panels, rows.d_in), bf16 }, rest)
+    let panels = Panels::f32(panels, rows.d_in);
+    (Kernels { isa, rows: *rows, panels, bf16, rivals: None }, rest)
 }

@@ -36,6 +36,12 @@ impl<'a> Panels<'a> {
         &self.lines[at]
     }
 
+    /// The rows from the one that begins a panel on.
+    pub fn starting_at(&self, k: usize) -> Panels<'a> {
+        debug_assert!(k.is_multiple_of(PANEL));
+        Panels { lines: &self.lines[k / PANEL * self.panel()..], ..*self }
+    }
+
     /// f32 panels: one line of a row holds 16 inputs.
     pub fn f32(lines: &'a [Line], d_in: usize) -> Panels<'a> {
         Panels { lines, steps: d_in.div_ceil(LANES), terms: 1 }

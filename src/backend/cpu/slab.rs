@@ -1,15 +1,19 @@
 //! The three run calls: tokens in blocks, blocks in slabs, a slab's dot products, formulas and
 //! gradient while its rows are in cache.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::encode::{Converted, Direct, Split, dots};
-use super::finish::{Coefficients, Latents};
-use super::gradient::{Gradient, SLAB, Write};
+use super::finish::{Coefficients, Latents, Normalize, pull};
+use super::gradient::{Gradient, Normed, SLAB, Write};
 use super::lanes::{Isa, Lanes, Line, with_element, with_lanes};
+use super::norm::TokenScale;
 use super::pack::Panels;
 use super::threads::Threads;
-use crate::backend::{BackwardCall, EncodeCall, Grad, Matrix, PenaltyCall, Rows, Workspace};
+use super::topk::{Rivals, Space, Tokens};
+use crate::backend::{BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows, Workspace};
+use crate::sae::TokenNorm;
 use crate::tensor::DType;
 
 /// dH of this many bytes and more is written past the caches.
@@ -24,6 +28,8 @@ pub(super) struct Kernels<'a> {
     pub panels: Panels<'a>,
     /// For the bf16 dot product, on machines that have it.
     pub bf16: Option<Panels<'a>>,
+    /// Of a TopK gate.
+    pub rivals: Option<Rivals<'a>>,
 }
 
 /// Tokens of a block, the unit of scheduling and of partial sums: a function of T alone, so that
@@ -117,28 +123,86 @@ impl<P: Copy> RowList<P> {
     }
 }
 
+/// What a worker has for itself, and where thresholds are.
+struct Own<'a> {
+    worker: usize,
+    scratch: &'a Scratch,
+    space: Option<&'a Space>,
+}
+
+/// What the norm adds to the dH of each token of a slab; empty without one.
+struct NormedList {
+    rows: [MaybeUninit<Normed>; SLAB],
+    len: usize,
+}
+
+impl NormedList {
+    fn new() -> NormedList {
+        NormedList { rows: [const { MaybeUninit::uninit() }; SLAB], len: 0 }
+    }
+
+    fn push(&mut self, token: TokenScale, pull: f64, hidden: *const u8, dtype: DType) {
+        let TokenScale { scale, mean, pull: q } = token;
+        self.rows[self.len].write(Normed { scale, mean, pull: q * pull, hidden, dtype });
+        self.len += 1;
+    }
+
+    fn get(&self) -> &[Normed] {
+        // SAFETY: so many have been written.
+        unsafe { std::slice::from_raw_parts(self.rows.as_ptr().cast(), self.len) }
+    }
+}
+
 impl Kernels<'_> {
-    /// Bytes of scratch of a penalty call.
-    pub fn workspace_size(count: usize, tokens: usize, threads: usize) -> usize {
-        Scratch::bytes(tokens, count, threads)
+    /// Bytes of scratch of a call.
+    pub fn workspace_size(gate: Gate<'_>, count: usize, tokens: usize, threads: usize) -> usize {
+        let topk = match gate {
+            Gate::TopK(gate) => Space::bytes(gate, tokens, threads),
+            _ => 0,
+        };
+        topk + Scratch::bytes(tokens, count, threads)
     }
 
     fn cost(&self, tokens: usize) -> usize {
         tokens.saturating_mul(self.rows.count()).saturating_mul(self.rows.d_in)
     }
 
+    /// The thresholds of a TopK gate, at the head of the workspace, and the rest of it.
+    ///
+    /// # Safety
+    /// As [`super::Backend`].
+    unsafe fn thresholds(
+        &self,
+        threads: &Threads,
+        tokens: &Tokens,
+        workspace: Workspace,
+    ) -> (Option<Space>, Workspace) {
+        let (Gate::TopK(gate), Some(rivals)) = (self.rows.gate, &self.rivals) else {
+            return (None, workspace);
+        };
+        let (space, rest) = Space::split(workspace, gate, tokens.count, threads.count());
+        // SAFETY: the caller's promise.
+        unsafe { self.find_thresholds(threads, gate, rivals, tokens, &space) };
+        (Some(space), rest)
+    }
+
     /// # Safety
     /// As [`super::Backend`].
     pub unsafe fn encode(&self, threads: &Threads, call: &EncodeCall) {
+        let EncodeCall { tokens, hidden, workspace, .. } = *call;
         let call = Shared(*call);
-        threads.each(block_count(call.0.tokens), self.cost(call.0.tokens), |_, index| {
-            let call = &call;
-            // SAFETY: the caller's promise; every block has tokens of its own.
-            unsafe { self.encode_block(&call.0, block(call.0.tokens, index)) }
-        });
+        // SAFETY: the caller's promise; every block has tokens of its own.
+        unsafe {
+            let tokens = Tokens { count: tokens, hidden, mask: None };
+            let (space, _) = self.thresholds(threads, &tokens, workspace);
+            threads.each(block_count(tokens.count), self.cost(tokens.count), |_, index| {
+                let call = &call;
+                self.encode_block(&call.0, space.as_ref(), block(call.0.tokens, index))
+            });
+        }
     }
 
-    unsafe fn encode_block(&self, call: &EncodeCall, block: Range<usize>) {
+    unsafe fn encode_block(&self, call: &EncodeCall, space: Option<&Space>, block: Range<usize>) {
         for start in block.clone().step_by(SLAB) {
             let (mut hidden, mut latents) =
                 (RowList::new(std::ptr::null()), RowList::new(std::ptr::null_mut()));
@@ -149,9 +213,12 @@ impl Kernels<'_> {
                     latents.push(call.latents.row(t).cast::<f32>());
                 }
                 self.dots(call.hidden.dtype, hidden.get(), latents.get());
-                for row in latents.get() {
+                self.normalize(call.hidden.dtype, hidden.get(), latents.get());
+                for (i, row) in latents.get().iter().enumerate() {
                     let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
-                    with_lanes!(self.isa, L => L::enter(Latents { rows: &self.rows, row }));
+                    let thresholds = space.map_or(&[][..], |space| space.thresholds(start + i));
+                    let work = Latents { rows: &self.rows, row, thresholds };
+                    with_lanes!(self.isa, L => L::enter(work));
                 }
             }
         }
@@ -161,15 +228,19 @@ impl Kernels<'_> {
     /// As [`super::Backend`].
     pub unsafe fn penalty(&self, threads: &Threads, call: &PenaltyCall) {
         let count = self.rows.count();
-        let scratch = Scratch::new(call.workspace, call.tokens, count);
+        let PenaltyCall { tokens, hidden, mask, workspace, .. } = *call;
         let call = Shared(*call);
         // SAFETY: the caller's promise; every block has tokens and partial sums of its own, every
         // worker its slab of coefficients, and the sums are read when all is done.
         unsafe {
-            let grad = call.0.grad.map(|grad| self.gradient(&grad, call.0.tokens));
-            threads.each(block_count(call.0.tokens), self.cost(call.0.tokens), |worker, index| {
+            let tokens = Tokens { count: tokens, hidden, mask };
+            let (space, rest) = self.thresholds(threads, &tokens, workspace);
+            let scratch = Scratch::new(rest, tokens.count, count);
+            let grad = call.0.grad.map(|grad| self.gradient(&grad, tokens.count));
+            threads.each(block_count(tokens.count), self.cost(tokens.count), |worker, index| {
+                let own = Own { worker, scratch: &scratch, space: space.as_ref() };
                 let call = &call;
-                self.penalty_block(&call.0, grad.as_ref(), &scratch, worker, index)
+                self.penalty_block(&call.0, grad.as_ref(), &own, index)
             });
             reduce(&call.0, &scratch)
         }
@@ -179,33 +250,35 @@ impl Kernels<'_> {
         &self,
         call: &PenaltyCall,
         gradient: Option<&Gradient<'_>>,
-        scratch: &Scratch,
-        worker: usize,
+        own: &Own<'_>,
         index: usize,
     ) {
-        let block = block(call.tokens, index);
-        // SAFETY: the caller's promise: the block's tokens exist, and nobody else works on them.
+        // SAFETY: the caller's promise.
         unsafe {
-            let sums = scratch.block(index);
+            let sums = own.scratch.block(index);
             sums.fill(0.0);
+            let block = block(call.tokens, index);
             for start in block.clone().step_by(SLAB) {
                 let slab = start..block.end.min(start + SLAB);
-                self.penalty_slab(call, gradient, slab, |i| scratch.coef(worker, i), sums);
+                self.penalty_slab(call, gradient, slab, own, sums);
             }
         }
     }
 
-    unsafe fn penalty_slab<'a>(
+    /// Adds the slab's loss, count and per-latent losses to `sums`.
+    unsafe fn penalty_slab(
         &self,
         call: &PenaltyCall,
         gradient: Option<&Gradient<'_>>,
         slab: Range<usize>,
-        coef: impl Fn(usize) -> &'a mut [f32],
+        own: &Own<'_>,
         sums: &mut [f64],
     ) {
         let mut tokens = RowList::new((0, 0.0));
         let mut hidden = RowList::new(std::ptr::null());
         let mut dot = RowList::new(std::ptr::null_mut());
+        // SAFETY: the scratch has a slab of every worker, who alone uses it.
+        let coef = |i| unsafe { own.scratch.coef(own.worker, i) };
         // SAFETY: the caller's promise: the slab's tokens exist.
         unsafe {
             for t in slab {
@@ -218,17 +291,23 @@ impl Kernels<'_> {
                 hidden.push(call.hidden.row(t).cast_const());
                 tokens.push((t, mask));
             }
-            self.dots(call.hidden.dtype, hidden.get(), dot.get());
+            let dtype = call.hidden.dtype;
+            self.dots(dtype, hidden.get(), dot.get());
+            let scales = self.normalize(dtype, hidden.get(), dot.get());
             let [loss, count, latent_loss @ ..] = sums else { return };
+            let mut normed = NormedList::new();
             for (i, (t, mask)) in tokens.get().iter().enumerate() {
                 let latent_loss = call.latent_loss.is_some().then_some(&mut *latent_loss);
                 let reference = call.reference.row(*t).cast::<f32>().cast_const();
+                let mut pull = 0.0;
                 let work = Coefficients {
                     rows: &self.rows,
                     row: coef(i),
                     reference,
                     mask: *mask,
                     latent_loss,
+                    thresholds: own.space.map_or(&[][..], |space| space.thresholds(*t)),
+                    pull: scales.as_ref().map(|_| &mut pull),
                 };
                 *loss += with_lanes!(self.isa, L => L::enter(work));
                 *count += *mask as f64;
@@ -237,14 +316,41 @@ impl Kernels<'_> {
                         .cast::<f32>()
                         .copy_from_nonoverlapping(coef(i).as_ptr(), self.rows.count());
                 }
+                if let Some(scales) = &scales {
+                    normed.push(scales[i], pull, hidden.get()[i], dtype);
+                }
             }
             if let (Some(gradient), Some(grad)) = (gradient, &call.grad) {
                 let mut out = RowList::new(std::ptr::null_mut());
                 tokens.get().iter().for_each(|(t, _)| out.push(grad.rows.row(*t)));
-                let dot = dot.rows.map(|row| row.cast_const());
-                self.gradient_rows(gradient, grad.rows.dtype, &dot[..out.len], out.get());
+                let coef = dot.rows.map(|row| row.cast_const());
+                let grad_dtype = grad.rows.dtype;
+                self.gradient_rows(gradient, grad_dtype, &coef[..out.len], normed.get(), out.get());
             }
         }
+    }
+
+    /// Normalises the dot products of a slab, if tokens are normalised.
+    unsafe fn normalize(
+        &self,
+        dtype: DType,
+        hidden: &[*const u8],
+        dot: &[*mut f32],
+    ) -> Option<[TokenScale; SLAB]> {
+        let Rows { norm, d_in, .. } = self.rows;
+        if norm == TokenNorm::None {
+            return None;
+        }
+        let mut scales = [TokenScale::ONE; SLAB];
+        for (scale, (hidden, dot)) in scales.iter_mut().zip(hidden.iter().zip(dot)) {
+            // SAFETY: the caller's promise: rows of d_in elements and of K numbers.
+            unsafe {
+                *scale = TokenScale::of(self.isa, norm, dtype, *hidden, d_in);
+                let row = std::slice::from_raw_parts_mut(*dot, self.rows.count());
+                with_lanes!(self.isa, L => L::enter(Normalize { row, scale: scale.scale }));
+            }
+        }
+        Some(scales)
     }
 
     /// Zero coefficients and dH for a token that the mask leaves out.
@@ -264,13 +370,15 @@ impl Kernels<'_> {
     /// # Safety
     /// As [`super::Backend`].
     pub unsafe fn backward(&self, threads: &Threads, call: &BackwardCall) {
+        let scratch = Scratch::new(call.workspace, call.tokens, self.rows.count());
         let call = Shared(*call);
-        // SAFETY: the caller's promise; every block has tokens of its own.
+        // SAFETY: the caller's promise; every block has tokens of its own, every worker its scratch.
         unsafe {
             let gradient = self.gradient(&call.0.grad, call.0.tokens);
-            threads.each(block_count(call.0.tokens), self.cost(call.0.tokens), |_, index| {
+            threads.each(block_count(call.0.tokens), self.cost(call.0.tokens), |worker, index| {
+                let own = Own { worker, scratch: &scratch, space: None };
                 let call = &call;
-                self.backward_block(&call.0, &gradient, block(call.0.tokens, index))
+                self.backward_block(&call.0, &gradient, &own, block(call.0.tokens, index))
             });
         }
     }
@@ -279,20 +387,57 @@ impl Kernels<'_> {
         &self,
         call: &BackwardCall,
         gradient: &Gradient<'_>,
+        own: &Own<'_>,
         block: Range<usize>,
     ) {
         for start in block.clone().step_by(SLAB) {
+            let slab = start..block.end.min(start + SLAB);
             let (mut coef, mut out) =
                 (RowList::new(std::ptr::null()), RowList::new(std::ptr::null_mut()));
             // SAFETY: the caller's promise: the slab's tokens exist.
             unsafe {
-                for t in start..block.end.min(start + SLAB) {
+                for t in slab.clone() {
                     coef.push(call.coef.row(t).cast::<f32>().cast_const());
                     out.push(call.grad.rows.row(t));
                 }
-                self.gradient_rows(gradient, call.grad.rows.dtype, coef.get(), out.get());
+                let normed = self.normed(call, slab, coef.get(), own);
+                let dtype = call.grad.rows.dtype;
+                self.gradient_rows(gradient, dtype, coef.get(), normed.get(), out.get());
             }
         }
+    }
+
+    /// What the norm of each token of a slab adds to its dH.
+    unsafe fn normed(
+        &self,
+        call: &BackwardCall,
+        slab: Range<usize>,
+        coef: &[*const f32],
+        own: &Own<'_>,
+    ) -> NormedList {
+        let mut normed = NormedList::new();
+        let Some(rows) = call.hidden.filter(|_| self.rows.norm != TokenNorm::None) else {
+            return normed;
+        };
+        let (mut hidden, mut dot) =
+            (RowList::new(std::ptr::null()), RowList::new(std::ptr::null_mut()));
+        // SAFETY: the caller's promise: the slab's tokens exist.
+        unsafe {
+            for (i, t) in slab.enumerate() {
+                hidden.push(rows.row(t).cast_const());
+                dot.push(own.scratch.coef(own.worker, i).as_mut_ptr());
+            }
+            self.dots(rows.dtype, hidden.get(), dot.get());
+            let scales = self.normalize(rows.dtype, hidden.get(), dot.get());
+            for (i, scale) in scales.iter().flatten().enumerate().take(hidden.len) {
+                let count = self.rows.count();
+                let coef = std::slice::from_raw_parts(coef[i], count);
+                let dot = std::slice::from_raw_parts(dot.get()[i], count);
+                let pull = coef.iter().zip(dot).map(|(c, dot)| pull(*c, *dot)).sum();
+                normed.push(*scale, pull, hidden.get()[i], rows.dtype);
+            }
+        }
+        normed
     }
 
     /// weight · hidden of a slab.
@@ -340,11 +485,14 @@ impl Kernels<'_> {
         gradient: &Gradient<'_>,
         dtype: DType,
         coef: &[*const f32],
+        normed: &[Normed],
         out: &[*mut u8],
     ) {
         // SAFETY: the caller's promise; `isa` is one that this machine has.
         unsafe {
-            with_lanes!(self.isa, L => with_element!(dtype, E => gradient.run::<L, E>(coef, out)))
+            with_lanes!(self.isa, L => with_element!(dtype, E => {
+                gradient.run::<L, E>(coef, normed, out)
+            }))
         }
     }
 }

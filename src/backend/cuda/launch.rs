@@ -312,6 +312,7 @@ pub(crate) enum GateKind {
     Relu = 1,
     Threshold = 2,
     Gated = 3,
+    TopK = 4,
 }
 
 /// Rows are packed in groups of eight: the latents of one mma.
@@ -727,10 +728,16 @@ mod tests {
         let launches = penalty(&ROWS, &penalty_call(0, 20));
         assert_eq!(kernels(&launches), [(Kernel::ReduceLatents, 1)]);
         let hidden = matrix(0x10_0000, DType::F32, 4096);
-        let call = EncodeCall { tokens: 0, hidden, latents: hidden };
+        let call = EncodeCall { tokens: 0, hidden, latents: hidden, workspace: Workspace::NONE };
         assert_eq!(encode(&ROWS, &call).iter().count(), 0);
         let grad = penalty_call(0, 20).grad.expect("there is one");
-        let call = BackwardCall { tokens: 0, coef: hidden, grad };
+        let call = BackwardCall {
+            tokens: 0,
+            coef: hidden,
+            grad,
+            hidden: None,
+            workspace: Workspace::NONE,
+        };
         assert_eq!(backward(&ROWS, &call).iter().count(), 0);
     }
 

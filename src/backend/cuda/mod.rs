@@ -19,9 +19,12 @@ use self::image::Module;
 pub(crate) use self::image::is_embedded;
 pub(crate) use self::launch::{DeviceRows, GateKind};
 use self::launch::{Launch, packed_bytes};
-use super::{Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows, Workspace};
+use super::{
+    Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, ReadRivals, Rows, Workspace,
+};
 use crate::error::{Result, bail};
 use crate::penalty::WORKSPACE_ALIGN;
+use crate::sae::TokenNorm;
 use crate::tensor::{Device, Stream};
 
 /// How many devices there are; none without a driver or without kernels, which is no error.
@@ -52,8 +55,15 @@ pub(crate) struct Cuda {
 impl Cuda {
     /// Copies and packs rows in the calling thread's current context where it is one of the device,
     /// else in the device's primary context. The plan belongs to that context.
-    pub fn new(rows: &Rows<'_>, device: i32) -> Result<Cuda> {
+    pub fn new(rows: &Rows<'_>, _rivals: ReadRivals<'_>, device: i32) -> Result<Cuda> {
         check_available()?;
+        if matches!(rows.gate, Gate::TopK(_)) || rows.norm != TokenNorm::None {
+            bail!(
+                Unsupported,
+                "the activation 'native' of a topk SAE, and SAEs that normalise every token, are \
+                 computed on the CPU alone by this version; use 'dense_relu' or the CPU"
+            );
+        }
         let context = Context::of_device(device)?;
         {
             // Before anything that a capture forbids, and that would spoil it.
@@ -467,13 +477,14 @@ impl GateKind {
             Gate::Relu => GateKind::Relu,
             Gate::Threshold(_) => GateKind::Threshold,
             Gate::Gated(_) => GateKind::Gated,
+            Gate::TopK(_) => GateKind::TopK,
         }
     }
 }
 
 fn gate_values<'a>(gate: &Gate<'a>) -> Option<&'a [f32]> {
     match gate {
-        Gate::Open | Gate::Relu => None,
+        Gate::Open | Gate::Relu | Gate::TopK(_) => None,
         Gate::Threshold(values) | Gate::Gated(values) => Some(values),
     }
 }

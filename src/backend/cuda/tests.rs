@@ -22,6 +22,7 @@ use crate::backend::random::Random;
 use crate::backend::{
     BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
 };
+use crate::sae::TokenNorm;
 use crate::tensor::DType;
 
 /// Where the harness maps a job's memory, so that addresses in parameters need no relocation.
@@ -393,7 +394,9 @@ impl Problem {
                 GateKind::Relu => Gate::Relu,
                 GateKind::Threshold => Gate::Threshold(&self.gate_values),
                 GateKind::Gated => Gate::Gated(&self.gate_values),
+                GateKind::TopK => unreachable!("no problem has it"),
             },
+            norm: TokenNorm::None,
             sign_weight: &self.sign_weight,
         }
     }
@@ -505,7 +508,13 @@ impl Job {
             grad: None,
             ..fused
         };
-        let backward = BackwardCall { tokens: p.tokens, coef: coef.matrix(), grad: grad(1) };
+        let backward = BackwardCall {
+            tokens: p.tokens,
+            coef: coef.matrix(),
+            grad: grad(1),
+            hidden: None,
+            workspace: Workspace::NONE,
+        };
         Job {
             program: program.to_path_buf(),
             pack: pack(weight.address, weight.stride, &rows),
@@ -531,6 +540,7 @@ impl Job {
             tokens: p.tokens,
             hidden: self.hidden.matrix(),
             latents: self.latents.matrix(),
+            workspace: Workspace::NONE,
         };
         let launches = encode(&self.rows, &call);
         let memory = self.run(&self.arena, launches.iter(), &p.name);
@@ -670,6 +680,7 @@ impl Exact {
             GateKind::Relu => pre,
             GateKind::Threshold => pre - gate,
             GateKind::Gated => pre.min(dot + gate),
+            GateKind::TopK => unreachable!("no problem has it"),
         };
         let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
         Exact { pre, distance, slack: 1e-6 * size + 1e-9 }

@@ -1,0 +1,360 @@
+//! The gate of TopK SAEs: for every token the k-th largest of all its rivals, without keeping them.
+//!
+//! A worker takes some tokens through all rivals, a chunk of dot products at a time, and keeps the
+//! largest of each token: values above the k-th largest so far go into a list of 2k or more, which
+//! is cut back to its k largest whenever it is full. What is left is the k largest values, in
+//! whatever order they came: so the threshold depends on the token alone. Dot products are those of
+//! the blocked rows, bit for bit, so that a latent compares with its own value exactly.
+
+use std::ops::Range;
+
+use super::encode::{Converted, dots};
+use super::lanes::{Isa, LANES, Lanes, Line, Work, with_element, with_lanes};
+use super::norm::TokenScale;
+use super::pack::{PANEL, Panels, f32_lines, pack_f32};
+use super::slab::Kernels;
+use super::threads::Threads;
+use crate::backend::{Gate, Mask, Matrix, RIVALS_AT_ONCE, ReadRivals, Rows, TopK, Workspace};
+use crate::error::{Result, bail};
+use crate::sae::TokenNorm;
+use crate::tensor::DType;
+
+/// Tokens that a worker takes through the rivals' rows together.
+const TOKENS: usize = 96;
+/// Rivals whose dot products are kept at a time.
+const CHUNK: usize = 256;
+const _: () = assert!(CHUNK.is_multiple_of(PANEL) && RIVALS_AT_ONCE.is_multiple_of(PANEL));
+
+/// All rivals' rows, packed.
+pub(super) struct OwnedRivals {
+    lines: Vec<Line>,
+    bias: Vec<f32>,
+    d_in: usize,
+}
+
+impl OwnedRivals {
+    pub fn pack(count: usize, d_in: usize, read: ReadRivals<'_>) -> Result<OwnedRivals> {
+        let mut lines = Vec::new();
+        if lines.try_reserve_exact(f32_lines(count, d_in)).is_err() {
+            bail!(
+                OutOfMemory,
+                "{count} latents of {d_in} inputs do not fit into memory; a topk SAE's 'native' \
+                 activation needs them all ('dense_relu' needs the blocked ones alone)"
+            );
+        }
+        let mut bias = Vec::with_capacity(count);
+        for start in (0..count).step_by(RIVALS_AT_ONCE) {
+            let some = read(start..count.min(start + RIVALS_AT_ONCE))?;
+            let rows = Rows {
+                d_in,
+                weight: &some.weight,
+                weight_stride: d_in,
+                bias: &some.bias,
+                scale: None,
+                norm: TokenNorm::None,
+                gate: Gate::Open,
+                sign_weight: &[],
+            };
+            let first = lines.len();
+            lines.resize(first + f32_lines(rows.count(), d_in), Line([0.0; LANES]));
+            pack_f32(&rows, &mut lines[first..]);
+            bias.extend(some.bias);
+        }
+        Ok(OwnedRivals { lines, bias, d_in })
+    }
+
+    pub fn borrow(&self) -> Rivals<'_> {
+        Rivals { panels: Panels::f32(&self.lines, self.d_in), bias: &self.bias }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Rivals<'a> {
+    panels: Panels<'a>,
+    bias: &'a [f32],
+}
+
+/// The part of a workspace that a TopK gate needs: thresholds of all tokens, then each worker's
+/// ranks and largest values.
+#[derive(Clone, Copy)]
+pub(super) struct Space {
+    thresholds: *mut f32,
+    groups: usize,
+    scratch: *mut f32,
+    capacity: usize,
+}
+
+// SAFETY: workers write disjoint parts: thresholds of their tokens, scratch of their own.
+unsafe impl Sync for Space {}
+
+impl Space {
+    pub fn bytes(gate: &TopK, tokens: usize, workers: usize) -> usize {
+        let workers = workers.min(task_count(tokens));
+        Space::threshold_bytes(gate, tokens)
+            + workers * TOKENS * (CHUNK + capacity(gate)) * size_of::<f32>()
+    }
+
+    fn threshold_bytes(gate: &TopK, tokens: usize) -> usize {
+        (tokens * gate.groups() * size_of::<f32>()).next_multiple_of(size_of::<Line>())
+    }
+
+    /// The head of a workspace, and the rest of it.
+    pub fn split(
+        space: Workspace,
+        gate: &TopK,
+        tokens: usize,
+        workers: usize,
+    ) -> (Space, Workspace) {
+        let scratch = space.data.wrapping_add(Space::threshold_bytes(gate, tokens)).cast();
+        let own = Space {
+            thresholds: space.data.cast(),
+            groups: gate.groups(),
+            scratch,
+            capacity: capacity(gate),
+        };
+        let used = Space::bytes(gate, tokens, workers);
+        let rest = Workspace { data: space.data.wrapping_add(used), size: space.size - used };
+        (own, rest)
+    }
+
+    /// A token's thresholds, one for each group.
+    ///
+    /// # Safety
+    /// [`Kernels::find_thresholds`] has written them.
+    pub unsafe fn thresholds<'a>(&self, token: usize) -> &'a [f32] {
+        // SAFETY: the workspace has room for every token's.
+        unsafe { std::slice::from_raw_parts(self.thresholds.add(token * self.groups), self.groups) }
+    }
+
+    /// The ranks and the largest values of a worker's token.
+    unsafe fn scratch<'a>(&self, worker: usize, token: usize) -> (&'a mut [f32], &'a mut [f32]) {
+        let row = (worker * TOKENS + token) * (CHUNK + self.capacity);
+        // SAFETY: the workspace has room for every worker's tokens, and it alone uses them.
+        unsafe {
+            let row = self.scratch.add(row);
+            (
+                std::slice::from_raw_parts_mut(row, CHUNK),
+                std::slice::from_raw_parts_mut(row.add(CHUNK), self.capacity),
+            )
+        }
+    }
+}
+
+/// Values that a token's list holds, at least twice as many as it needs.
+fn capacity(gate: &TopK) -> usize {
+    (2 * gate.k).next_multiple_of(4 * LANES)
+}
+
+fn task_count(tokens: usize) -> usize {
+    tokens.div_ceil(TOKENS)
+}
+
+impl Kernels<'_> {
+    /// Writes the thresholds of all tokens that count: a latent is on if its rank is above.
+    ///
+    /// # Safety
+    /// As [`super::Backend`]; the rivals are the gate's, and the space was made for it.
+    pub unsafe fn find_thresholds(
+        &self,
+        threads: &Threads,
+        gate: &TopK,
+        rivals: &Rivals<'_>,
+        tokens: &Tokens,
+        space: &Space,
+    ) {
+        let cost = tokens.count.saturating_mul(gate.rivals()).saturating_mul(self.rows.d_in);
+        threads.each(task_count(tokens.count), cost, |worker, task| {
+            let range = task * TOKENS..tokens.count.min((task + 1) * TOKENS);
+            let block = Block { kernels: self, gate, rivals, tokens, space, worker };
+            // SAFETY: the caller's promise; every task has tokens of its own.
+            unsafe { block.find_thresholds(range) }
+        });
+    }
+}
+
+/// The tokens of a call.
+pub(super) struct Tokens {
+    pub count: usize,
+    pub hidden: Matrix,
+    pub mask: Option<Mask>,
+}
+
+// SAFETY: workers only read them.
+unsafe impl Sync for Tokens {}
+
+struct Block<'a> {
+    kernels: &'a Kernels<'a>,
+    gate: &'a TopK,
+    rivals: &'a Rivals<'a>,
+    tokens: &'a Tokens,
+    space: &'a Space,
+    worker: usize,
+}
+
+/// What is known of a token on its way through the rivals.
+#[derive(Clone, Copy)]
+struct State {
+    token: usize,
+    scale: f32,
+    /// Values in its list, and what a value must be above to enter.
+    len: usize,
+    floor: f32,
+}
+
+impl Block<'_> {
+    unsafe fn find_thresholds(&self, range: Range<usize>) {
+        let mut states = [State { token: 0, scale: 1.0, len: 0, floor: 0.0 }; TOKENS];
+        let mut hidden = [std::ptr::null(); TOKENS];
+        let mut dot = [std::ptr::null_mut(); TOKENS];
+        let mut live = 0;
+        let Kernels { isa, rows, .. } = *self.kernels;
+        // SAFETY: the caller's promise: the tokens exist, and the scratch is this worker's.
+        unsafe {
+            for token in range {
+                if self.tokens.mask.is_some_and(|mask| mask.get(token) == 0.0) {
+                    continue;
+                }
+                hidden[live] = self.tokens.hidden.row(token).cast_const();
+                dot[live] = self.space.scratch(self.worker, live).0.as_mut_ptr();
+                let dtype = self.tokens.hidden.dtype;
+                let scale = TokenScale::of(isa, rows.norm, dtype, hidden[live], rows.d_in).scale;
+                states[live] = State { token, scale, len: 0, floor: f32::NEG_INFINITY };
+                live += 1;
+            }
+            let states = &mut states[..live];
+            let mut group = 0;
+            for start in (0..self.gate.rivals()).step_by(CHUNK) {
+                let chunk = start..self.gate.rivals().min(start + CHUNK);
+                self.dots(&chunk, &hidden[..live], &dot[..live]);
+                for (i, state) in states.iter().enumerate() {
+                    let (ranks, _) = self.space.scratch(self.worker, i);
+                    let work = Ranks {
+                        row: &mut ranks[..chunk.len()],
+                        bias: &self.rivals.bias[chunk.clone()],
+                        scale: state.scale,
+                        by_magnitude: self.gate.by_magnitude,
+                    };
+                    with_lanes!(isa, L => L::enter(work));
+                }
+                // The chunk may end some groups and begin another.
+                let mut at = start;
+                while at < chunk.end {
+                    let end = self.gate.group_ends[group];
+                    self.keep(states, at - start..end.min(chunk.end) - start, isa);
+                    at = end.min(chunk.end);
+                    if at == end {
+                        self.end_group(states, group);
+                        group += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// weight · hidden of a chunk of rivals.
+    unsafe fn dots(&self, chunk: &Range<usize>, hidden: &[*const u8], out: &[*mut f32]) {
+        let panels = self.rivals.panels.starting_at(chunk.start);
+        let d_in = self.kernels.rows.d_in;
+        let dtype: DType = self.tokens.hidden.dtype;
+        // SAFETY: the caller's promise; `isa` is one that this machine has.
+        unsafe {
+            with_lanes!(self.kernels.isa, L => with_element!(dtype, E => {
+                dots::<Converted<L, E>>(&panels, d_in, chunk.len(), hidden, out)
+            }))
+        }
+    }
+
+    /// Enters a range of the chunk's ranks into the tokens' lists.
+    unsafe fn keep(&self, states: &mut [State], range: Range<usize>, isa: Isa) {
+        for (i, state) in states.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (ranks, list) = self.space.scratch(self.worker, i);
+                let work = Keep { ranks: &ranks[range.clone()], list, k: self.gate.k, state };
+                with_lanes!(isa, L => L::enter(work));
+            }
+        }
+    }
+
+    unsafe fn end_group(&self, states: &mut [State], group: usize) {
+        for (i, state) in states.iter_mut().enumerate() {
+            // SAFETY: the caller's promise; the token is this worker's.
+            unsafe {
+                let (_, list) = self.space.scratch(self.worker, i);
+                let kth = kth_largest(&mut list[..state.len], self.gate.k);
+                let out = self.space.thresholds.add(state.token * self.space.groups + group);
+                *out = threshold(kth, self.gate.by_magnitude);
+            }
+            (state.len, state.floor) = (0, f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// The k-th largest; below everything where there are fewer. Puts the k largest first.
+fn kth_largest(list: &mut [f32], k: usize) -> f32 {
+    if list.len() < k {
+        return f32::NEG_INFINITY;
+    }
+    *list.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// What a rank must be above: just below the k-th largest, and not below 0 where latents are
+/// rectified.
+fn threshold(kth: f32, by_magnitude: bool) -> f32 {
+    let below = kth.next_down();
+    if by_magnitude { below } else { below.max(0.0) }
+}
+
+/// Turns dot products into what places a latent in its group, in place; NaN comes first.
+struct Ranks<'a> {
+    row: &'a mut [f32],
+    bias: &'a [f32],
+    scale: f32,
+    by_magnitude: bool,
+}
+
+impl Work for Ranks<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run(self) {
+        for (x, bias) in self.row.iter_mut().zip(self.bias) {
+            let pre = *x * self.scale + bias;
+            let rank = if self.by_magnitude { pre.abs() } else { pre };
+            *x = if rank.is_nan() { f32::INFINITY } else { rank };
+        }
+    }
+}
+
+/// Takes the ranks above the floor into the list.
+struct Keep<'a> {
+    ranks: &'a [f32],
+    list: &'a mut [f32],
+    k: usize,
+    state: &'a mut State,
+}
+
+impl Work for Keep<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Keep { ranks, list, k, state } = self;
+        for line in ranks.chunks(LANES) {
+            // Soon hardly any line holds one.
+            if !line.iter().fold(false, |any, rank| any | (*rank > state.floor)) {
+                continue;
+            }
+            for rank in line {
+                if *rank > state.floor {
+                    list[state.len] = *rank;
+                    state.len += 1;
+                }
+            }
+            if state.len + LANES > list.len() {
+                state.floor = kth_largest(&mut list[..state.len], k);
+                state.len = k;
+            }
+        }
+    }
+}
