@@ -9,6 +9,7 @@
 
 mod backend;
 pub mod capi;
+mod dictionary;
 pub mod error;
 pub mod latents;
 mod output;
@@ -17,3 +18,4 @@ pub mod penalty_file;
 pub mod plan;
 pub mod sae;
 pub mod tensor;
+pub mod verify;

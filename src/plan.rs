@@ -290,6 +290,8 @@ impl Contest<'_> {
             group: latents.ids().iter().map(column).collect(),
             group_ends: (1..=groups.len()).map(|g| g * size).collect(),
             by_magnitude: recipe.selection == Selection::Magnitude,
+            // Comes with the blocked latents' rows.
+            gain: None,
         };
         let starts = groups.into_iter().map(|group| group * size).collect();
         Ok(Contest { sae, gate, starts, hash: RefCell::default() })
@@ -393,12 +395,14 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
         gate.map(|g| g.bias[k]),
         gate.map(|g| g.scale[k]),
     ];
+    let gain = rows.rank_gain.as_ref().map(at);
     let weights = &rows.weight[k * rows.d_in..][..rows.d_in];
     let mut bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
     for number in numbers {
         bytes.push(number.is_some() as u8);
         bytes.extend(number.unwrap_or(0.0).to_le_bytes());
     }
+    bytes.extend(gain.into_iter().flat_map(f32::to_le_bytes));
     Sha256::digest(&bytes).into()
 }
 
@@ -414,7 +418,9 @@ fn latent_rows(
     let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
     let gate = match (activation, recipe.architecture, topk) {
         (Activation::Preactivation, ..) => OwnedGate::Open,
-        (Activation::Native, _, Some(topk)) => OwnedGate::TopK(topk),
+        (Activation::Native, _, Some(topk)) => {
+            OwnedGate::TopK(TopK { gain: rows.rank_gain, ..topk })
+        }
         (Activation::Native, Architecture::JumpRelu, _) => {
             OwnedGate::Threshold(rows.threshold.unwrap_or(zeros))
         }

@@ -123,10 +123,10 @@ impl Found {
 /// k must leave every latent, or every group of them, something to win.
 pub(super) fn check_k(k: usize, selection: Selection, d_sae: usize, origin: &str) -> Result<()> {
     if !(1..=d_sae).contains(&k) {
-        bail!(Format, "{origin}: k is {k}; the SAE has {d_sae} latents");
+        bail!(Format, "{origin}: the key k is {k}; the SAE has {d_sae} latents");
     }
     if selection == Selection::Groups && !d_sae.is_multiple_of(k) {
-        bail!(Format, "{origin}: k is {k}, and {d_sae} latents are not {k} equal groups");
+        bail!(Format, "{origin}: the key k is {k}, and {d_sae} latents are not {k} equal groups");
     }
     Ok(())
 }

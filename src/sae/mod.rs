@@ -155,7 +155,8 @@ pub struct Recipe {
     pub output_scale: f64,
     /// Rows are scaled by the norm of their decoder row.
     pub decoder_norm_folded: bool,
-    /// Thresholds are for pre-activations times the norm of their decoder row; values are without it.
+    /// Thresholds, and the ranks of TopK, are for pre-activations times the norm of their decoder
+    /// row; values are without it.
     pub threshold_on_decoder_norm: bool,
     pub hook: Option<String>,
     /// 0-based decoder block: the one whose output is read, or in which the hook lies.
@@ -180,6 +181,8 @@ pub struct EncoderRows {
     pub threshold: Option<Vec<f32>>,
     /// Gated only.
     pub gate: Option<GateRows>,
+    /// [K], TopK only: u times it is what places a latent among the others; absent means 1.
+    pub rank_gain: Option<Vec<f32>>,
 }
 
 /// The gate path of a gated SAE: on where weight · h + bias > 0; the magnitude is scale · (weight · h).
@@ -249,7 +252,40 @@ impl Sae {
                 bail!(LatentRange, "latent {id} does not exist: the SAE has {}", self.recipe.d_sae);
             }
         }
-        self.checkpoint.gather(&self.recipe, ids)
+        self.gather_by(&self.recipe, ids)
+    }
+
+    /// The same by another recipe; ids are below d_sae.
+    pub(crate) fn gather_by(&self, recipe: &Recipe, ids: &[u64]) -> Result<EncoderRows> {
+        self.checkpoint.gather(recipe, ids)
+    }
+
+    pub(crate) fn has_decoder(&self) -> bool {
+        self.checkpoint.w_dec.is_some()
+    }
+
+    pub(crate) fn has_decoder_bias(&self) -> bool {
+        self.checkpoint.b_dec.is_some()
+    }
+
+    /// Rows [K, d] that z is decoded with, by a recipe; none without a decoder.
+    pub(crate) fn decoder_rows(&self, recipe: &Recipe, ids: &[u64]) -> Result<Option<Vec<f32>>> {
+        self.checkpoint.decoder_rows(recipe, ids)
+    }
+
+    /// [d]: what is added to the decoded latents; none without a decoder.
+    pub(crate) fn decoder_bias(&self, recipe: &Recipe) -> Result<Option<Vec<f64>>> {
+        self.checkpoint.decoder_bias(recipe)
+    }
+
+    /// The norms of the decoder's rows as the file has them: min, median, max, and how many are 0.
+    /// Reads the whole decoder; null without one.
+    pub fn decoder_norms(&self) -> Result<Value> {
+        let Some(norms) = self.checkpoint.all_decoder_norms()? else { return Ok(Value::Null) };
+        let zero = norms.iter().filter(|norm| **norm == 0.0).count();
+        let mut report = summary(norms);
+        report["zero"] = json!(zero);
+        Ok(report)
     }
 
     /// sha256 of the whole weights file, in hexadecimal. `progress` hears (bytes done, of bytes).
@@ -286,6 +322,7 @@ impl Sae {
             "k": r.k,
             "selection": (r.architecture == Architecture::TopK).then(|| r.selection.name()),
             "dtype": r.dtype.name(),
+            "orientation": self.checkpoint.w_enc.layout().name(),
             "activation": r.architecture.name(),
             "b_dec_subtracted": r.b_dec_subtracted,
             "normalization": r.normalization,

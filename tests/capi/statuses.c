@@ -192,10 +192,25 @@ static void tensor_statuses(void) {
   weight[77] = 0;
   CHECK(sae == NULL);
 
-  /* A native topk plan would need the whole dictionary. */
+  desc = good;
+  desc.selection = 4;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  desc = good;
+  desc.selection = BLOCKEM_SELECTION_GROUPS;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  desc = good;
+  desc.token_norm = -1;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  desc = good;
+  desc.token_norm = BLOCKEM_TOKEN_NORM_LAYER;
+  desc.input_scale = 2;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+
+  /* The k T largest of a batch would make a token's latents depend on the others. */
   desc = good;
   desc.activation_kind = BLOCKEM_ACTIVATION_KIND_TOPK;
   desc.k = 4;
+  desc.selection = BLOCKEM_SELECTION_BATCH;
   if (CHECK_OK(blockem_sae_from_tensors(&desc, &sae))) {
     CHECK_STATUS(blockem_plan_create(sae, latents, NULL, &plan), BLOCKEM_STATUS_UNSUPPORTED);
     CHECK(message_has("dense_relu"));
