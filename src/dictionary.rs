@@ -28,6 +28,9 @@ pub(crate) struct Hidden<'a> {
     pub tokens: usize,
 }
 
+/// Takes a chunk, and the rank gains of its latents where they have any.
+type Visit<'a> = dyn FnMut(Chunk<'_>, Option<&[f32]>) -> Result<()> + 'a;
+
 /// z [T, C] of some latents.
 pub(crate) struct Chunk<'a> {
     pub latents: Range<usize>,
@@ -68,11 +71,7 @@ impl Dictionary<'_> {
     }
 
     /// One pass over the rows: z, or pre-activations where latents compete, and their rank gains.
-    fn pass(
-        &self,
-        hidden: Hidden<'_>,
-        each: &mut dyn FnMut(Chunk<'_>, Option<&[f32]>) -> Result<()>,
-    ) -> Result<()> {
+    fn pass(&self, hidden: Hidden<'_>, each: &mut Visit<'_>) -> Result<()> {
         let Recipe { d_in, d_sae, .. } = *self.recipe;
         let step = (CHUNK_VALUES / hidden.tokens.max(1)).clamp(64, CHUNK);
         for start in (0..d_sae).step_by(step) {
