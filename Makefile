@@ -89,6 +89,7 @@ header: ## regenerate include/blockem.h
 bench: $(VENV)/package ## criterion groups, then side by side with torch and sae-lens
 	$(CARGO) bench
 	$(PY) benches/compare_torch.py
+	$(PY) benches/topk.py
 	$(PY) benches/load.py
 
 clean: ## everything that was built, made or installed here

@@ -167,6 +167,10 @@ fn converted_files_have_the_same_rows() {
         let again =
             Sae::open(&out, &SaeOptions::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(gather_all(&again), gather_all(&sae), "{name}");
+        let (told, recipe) = (again.describe().unwrap(), again.recipe());
+        assert_eq!(told["converted"]["source_format"], sae.recipe().format, "{name}");
+        assert_eq!(recipe.selection, sae.recipe().selection, "{name}");
+        assert_eq!(recipe.token_norm, sae.recipe().token_norm, "{name}");
         assert_eq!(again.recipe().k, sae.recipe().k, "{name}");
         assert_eq!(again.recipe().layer, sae.recipe().layer, "{name}");
         let ids = [5, 1, 7];
@@ -222,4 +226,10 @@ fn what_files_do_not_tell_must_be_given() {
     assert!(error.message.contains("k is missing"), "{error}");
     let error = open("llama_scope_r1_distill", &SaeOptions::default()).err().unwrap();
     assert!(error.message.contains("input_scale"), "{error}");
+    let temp = tempfile::TempDir::new().unwrap();
+    fs::create_dir(temp.path().join("sae_weights.dcp")).unwrap();
+    fs::copy(root().join("openmoss_relu/config.json"), temp.path().join("config.json")).unwrap();
+    let error = Sae::open(temp.path(), &SaeOptions::default()).err().unwrap();
+    assert_eq!(error.status, Status::Unsupported, "{error}");
+    assert!(error.message.contains("sae_weights.dcp"), "{error}");
 }

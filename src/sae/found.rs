@@ -116,7 +116,7 @@ impl Found {
             stored: None,
         };
         checkpoint.check()?;
-        Ok(Opened { recipe, checkpoint, config: config.into_file() })
+        Ok(Opened { recipe, checkpoint, config: config.into_file(), converted: None })
     }
 }
 

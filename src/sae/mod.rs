@@ -210,6 +210,8 @@ pub struct Sae {
     checkpoint: Checkpoint,
     /// The file's own configuration, for provenance.
     source_config: Option<Map<String, Value>>,
+    /// Of a converted file: what it was converted from, and by what.
+    converted: Option<Value>,
 }
 
 impl Sae {
@@ -222,13 +224,14 @@ impl Sae {
             recipe: found.recipe,
             checkpoint: found.checkpoint,
             source_config: Some(found.config),
+            converted: found.converted,
         })
     }
 
     /// An SAE whose arrays the caller holds; they are copied.
     pub fn from_tensors(tensors: &SaeTensors<'_>) -> Result<Sae> {
         let (recipe, checkpoint) = tensors::adopt(tensors)?;
-        Ok(Sae { path: None, recipe, checkpoint, source_config: None })
+        Ok(Sae { path: None, recipe, checkpoint, source_config: None, converted: None })
     }
 
     pub fn recipe(&self) -> &Recipe {
@@ -336,6 +339,7 @@ impl Sae {
             "hidden_states_index": r.hidden_states_index,
             "model": r.model,
             "stored_latents": self.stored_latents(),
+            "converted": self.converted,
         }))
     }
 }
@@ -345,6 +349,7 @@ struct Opened {
     recipe: Recipe,
     checkpoint: Checkpoint,
     config: Map<String, Value>,
+    converted: Option<Value>,
 }
 
 /// How a format is recognised, and opened. The most specific come first; names of files and folders

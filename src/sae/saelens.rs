@@ -44,7 +44,7 @@ pub(super) fn open(folder: &Path, options: &SaeOptions) -> Result<Opened> {
     let container = Container::open(&member(folder, WEIGHTS)?)?;
     let checkpoint = rules.find_arrays(&container, &config, Layout::InputMajor)?;
     let recipe = rules.recipe("saelens", &config, &checkpoint)?;
-    Ok(Opened { recipe, checkpoint, config: config.into_file() })
+    Ok(Opened { recipe, checkpoint, config: config.into_file(), converted: None })
 }
 
 fn read_config(folder: &Path, options: &SaeOptions) -> Result<Config> {

@@ -194,8 +194,16 @@ fn weights_of(path: &Path) -> Result<PathBuf> {
             paths.iter().filter_map(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
         names.collect::<Vec<_>>().join(", ")
     };
+    let distributed = held.iter().find(|path| path.extension().is_some_and(|e| e == "dcp"));
     match found[..] {
         [only] => Ok(only.clone()),
+        [] if distributed.is_some() => bail!(
+            Unsupported,
+            "{}: {} is a distributed checkpoint of PyTorch, which is not read; load it with its \
+             owner's library and save it as safetensors",
+            folder.display(),
+            names(&distributed.into_iter().collect::<Vec<_>>())
+        ),
         [] => bail!(
             Io,
             "{}: sae_weights.safetensors is missing, and nothing else here is a file of weights: \
