@@ -68,25 +68,27 @@ test-kernels: $(VENV)/requirements ## every kernel for every device, without reg
 FUZZ_SECONDS ?= 900
 FUZZERS := weights pickle folder latents
 FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build --sanitizer none
+FUZZ_CORPUS := $(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
+  --target-dir target/fuzz-build --example corpus
 FUZZ_LIMITS := -timeout=1 -rss_limit_mb=2048 -max_len=32768
 fuzz: fuzz-seeds ## every reader of files, FUZZ_SECONDS each (900)
 	for target in $(FUZZERS); do \
-	  $(FUZZ) $$target target/fuzz/$$target tests/fuzz/corpus/$$target -- $(FUZZ_LIMITS) \
+	  $(FUZZ) $$target target/fuzz/$$target -- $(FUZZ_LIMITS) \
 	    -max_total_time=$(FUZZ_SECONDS) -dict=tests/fuzz/words.dict -print_final_stats=1; \
 	done
 
-fuzz-corpus: fuzz-seeds ## the smallest corpus that reaches what the fuzzers reached, in tests/fuzz/corpus
+# Of small inputs, the fewest that together reach every edge.
+fuzz-corpus: fuzz-seeds ## tests/fuzz/corpus from what the fuzzers reached
 	for target in $(FUZZERS); do \
-	  rm -rf target/fuzz/new && mkdir -p target/fuzz/new; \
-	  $(FUZZ) $$target target/fuzz/new target/fuzz/$$target tests/fuzz/corpus/$$target -- \
-	    $(FUZZ_LIMITS) -set_cover_merge=1; \
-	  rm -rf tests/fuzz/corpus/$$target && mv target/fuzz/new tests/fuzz/corpus/$$target; \
+	  rm -rf target/fuzz-corpus/$$target && mkdir -p target/fuzz-corpus/$$target; \
+	  $(FUZZ) $$target target/fuzz-corpus/$$target target/fuzz/$$target -- $(FUZZ_LIMITS) \
+	    -max_len=4096 -set_cover_merge=1 -use_counters=0 -use_cmp=0; \
 	done
+	$(FUZZ_CORPUS) pack target/fuzz-corpus
 
 fuzz-seeds:
 	@command -v cargo-fuzz > /dev/null || $(CARGO) install --quiet --locked cargo-fuzz
-	$(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
-	  --target-dir target/fuzz-build --example seeds target/fuzz
+	$(FUZZ_CORPUS) unpack target/fuzz
 
 lint: ## formatting, clippy (which also checks the MSRV)
 	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \

@@ -12,8 +12,8 @@ use crate::sae::{Sae, read_small};
 
 /// The key under which [`Latents::save`] records where a set belongs.
 const PROVENANCE: &str = "blockem";
-/// The largest K0.json; parsed, it takes up to 60 times its bytes. A hundred thousand latents fit.
-const LIMIT: usize = 1 << 20;
+/// The largest K0.json; parsed, it takes up to 90 times its bytes. Sixty thousand latents fit.
+const LIMIT: usize = 512 << 10;
 
 /// A set of blocked latents. The order of its ids is the order of every [T, K] array.
 #[derive(Clone, Debug, PartialEq)]

@@ -13,7 +13,6 @@ mod bounds;
 mod targets;
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -26,43 +25,44 @@ const SLOW: Duration = Duration::from_secs(1);
 #[test]
 fn inputs_stay_within_the_bounds() {
     for (name, target) in targets::TARGETS {
-        let inputs = files(&corpus().join(name));
-        assert!(inputs.len() >= 20, "the corpus of {name} has {} inputs", inputs.len());
-        for path in inputs {
-            replay(&path, target);
+        let archive = fs::read(corpus().join(format!("{name}.zip"))).unwrap();
+        let inputs = archive::unzip(&archive).unwrap();
+        assert!(inputs.len() >= 50, "the corpus of {name} has {} inputs", inputs.len());
+        for input in inputs {
+            replay(&format!("{name}/{}", input.name), &input.bytes, target);
         }
     }
     // Hostile files by hand, for the readers as a whole.
     for path in files(&targets::data().join("pickles")) {
-        replay(&path, targets::weights);
+        replay(&path.display().to_string(), &fs::read(&path).unwrap(), targets::weights);
     }
-    latents_of_many_ids();
+    large_json();
     let caught = std::panic::catch_unwind(|| bounds::bounded(0, || drop(vec![1u8; 65 << 20])));
     assert!(caught.is_err(), "the bound does not hold anything");
 }
 
-fn replay(path: &Path, target: fn(&[u8])) {
-    let bytes = fs::read(path).unwrap();
+fn replay(name: &str, bytes: &[u8], target: fn(&[u8])) {
     let start = Instant::now();
-    let result = std::panic::catch_unwind(|| target(&bytes));
-    assert!(result.is_ok(), "{} is the input", path.display());
-    assert!(start.elapsed() < SLOW, "{} takes {:?}", path.display(), start.elapsed());
+    let result = std::panic::catch_unwind(|| target(bytes));
+    assert!(result.is_ok(), "{name} is the input");
+    assert!(start.elapsed() < SLOW, "{name} takes {:?}", start.elapsed());
 }
 
-/// Parsed JSON takes many times its text: sets and configurations have a size.
-fn latents_of_many_ids() {
-    for (megabytes, repeat) in [(1, "0,"), (8, "0,"), (8, "[],"), (8, r#""":0,"#)] {
-        let mut text = Vec::from(br#"{"K_neg": [], "K_pos": ["#);
-        while text.len() < megabytes << 20 {
-            text.write_all(repeat.as_bytes()).unwrap();
+/// Parsed JSON takes many times its text, so that only so much of it may be parsed: texts just below
+/// the limits, and far above.
+fn large_json() {
+    for (kibibytes, element) in
+        [(127, "0,"), (127, "[0],"), (511, "0,"), (511, "{},"), (1024, "0,"), (8192, "0,")]
+    {
+        let list = element.repeat((kibibytes << 10) / element.len() - 20);
+        let list = list.trim_end_matches(',');
+        let set = format!(r#"{{"K_neg": [], "K_pos": [{list}]}}"#);
+        targets::latents(set.as_bytes());
+        targets::folder(&[&[0, 0], set.as_bytes()].concat());
+        for header in [set, format!(r#"{{"__metadata__": {{"a": "[{list}]"}}}}"#)] {
+            let length = (header.len() as u64).to_le_bytes();
+            targets::weights(&[&length[..], header.as_bytes()].concat());
         }
-        text.truncate((megabytes << 20) - 3);
-        text.extend(b"0]}");
-        targets::latents(&text);
-        targets::folder(&[&[0, 0], &text[..]].concat());
-        // As the header of a safetensors file.
-        let header = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
-        targets::weights(&header);
     }
 }
 

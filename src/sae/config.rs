@@ -9,8 +9,8 @@ use crate::error::{Error, Result, Status, bail};
 
 use super::file::read_small;
 
-/// The largest configuration; parsed, it takes up to 60 times its bytes.
-const LIMIT: usize = 256 << 10;
+/// The largest configuration; parsed, it takes up to 90 times its bytes.
+const LIMIT: usize = 128 << 10;
 
 /// Keys from a file, under the ones that the caller gave.
 pub(super) struct Config {

@@ -92,7 +92,7 @@ pub fn unzip(bytes: &[u8]) -> Option<Vec<Member>> {
 }
 
 fn deflate(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::default());
     encoder.write_all(bytes).expect("memory takes all that is written");
     encoder.finish().expect("memory takes all that is written")
 }

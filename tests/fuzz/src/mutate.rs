@@ -83,7 +83,8 @@ fn change_members(members: &mut Vec<Member>, random: &mut Random) {
         }
         4 => {
             let word = random.word().to_string();
-            members[at].name = if members[at].name.ends_with(".npy") { word + ".npy" } else { word };
+            members[at].name =
+                if members[at].name.ends_with(".npy") { word + ".npy" } else { word };
         }
         5 => {
             let len = random.size().min(LARGEST);
@@ -264,7 +265,9 @@ impl Random {
             7 => json!(*self.pick(&[0.5, -0.5, 1e-320, 1e308, -1e308, 1e39, 0.0, -0.0])),
             8 => json!(*self.pick(&[u64::MAX, 1 << 63, 1 << 53, 1 << 40, 1 << 32])),
             9 => json!(*self.pick(&[i64::MIN, -1, i64::MAX])),
-            10 => Value::Object([(self.word().to_string(), json!(self.word()))].into_iter().collect()),
+            10 => {
+                Value::Object([(self.word().to_string(), json!(self.word()))].into_iter().collect())
+            }
             _ => json!(self.size()),
         }
     }

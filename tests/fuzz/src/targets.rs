@@ -217,8 +217,7 @@ struct Place(TempDir);
 impl Place {
     fn new() -> Place {
         let memory = Path::new("/dev/shm");
-        let made =
-            if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() };
+        let made = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() };
         Place(made.expect("cannot make a folder"))
     }
 
@@ -230,4 +229,3 @@ impl Place {
         path
     }
 }
-

@@ -1,18 +1,53 @@
-//! Writes the first inputs of each fuzzer, from the files under tests/data: `seeds FOLDER`.
+//! The inputs that the fuzzers start from, one folder each:
+//!
+//! ```text
+//! corpus unpack FOLDER    the committed corpus and the files under tests/data
+//! corpus pack FOLDER      becomes the committed corpus
+//! ```
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use blockem_fuzz::archive::unzip;
-use blockem_fuzz::targets::{LAYOUTS, config_of, data};
+use blockem_fuzz::archive::{Member, unzip, zip};
+use blockem_fuzz::targets::{LAYOUTS, TARGETS, config_of, data};
 
 fn main() {
-    let out = PathBuf::from(std::env::args().nth(1).expect("name the folder to write to"));
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["unpack", folder] => unpack(Path::new(folder)),
+        ["pack", folder] => pack(Path::new(folder)),
+        _ => panic!("corpus unpack FOLDER, or corpus pack FOLDER"),
+    }
+}
+
+fn committed(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(format!("{target}.zip"))
+}
+
+fn pack(from: &Path) {
+    for (target, _) in TARGETS {
+        let inputs = files(&from.join(target)).into_iter().enumerate().map(|(i, path)| Member {
+            name: i.to_string(),
+            bytes: fs::read(&path).expect("cannot read an input"),
+            deflated: true,
+        });
+        let archive = zip(&inputs.collect::<Vec<_>>());
+        fs::write(committed(target), archive).expect("cannot write the corpus");
+    }
+}
+
+fn unpack(out: &Path) {
     let write = |target: &str, name: &str, bytes: &[u8]| {
         let folder = out.join(target);
         fs::create_dir_all(&folder).expect("cannot make a folder");
         fs::write(folder.join(name), bytes).expect("cannot write a seed");
     };
+    for (target, _) in TARGETS {
+        let archive = fs::read(committed(target)).unwrap_or_default();
+        for input in unzip(&archive).unwrap_or_default() {
+            write(target, &format!("kept-{}", input.name), &input.bytes);
+        }
+    }
     for (i, path) in files(&data()).iter().enumerate() {
         let name = format!("seed-{i}");
         let bytes = fs::read(path).expect("cannot read a fixture");
@@ -30,7 +65,11 @@ fn main() {
     for (l, layout) in LAYOUTS.iter().enumerate() {
         for (v, valid) in layout.valid.iter().enumerate() {
             let config = config_of(layout, valid).unwrap_or(b"{}".to_vec());
-            write("folder", &format!("valid-{l}-{v}"), &[&[l as u8, v as u8], &config[..]].concat());
+            write(
+                "folder",
+                &format!("valid-{l}-{v}"),
+                &[&[l as u8, v as u8], &config[..]].concat(),
+            );
             let weights = fs::read(data().join(valid)).expect("cannot read a fixture");
             let given = [&[l as u8, 0xff], &config[..], &[0], &weights].concat();
             write("folder", &format!("given-{l}-{v}"), &given);
@@ -52,7 +91,8 @@ const LATENTS: [&str; 4] = [
 /// Every file below a folder, in order.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).expect("cannot list a folder");
-    let mut paths: Vec<PathBuf> = entries.map(|e| e.expect("cannot list a folder").path()).collect();
+    let mut paths: Vec<PathBuf> =
+        entries.map(|e| e.expect("cannot list a folder").path()).collect();
     paths.sort();
     let below = |path: PathBuf| if path.is_dir() { files(&path) } else { vec![path] };
     paths.into_iter().flat_map(below).collect()
