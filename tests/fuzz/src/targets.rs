@@ -45,9 +45,12 @@ pub fn pickle(bytes: &[u8]) {
 /// A configuration beside weights. The input: which owner's folder, which of its valid weights, the
 /// configuration up to a byte 0, and, if the weights are none of the valid ones, theirs.
 pub fn folder(bytes: &[u8]) {
-    let Some((layout, weights, config, rest)) = parts(bytes) else { return };
+    let Some((&[layout, valid], text)) = bytes.split_first_chunk() else { return };
+    let layout = &LAYOUTS[layout as usize % LAYOUTS.len()];
+    let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
+    let (config, rest) = (&text[..end], text.get(end + 1..).unwrap_or_default());
     let place = Place::new();
-    let weights = match weights {
+    let weights = match layout.valid.get(valid as usize) {
         Some(name) => fs::read(data().join(name)).expect("a fixture is missing"),
         None => rest.to_vec(),
     };
@@ -175,15 +178,6 @@ pub const LAYOUTS: [Layout; 10] = [
         ],
     },
 ];
-
-/// The layout, the valid weights if it names some, the configuration, the rest.
-pub fn parts(bytes: &[u8]) -> Option<(&'static Layout, Option<&'static str>, &[u8], &[u8])> {
-    let (&[layout, valid], text) = bytes.split_first_chunk()?;
-    let layout = &LAYOUTS[layout as usize % LAYOUTS.len()];
-    let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
-    let rest = text.get(end + 1..).unwrap_or_default();
-    Some((layout, layout.valid.get(valid as usize).copied(), &text[..end], rest))
-}
 
 /// The configuration that a valid file of weights has beside it.
 pub fn config_of(layout: &Layout, valid: &str) -> Option<Vec<u8>> {
