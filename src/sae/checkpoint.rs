@@ -193,10 +193,12 @@ impl Checkpoint {
     /// All stored thresholds as the file states them.
     pub fn thresholds(&self) -> Result<Option<Vec<f32>>> {
         let Some(array) = &self.threshold else { return Ok(None) };
-        let all = array.vector()?.into_iter().enumerate();
-        all.map(|(i, v)| Ok(array.finite(v, || format!("[{i}]"))? as f32))
-            .collect::<Result<_>>()
-            .map(Some)
+        let mut all = Vec::with_capacity(array.shape().iter().product());
+        array.visit(|i, v| {
+            all.push(array.finite(v, || format!("[{i}]"))? as f32);
+            Ok(())
+        })?;
+        Ok(Some(all))
     }
 
     /// Where the given latents lie in the arrays.

@@ -160,7 +160,11 @@ pub(super) fn integer(array: &Array) -> Result<usize> {
 /// e^x of every element.
 pub(super) fn exp(array: &Array) -> Result<Array> {
     array.expect_float()?;
-    let bytes = array.vector()?.into_iter().flat_map(|x| x.exp().to_le_bytes()).collect();
+    let mut bytes = Vec::with_capacity(array.shape().iter().product::<usize>() * size_of::<f64>());
+    array.visit(|_, x| {
+        bytes.extend(x.exp().to_le_bytes());
+        Ok(())
+    })?;
     Ok(Array::in_memory("threshold", DType::F64, array.shape(), bytes))
 }
 

@@ -39,6 +39,7 @@ use source::Source;
 pub(crate) use array::Array;
 pub use array::Layout;
 pub(crate) use container::Container;
+pub(crate) use file::read_small;
 pub use tensors::SaeTensors;
 
 /// How an SAE turns pre-activations into latents.
