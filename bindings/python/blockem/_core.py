@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import operator
 import os
@@ -388,6 +389,12 @@ class Penalty:
     coef: Array | None
 
 
+#: The living plans by `Plan._key`: operators of torch cannot take a Python object. The identity in a
+#: key keeps graphs that were compiled for another plan, in another process too, apart.
+plans: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
+_serials = itertools.count()
+
+
 class Plan(Immutable):
     """SAE x latent set x device: the blocked rows, gathered and folded.
 
@@ -455,6 +462,8 @@ class Plan(Immutable):
         kind = _name(info.device_type, _ffi.DEVICES)
         self.device: str = kind if kind == "cpu" else f"{kind}:{info.device_index}"
         self.num_threads: int = info.num_threads
+        self._key = f"{next(_serials)}-{self.identity[:16]}"
+        plans[self._key] = self
 
     def encode(self, hidden: Array) -> Array:
         """z[..., k] = act(W_k . h + b_k): references for later calls.
