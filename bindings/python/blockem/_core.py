@@ -413,7 +413,7 @@ class Plan(Immutable):
     Attributes: ``d_in`` (d), ``d_sae``, ``num_latents`` (K), ``num_positive``, ``layer``,
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
-    ``device``, ``num_threads``.
+    ``device``, ``num_threads``, ``latents``.
 
     Raises Error: INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native activation of a topk SAE),
     NON_FINITE, PROVENANCE_MISMATCH, IO, FORMAT; CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE,
@@ -462,6 +462,7 @@ class Plan(Immutable):
         kind = _name(info.device_type, _ffi.DEVICES)
         self.device: str = kind if kind == "cpu" else f"{kind}:{info.device_index}"
         self.num_threads: int = info.num_threads
+        self.latents: Latents = latents
         self._key = f"{next(_serials)}-{self.identity[:16]}"
         plans[self._key] = self
 
