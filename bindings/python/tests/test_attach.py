@@ -115,16 +115,20 @@ def test_given_references() -> None:
         z = DICTIONARY.plan.encode(tiny.hidden_states(model.eval(), batch))
     model.train()
     asked = []
-    live = one_loss(attach(model, DICTIONARY.plan, lam=1.0), model, batch)
+    first = attach(model, DICTIONARY.plan, lam=1.0)
+    live = one_loss(first, model, batch)
+    first.remove()
     handle = attach(model, DICTIONARY.plan, lam=1.0,
                     reference=lambda batch: asked.append(batch) or z)
     assert one_loss(handle, model, batch).item() == live.item() > 0
     assert asked[0] is batch and handle.last_check.difference == 0
     # What differs from the live base model is refused, up to a stated bound.
     wrong = z + 0.01
+    handle.remove()
     handle = attach(model, DICTIONARY.plan, lam=1.0, reference=lambda batch: wrong)
     with pytest.raises(ValueError, match="self-check failed.*z 0.01.*belongs to other tokens"):
         one_loss(handle, model, batch)
+    handle.remove()
     handle = attach(model, DICTIONARY.plan, lam=1.0, reference=lambda b: wrong, tolerance=0.011)
     one_loss(handle, model, batch)
 
