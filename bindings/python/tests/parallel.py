@@ -34,7 +34,7 @@ def shards(ranks: int) -> list[list[dict[str, torch.Tensor]]]:
     rows = [{k: v[i : i + 1] for k, v in whole.items()} for i in range(3 * ranks)]
     join = lambda *parts: {k: torch.cat([p[k] for p in parts]) for k in whole}
     found = [[join(*rows[3 * r : 3 * r + 2]), rows[3 * r + 2]] for r in range(ranks)]
-    found[-1][0]["labels"] = torch.full_like(found[-1][0]["labels"], -100)
+    found[-1][1]["labels"] = torch.full_like(found[-1][1]["labels"], -100)
     return found
 
 
@@ -44,7 +44,7 @@ def items(ranks: int) -> int:
 
 def train(mine: list[dict], net: torch.nn.Module, ranks: int, items: int) -> dict:
     """Two steps of gradients over this rank's micro-batches, without an optimizer."""
-    lam = DualAscent(0.001, rate=10.0, initial=20.0)
+    lam = DualAscent(0.001, rate=1000.0, initial=20.0)
     handle = attach(net, DICTIONARY.plan, lam=lam)
     for _ in range(2):
         net.zero_grad()

@@ -253,9 +253,10 @@ def test_hooks_that_run_again_in_the_backward_pass(use_reentrant: bool) -> None:
         handle.begin_step([mask])
         with torch.utils.checkpoint.set_checkpoint_early_stop(False):
             out = model(input_ids=ids)
+            out.mean().backward(retain_graph=True)
         loss = handle.penalty(mask).loss
         with torch.utils.checkpoint.set_checkpoint_early_stop(False):
-            (loss + out.mean()).backward()
+            loss.backward()
         handle.end_step()
         moved(model) if i == 0 else None
     assert len(ran) >= 4 and loss > 0  # forward and recomputation
@@ -441,15 +442,26 @@ def test_nothing_to_train_below_the_layer() -> None:
         one_loss(handle, model, batch)
 
 
-def test_autocast() -> None:
-    model = moved(tiny.with_lora(tiny.llama())).train()
+def test_the_base_pass_has_no_dropout() -> None:
+    model = moved(tiny.with_lora(tiny.llama(attention_dropout=0.5))).train()
+    handle = attach(model, DICTIONARY.plan, lam=1.0, tolerance=math.inf)
+    batch, = tiny.batches(1)
+    model(**batch)
+    found, = handle._references(handle._recorder.take(), batch)
+    with torch.no_grad(), model.disable_adapter():
+        want = DICTIONARY.plan.encode(tiny.hidden_states(model.eval(), batch))
+    assert torch.equal(found, want)
+
+
+def test_the_base_pass_has_the_autocast_of_the_forward() -> None:
+    model = tiny.with_lora(tiny.llama()).train()
     handle = attach(model, DICTIONARY.plan, lam=1.0)
     batch, = tiny.batches(1)
     handle.begin_step([batch])
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch)
-    handle.penalty(batch).loss.backward()  # outside: the base pass has the forward's autocast
-    assert handle.last_check.difference == 0
+    handle.penalty(batch).loss.backward()
+    assert (handle.last_check.compared, handle.last_check.difference) == ("tuned", 0)
 
 
 # Tokens and normalisation.
