@@ -542,6 +542,7 @@ mod damage {
 
     /// A closed cache, and one whose writer was killed, as bytes.
     fn files(plan: &Plan) -> [Vec<u8>; 2] {
+        quiet_panics_of_the_store();
         let (_folder, path) = folder();
         let cache = open(&path, Mode::Create, plan).unwrap();
         put(&cache, plan, &(0..EXAMPLES).collect::<Vec<_>>()).unwrap();
@@ -586,6 +587,19 @@ mod damage {
         failures
     }
 
+    /// Panics that the cache catches would fill the screen.
+    fn quiet_panics_of_the_store() {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            let loud = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                if !panic.location().is_some_and(|at| at.file().contains("/redb-")) {
+                    loud(panic);
+                }
+            }));
+        });
+    }
+
     #[test]
     fn a_truncated_file_is_told() {
         let plan = plan(&[3, 17, 21]);
@@ -598,7 +612,8 @@ mod damage {
             for end in edges.into_iter().chain(ends) {
                 for mode in [Mode::Read, Mode::Write] {
                     std::fs::write(&path, &file[..end]).unwrap();
-                    let failures = read_all(&path, mode, &plan, &format!("{kind} file cut to {end}"));
+                    let failures =
+                        read_all(&path, mode, &plan, &format!("{kind} file cut to {end}"));
                     assert!(
                         failures > 0 || end > file.len() / 2,
                         "nothing of a {kind} file cut to {end} of {} bytes was missed",
@@ -619,22 +634,20 @@ mod damage {
         for (file, kind) in files(&plan).iter().zip(["closed", "killed"]) {
             // Zeros are mostly free pages.
             let used: Vec<usize> = (0..file.len()).filter(|at| file[*at] != 0).collect();
-            let header = (0..320 * 8).map(|bit| (bit / 8, bit % 8));
-            let anywhere: Vec<(usize, usize)> =
-                (0..1500).map(|_| (used[rng.below(used.len())], rng.below(8))).collect();
-            for (at, bit) in header.chain(anywhere) {
-                for mode in [Mode::Read, Mode::Write] {
-                    let mut damaged = file.clone();
-                    damaged[at] ^= 1 << bit;
-                    std::fs::write(&path, &damaged).unwrap();
-                    let what = format!("{kind} file, bit {bit} of byte {at}, {mode:?}");
-                    let failures = read_all(&path, mode, &plan, &what);
-                    if failures > 0 { told += 1 } else { harmless += 1 }
-                }
+            let mut places: Vec<(usize, usize)> = (0..320).map(|at| (at, rng.below(8))).collect();
+            places.extend((0..300).map(|_| (used[rng.below(used.len())], rng.below(8))));
+            for (at, bit) in places {
+                let mode = [Mode::Read, Mode::Write][rng.below(2)];
+                let mut damaged = file.clone();
+                damaged[at] ^= 1 << bit;
+                std::fs::write(&path, &damaged).unwrap();
+                let what = format!("{kind} file, bit {bit} of byte {at}, {mode:?}");
+                let failures = read_all(&path, mode, &plan, &what);
+                if failures > 0 { told += 1 } else { harmless += 1 }
             }
         }
         println!("{told} flips told, {harmless} without effect");
-        assert!(told > 500, "only {told} flips had an effect");
+        assert!(told > 150, "only {told} flips had an effect");
     }
 
     #[test]
@@ -645,7 +658,7 @@ mod damage {
         let mut rng = Rng::fresh();
         for file in files(&plan) {
             let pages = file.len() / 4096;
-            for _ in 0..200 {
+            for _ in 0..60 {
                 let mut damaged = file.clone();
                 let (at, from) = (rng.below(pages) * 4096, rng.below(pages) * 4096);
                 if rng.below(2) == 0 {
@@ -671,11 +684,12 @@ mod full_disk {
         let mut rng = Rng::fresh();
         let plan = plan(&[3, 17, 21]);
         let mut stored = Vec::new();
-        for _ in 0..12 {
+        for _ in 0..8 {
             let (_folder, path) = folder();
-            let limit = 4096 * (1 + rng.below(1500) as u64);
+            let limit = 4096 * (1 + rng.below(700) as u64);
             let output = helper("fill_a_disk", &path)
                 .env("BLOCKEM_TEST_LIMIT", limit.to_string())
+                .stdout(Stdio::piped())
                 .output()
                 .unwrap();
             let said = String::from_utf8_lossy(&output.stdout);

@@ -296,7 +296,9 @@ impl Cache {
 
     fn check(&self, expected: &Expected) -> Result<()> {
         let found = &self.identity;
-        let differs = |what: &str, found: &dyn std::fmt::Display, wanted: &dyn std::fmt::Display| {
+        let differs = |what: &str,
+                       found: &dyn std::fmt::Display,
+                       wanted: &dyn std::fmt::Display| {
             let message = format!(
                 "stale: it holds z for the {what} '{found}', expected '{wanted}'; open the cache \
                  that was made for it, or make a new file"
@@ -482,7 +484,9 @@ fn stored_tokens(
     let Some(sealed) = examples.get(key)? else { return Ok(None) };
     match unseal(key, sealed.value())?.try_into() {
         Ok(bytes) => Ok(Some(u64::from_le_bytes(bytes))),
-        Err(_) => bail!(Format, "damaged: the length of example {} is unreadable", hexadecimal(key)),
+        Err(_) => {
+            bail!(Format, "damaged: the length of example {} is unreadable", hexadecimal(key))
+        }
     }
 }
 
@@ -507,10 +511,9 @@ fn check_latents(example: usize, latents: &Tensor, num_latents: usize) -> Result
     match latents.shape() {
         [0, _] => bail!(Shape, "latents[{example}] has no tokens; an example has at least one"),
         [_, k] if *k == num_latents => Ok(()),
-        shape => bail!(
-            Shape,
-            "latents[{example}] has the shape {shape:?}; expected [T, {num_latents}]"
-        ),
+        shape => {
+            bail!(Shape, "latents[{example}] has the shape {shape:?}; expected [T, {num_latents}]")
+        }
     }
 }
 

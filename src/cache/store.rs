@@ -207,8 +207,8 @@ fn from_redb(error: redb::Error) -> Error {
             Status::CacheBusy,
             "in use: one process may write, or several read; try again when it is closed".into(),
         ),
-        E::Io(e) if e.kind() == ErrorKind::UnexpectedEof => {
-            (Status::Format, format!("damaged: it ends early ({e})"))
+        E::Io(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
+            (Status::Format, format!("not a reference cache, or damaged: {e}"))
         }
         E::Io(e) => (Status::Io, format!("the cache cannot be read or written: {e}")),
         E::PreviousIo => {
