@@ -80,7 +80,7 @@ static void round_trip(const char *path, const blockem_plan *plan) {
 
 /* What the child does; its exit status says what went wrong. */
 static int child(blockem_cache *cache, const blockem_plan *plan, const char *path) {
-  float z[LONGEST * SMALL_K];
+  float z[LONGEST * SMALL_K] = {0};
   uint8_t keys[N * BLOCKEM_CACHE_KEY_SIZE] = {0};
   blockem_tensor latents = f32_2(z, LONGEST, SMALL_K);
   blockem_cache_options options = BLOCKEM_CACHE_OPTIONS_INIT;
@@ -108,7 +108,10 @@ static void fork_with_a_writer(const char *path, const blockem_plan *plan) {
   pid = fork();
   if (pid == 0) _exit(child(cache, plan, path));
   CHECK(waitpid(pid, &status, 0) == pid);
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+    fprintf(stderr, "the child failed (%d)\n", status);
+    check_failures++;
+  }
 
   /* The parent goes on, and its file is whole. */
   keys[1] ^= 1;

@@ -409,6 +409,7 @@ static void cache_statuses(void) {
     z[3] = NAN;
     CHECK_STATUS(blockem_cache_put(cache, plan, absent, &latents, 1, NULL),
                  BLOCKEM_STATUS_NON_FINITE);
+    z[3] = 0.0f;
   }
   odd = latents;
   odd.dtype = BLOCKEM_DTYPE_F16;
