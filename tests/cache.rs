@@ -558,7 +558,7 @@ mod damage {
     fn read_all(path: &Path, mode: Mode, plan: &Plan, what: &str) -> usize {
         let fine = |status| {
             use Status::*;
-            matches!(status, Format | Io | CacheMiss | CacheStale | Unsupported | Shape)
+            matches!(status, Format | Io | CacheMiss | CacheStale)
         };
         let cache = match open(path, mode, plan) {
             Ok(cache) => cache,

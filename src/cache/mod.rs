@@ -95,15 +95,7 @@ impl Cache {
             let identity = expected.identity()?;
             store::create(path, &identity.to_json())?;
         }
-        let store = Store::open(path, options.mode != Mode::Read)?;
-        let identity = store.read(|transaction| {
-            let meta = transaction.open_table(META)?;
-            match meta.get(IDENTITY)? {
-                Some(sealed) => Identity::from_json(unseal(IDENTITY.as_bytes(), sealed.value())?),
-                None => bail!(Format, "not a reference cache: it has no identity"),
-            }
-        })?;
-        let cache = Cache { digest: identity.digest(), store, identity };
+        let cache = Cache::of(Store::open(path, options.mode != Mode::Read)?)?;
         cache.check(&expected)?;
         if let (Mode::Read, Some(plan)) = (options.mode, options.plan)
             && cache.counts()?.columns > 0
@@ -111,6 +103,17 @@ impl Cache {
             cache.check_columns(plan)?;
         }
         Ok(cache)
+    }
+
+    fn of(store: Store) -> Result<Cache> {
+        let identity = store.read(|transaction| {
+            let meta = transaction.open_table(META)?;
+            match meta.get(IDENTITY)? {
+                Some(sealed) => Identity::from_json(unseal(IDENTITY.as_bytes(), sealed.value())?),
+                None => bail!(Format, "not a reference cache: it has no identity"),
+            }
+        })?;
+        Ok(Cache { digest: identity.digest(), store, identity })
     }
 
     pub fn identity(&self) -> &Identity {
@@ -190,8 +193,7 @@ impl Cache {
             let mut values = transaction.open_table(VALUES)?;
             let mut written = 0;
             for (i, (key, z)) in keys.iter().zip(latents).enumerate() {
-                let tokens = stored_tokens(&examples, key)?;
-                match tokens {
+                match stored_tokens(&examples, key)? {
                     Some(stored) => check_tokens(i, z, stored)?,
                     None => {
                         let tokens = (z.shape()[0] as u64).to_le_bytes();

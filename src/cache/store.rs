@@ -47,12 +47,22 @@ impl Store {
         let file = caught(|| if write { open_sole(path) } else { open_shared(path) })
             .unwrap_or_else(|| Err(damaged()))
             .map_err(|e| named(path, e))?;
-        Ok(Store {
+        Ok(Store::of(path, file))
+    }
+
+    fn of(path: &Path, file: File) -> Store {
+        Store {
             path: path.to_owned(),
             file: ManuallyDrop::new(file),
             process: std::process::id(),
             broken: AtomicBool::new(false),
-        })
+        }
+    }
+
+    /// On a disk of the tests.
+    #[cfg(test)]
+    pub fn on(path: &Path, disk: impl redb::StorageBackend) -> Store {
+        Store::of(path, File::Sole(builder().create_with_backend(disk).unwrap()))
     }
 
     pub fn read<T>(&self, body: impl FnOnce(&ReadTransaction) -> Result<T>) -> Result<T> {

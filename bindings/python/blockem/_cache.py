@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from ctypes import byref
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import numpy as np
 
 from . import _arrays, _ffi
 from ._arrays import Array
-from ._core import Handle, Plan, _code, _encode_path, _name, _whole_numbers, expect
+from ._core import Plan, _code, _encode_path, _name, _whole_numbers, expect
 from ._library import check, fail, library
 
 if TYPE_CHECKING:
@@ -73,7 +75,11 @@ class Cache:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "base_model holds a NUL character")
         pointer = ctypes.c_void_p()
         check(library.blockem_cache_open(_encode_path(path), byref(options), byref(pointer)))
-        self._handle: Handle | None = Handle(pointer, library.blockem_cache_free)
+        self._pointer = pointer
+        self._free = weakref.finalize(self, library.blockem_cache_free, pointer)
+        # At exit the operating system closes; a daemon thread may still be in a call.
+        self._free.atexit = False
+        self._gate, self._running, self._closed = threading.Lock(), 0, False
         self.path = os.fspath(path)
         self.plan = plan
         info = self._info()
@@ -83,9 +89,12 @@ class Cache:
         self.numerics: str = info.numerics.decode()
 
     def close(self) -> None:
-        """Lets other processes have the file. Nothing is lost without it."""
-        # A call in another thread keeps the handle until it is done.
-        self._handle = None
+        """Lets other processes have the file, when calls in other threads are done. Nothing is lost
+        without it."""
+        with self._gate:
+            self._closed = True
+            if self._running == 0:
+                self._free()
 
     def __enter__(self) -> Cache:
         return self
@@ -107,16 +116,14 @@ class Cache:
         places = None if positions is None else _whole_numbers("positions", positions, np.int64)
         if ids.ndim != 1 or (places is not None and places.shape != ids.shape):
             fail(_ffi.STATUS_SHAPE, "token_ids and positions of an example must be [n]")
-        handle, key = self._open(), ctypes.create_string_buffer(_ffi.CACHE_KEY_SIZE)
+        key = ctypes.create_string_buffer(_ffi.CACHE_KEY_SIZE)
         kind = ctypes.POINTER(ctypes.c_int64)
-        check(
-            library.blockem_cache_example_key(
-                handle.pointer,
-                ids.ctypes.data_as(kind),
-                None if places is None else places.ctypes.data_as(kind),
-                len(ids),
-                key,
-            )
+        self._call(
+            library.blockem_cache_example_key,
+            ids.ctypes.data_as(kind),
+            None if places is None else places.ctypes.data_as(kind),
+            len(ids),
+            key,
         )
         return key.raw
 
@@ -125,15 +132,10 @@ class Cache:
 
         Raises Error: IO, FORMAT, FORKED.
         """
-        handle, missing = self._open(), np.empty((len(keys), self.plan.num_latents), np.uint8)
-        check(
-            library.blockem_cache_missing(
-                handle.pointer,
-                self.plan._handle.pointer,
-                _joined(keys),
-                len(keys),
-                missing.ctypes.data,
-            )
+        missing = np.empty((len(keys), self.plan.num_latents), np.uint8)
+        plan = self.plan._handle.pointer
+        self._call(
+            library.blockem_cache_missing, plan, _joined(keys), len(keys), missing.ctypes.data
         )
         return missing.astype(bool)
 
@@ -146,17 +148,10 @@ class Cache:
         Raises Error: SHAPE, DTYPE, DEVICE_MISMATCH, NON_FINITE, INVALID_ARGUMENT (opened for
         reading), IO, FORMAT, FORKED.
         """
-        handle, written = self._open(), ctypes.c_uint64()
+        written, plan = ctypes.c_uint64(), self.plan._handle.pointer
         views = _views(keys, latents)
-        check(
-            library.blockem_cache_put(
-                handle.pointer,
-                self.plan._handle.pointer,
-                _joined(keys),
-                views,
-                len(keys),
-                byref(written),
-            )
+        self._call(
+            library.blockem_cache_put, plan, _joined(keys), views, len(keys), byref(written)
         )
         return written.value
 
@@ -169,12 +164,8 @@ class Cache:
         for i, array in enumerate(out):
             if isinstance(array, np.ndarray) and not array.flags.writeable:
                 raise ValueError(f"out[{i}] is read-only")
-        handle, views = self._open(), _views(keys, out)
-        check(
-            library.blockem_cache_get(
-                handle.pointer, self.plan._handle.pointer, _joined(keys), views, len(keys)
-            )
-        )
+        views, plan = _views(keys, out), self.plan._handle.pointer
+        self._call(library.blockem_cache_get, plan, _joined(keys), views, len(keys))
 
     def fill(
         self,
@@ -223,21 +214,30 @@ class Cache:
         return _torch_cache.reference(self, batch, packed=packed)
 
     def __repr__(self) -> str:
-        state = "closed" if self._handle is None else f"{len(self)} examples"
+        state = "closed" if self._closed else f"{len(self)} examples"
         return f"Cache({self.path!r}, {state}, {self.base_model!r}, layer={self.layer}, {self.dtype})"
 
     def __reduce__(self) -> Any:
         raise TypeError("a Cache cannot be pickled: open it in each process")
 
-    def _open(self) -> Handle:
-        if self._handle is None:
-            fail(_ffi.STATUS_INVALID_ARGUMENT, f"{self.path}: the cache is closed")
-        return self._handle
-
     def _info(self) -> _ffi.CacheInfo:
-        handle, info = self._open(), _ffi.CacheInfo()
-        check(library.blockem_cache_info_get(handle.pointer, byref(info)))
+        info = _ffi.CacheInfo()
+        self._call(library.blockem_cache_info_get, byref(info))
         return info
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        """Calls the library with the handle, which is not freed meanwhile."""
+        with self._gate:
+            if self._closed:
+                fail(_ffi.STATUS_INVALID_ARGUMENT, f"{self.path}: the cache is closed")
+            self._running += 1
+        try:
+            check(function(self._pointer, *arguments))
+        finally:
+            with self._gate:
+                self._running -= 1
+                if self._closed and self._running == 0:
+                    self._free()
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:

@@ -119,9 +119,8 @@ def _examples(cache: Cache, batch: Mapping[str, Any], packed: bool) -> list[_Exa
         if mask is not None:
             kept = kept[mask[row] != 0]
         places = kept if positions is None else positions[row, kept]
-        starts = (places.diff() <= 0).nonzero().flatten() + 1 if packed else torch.tensor([])
-        pieces = zip(kept.tensor_split(starts.int()), places.tensor_split(starts.int()))
-        for columns, at in pieces:
+        starts = (places.diff() <= 0).nonzero().flatten() + 1 if packed else kept[:0]
+        for columns, at in zip(kept.tensor_split(starts), places.tensor_split(starts), strict=True):
             if len(columns):
                 key = cache.key(ids[row, columns].numpy(), at.numpy())
                 found.append(_Example(key, row, columns))
