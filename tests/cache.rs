@@ -734,12 +734,14 @@ mod full_disk {
                 return;
             }
         };
-        for i in 0.. {
-            match put(&cache, &plan, &[i]) {
-                Ok(_) => println!("stored {i}"),
+        // Many at a time: each call waits for the disk.
+        for i in (0..).step_by(16) {
+            let batch: Vec<usize> = (i..i + 16).collect();
+            match put(&cache, &plan, &batch) {
+                Ok(_) => batch.iter().for_each(|i| println!("stored {i}")),
                 Err(e) => {
                     assert_eq!(e.status, Status::Io, "{e}");
-                    refused(put(&cache, &plan, &[i]), Status::Io, &["reference.cache"]);
+                    refused(put(&cache, &plan, &batch), Status::Io, &["reference.cache"]);
                     break;
                 }
             }

@@ -1,15 +1,16 @@
 //! Reference caches: z of the base model at the blocked latents, for each example, in one file.
 //!
 //! A file belongs to one base model, layer, dtype of hidden and numerics; that is its [`Identity`].
-//! In it an example is known by a digest of the identity, its token ids and positions, a latent
-//! by [`Plan::column_digest`]. Each example keeps one record per latent, so sets that share latents
-//! share columns, and new latents add columns to the examples that are there.
+//! In it an example is known by a digest of the identity, its token ids and positions, a latent by
+//! [`Plan::column_digest`]. The columns of an example that are stored by one call are one record: a
+//! group. Sets that share latents share columns, and new latents add a group to an example.
 
 mod record;
 mod store;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use redb::ReadableTable;
@@ -20,7 +21,7 @@ use crate::error::{Error, Result, Status, bail};
 use crate::plan::Plan;
 use crate::tensor::{DType, Device, Tensor, TensorMut};
 use record::{joined, seal, unseal};
-use store::{COLUMNS, EXAMPLES, META, Store, VALUES};
+use store::{COLUMNS, EXAMPLES, GROUPS, META, Store, VALUES};
 
 /// What [`Cache::example_key`] makes of an example.
 pub type Key = [u8; 32];
@@ -164,11 +165,14 @@ impl Cache {
         self.check_plan(plan)?;
         let columns = columns(plan);
         self.store.read(|transaction| {
-            let values = transaction.open_table(VALUES)?;
-            let mut missing = Vec::with_capacity(keys.len() * columns.len());
-            for key in keys {
-                for column in &columns {
-                    missing.push(values.get(&joined(key, &column.digest))?.is_none());
+            let examples = transaction.open_table(EXAMPLES)?;
+            let mut groups = Groups::new(transaction.open_table(GROUPS)?, &columns);
+            let mut missing = vec![true; keys.len() * columns.len()];
+            for (row, key) in missing.chunks_exact_mut(columns.len()).zip(keys) {
+                for group in Example::read(&examples, key)?.map_or(Vec::new(), |e| e.groups) {
+                    for (k, _) in &groups.get(&group)?.places {
+                        row[*k] = false;
+                    }
                 }
             }
             Ok(missing)
@@ -176,7 +180,7 @@ impl Cache {
     }
 
     /// Stores z [T, K] of each example, in one transaction that is on the disk when this returns.
-    /// What is there already stays: a record is written once. Returns how many were written.
+    /// What is there already stays: a column is written once. Returns how many were written.
     pub fn put(&self, plan: &Plan, keys: &[Key], latents: &[Tensor]) -> Result<u64> {
         self.check_plan(plan)?;
         if keys.len() != latents.len() {
@@ -190,27 +194,39 @@ impl Cache {
         self.store.write(|transaction| {
             let mut examples = transaction.open_table(EXAMPLES)?;
             let mut known = transaction.open_table(COLUMNS)?;
+            let mut groups = transaction.open_table(GROUPS)?;
             let mut values = transaction.open_table(VALUES)?;
             let mut written = 0;
             for (i, (key, z)) in keys.iter().zip(latents).enumerate() {
-                match stored_tokens(&examples, key)? {
-                    Some(stored) => check_tokens(i, z, stored)?,
-                    None => {
-                        let tokens = (z.shape()[0] as u64).to_le_bytes();
-                        examples.insert(key, seal(key, tokens).as_slice())?;
+                let tokens = z.shape()[0];
+                let stored = Example::read(&examples, key)?;
+                let mut example =
+                    stored.unwrap_or(Example { tokens: tokens as u64, groups: Vec::new() });
+                check_tokens(i, z, example.tokens)?;
+                let mut absent = vec![true; columns.len()];
+                for group in &example.groups {
+                    for (k, _) in Group::read(&groups, group, &columns)?.places {
+                        absent[k] = false;
                     }
                 }
-                for (k, column) in columns.iter().enumerate() {
-                    let name = joined(key, &column.digest);
-                    if values.get(&name)?.is_some() {
-                        continue;
-                    }
-                    let bytes = (0..z.shape()[0]).flat_map(|t| element(z, t, k).to_le_bytes());
-                    values.insert(&name, seal(&name, bytes).as_slice())?;
-                    written += 1;
+                let new: Vec<usize> = (0..columns.len()).filter(|k| absent[*k]).collect();
+                if new.is_empty() {
+                    continue;
                 }
+                let members: Vec<u8> = new.iter().flat_map(|k| columns[*k].digest).collect();
+                let group: Key = Sha256::digest(&members).into();
+                if groups.get(&group)?.is_none() {
+                    groups.insert(&group, seal(&group, members).as_slice())?;
+                }
+                let name = joined(key, &group);
+                let elements = new.iter().flat_map(|k| (0..tokens).map(|t| element(z, t, *k)));
+                let record = seal(&name, elements.flat_map(f32::to_le_bytes));
+                values.insert(&name, record.as_slice())?;
+                example.groups.push(group);
+                examples.insert(key, example.to_record(key).as_slice())?;
+                written += new.len() as u64;
             }
-            for column in columns.iter().filter(|_| !keys.is_empty()) {
+            for column in columns.iter().filter(|_| written > 0) {
                 if known.get(&column.digest)?.is_none() {
                     let id = seal(&column.digest, column.id.to_le_bytes());
                     known.insert(&column.digest, id.as_slice())?;
@@ -233,31 +249,41 @@ impl Cache {
         let complete = self.store.read(|transaction| {
             let examples = transaction.open_table(EXAMPLES)?;
             let values = transaction.open_table(VALUES)?;
-            let mut records = Vec::with_capacity(keys.len() * columns.len());
+            let mut groups = Groups::new(transaction.open_table(GROUPS)?, &columns);
+            let mut records = Vec::with_capacity(keys.len());
             for (i, (key, z)) in keys.iter().zip(latents.iter()).enumerate() {
-                if let Some(stored) = stored_tokens(&examples, key)? {
-                    check_tokens(i, z.view(), stored)?;
-                }
-                for column in &columns {
-                    let name = joined(key, &column.digest);
-                    let Some(sealed) = values.get(&name)? else { return Ok(false) };
-                    let bytes = unseal(&name, sealed.value())?;
-                    if bytes.len() != z.view().shape()[0] * 4 {
+                let Some(example) = Example::read(&examples, key)? else { return Ok(false) };
+                check_tokens(i, z.view(), example.tokens)?;
+                let mut found = 0;
+                for digest in example.groups {
+                    let group = groups.get(&digest)?;
+                    if group.places.is_empty() {
+                        continue;
+                    }
+                    let name = joined(key, &digest);
+                    let Some(sealed) = values.get(&name)? else {
+                        bail!(Format, "damaged: a record of example {} is lost", hexadecimal(key));
+                    };
+                    let bytes = unseal(&name, sealed.value())?.len();
+                    if bytes as u64 != example.tokens * 4 * group.members as u64 {
                         bail!(
                             Format,
-                            "damaged: example {} has {} bytes of latent {}, expected {}",
-                            hexadecimal(key),
-                            bytes.len(),
-                            column.id,
-                            z.view().shape()[0] * 4
+                            "damaged: a record of example {} has {bytes} bytes",
+                            hexadecimal(key)
                         );
                     }
-                    records.push(sealed);
+                    found += group.places.len();
+                    records.push((i, digest, sealed));
+                }
+                if found < columns.len() {
+                    return Ok(false);
                 }
             }
-            for (z, row) in latents.iter_mut().zip(records.chunks_exact(columns.len())) {
-                for (k, sealed) in row.iter().enumerate() {
-                    write_column(z, k, record::payload(sealed.value()));
+            for (i, group, sealed) in records {
+                let (z, bytes) = (&mut latents[i], record::payload(sealed.value()));
+                let column = z.view().shape()[0] * 4;
+                for (k, place) in &groups.get(&group)?.places {
+                    write_column(z, *k, &bytes[place * column..][..column]);
                 }
             }
             Ok(true)
@@ -479,18 +505,74 @@ fn columns(plan: &Plan) -> Vec<Column> {
     ids.map(|(k, id)| Column { digest: plan.column_digest(k), id: *id }).collect()
 }
 
-fn stored_tokens(
-    examples: &impl ReadableTable<&'static Key, &'static [u8]>,
-    key: &Key,
-) -> Result<Option<u64>> {
-    let Some(sealed) = examples.get(key)? else { return Ok(None) };
-    match unseal(key, sealed.value())?.try_into() {
-        Ok(bytes) => Ok(Some(u64::from_le_bytes(bytes))),
-        Err(_) => {
-            bail!(Format, "damaged: the length of example {} is unreadable", hexadecimal(key))
-        }
+/// What is stored of an example: its length, and the records that hold its z.
+struct Example {
+    tokens: u64,
+    groups: Vec<Key>,
+}
+
+impl Example {
+    fn read(table: &impl Table, key: &Key) -> Result<Option<Example>> {
+        let Some(sealed) = table.get(key)? else { return Ok(None) };
+        let record = unseal(key, sealed.value())?;
+        let Some((tokens, groups)) = record.split_first_chunk() else {
+            bail!(Format, "damaged: example {} has no length", hexadecimal(key));
+        };
+        let groups = groups.chunks_exact(32).map(|g| g.try_into().expect("32 bytes")).collect();
+        Ok(Some(Example { tokens: u64::from_le_bytes(*tokens), groups }))
+    }
+
+    fn to_record(&self, key: &Key) -> Vec<u8> {
+        seal(
+            key,
+            self.tokens.to_le_bytes().into_iter().chain(self.groups.iter().copied().flatten()),
+        )
     }
 }
+
+/// Latents whose columns stand in one record.
+struct Group {
+    /// Columns of the record.
+    members: usize,
+    /// The plan's column, and its place in the record.
+    places: Vec<(usize, usize)>,
+}
+
+impl Group {
+    fn read(table: &impl Table, digest: &Key, columns: &[Column]) -> Result<Group> {
+        let Some(sealed) = table.get(digest)? else {
+            bail!(Format, "damaged: the latents of a record are lost");
+        };
+        let members: Vec<&[u8]> = unseal(digest, sealed.value())?.chunks_exact(32).collect();
+        let place = |column: &Column| members.iter().position(|m| *m == column.digest);
+        let places = columns.iter().enumerate().filter_map(|(k, c)| Some((k, place(c)?))).collect();
+        Ok(Group { members: members.len(), places })
+    }
+}
+
+/// The groups that a call has met.
+struct Groups<'a, T> {
+    table: T,
+    columns: &'a [Column],
+    met: HashMap<Key, Group>,
+}
+
+impl<'a, T: Table> Groups<'a, T> {
+    fn new(table: T, columns: &'a [Column]) -> Groups<'a, T> {
+        Groups { table, columns, met: HashMap::new() }
+    }
+
+    fn get(&mut self, digest: &Key) -> Result<&Group> {
+        if !self.met.contains_key(digest) {
+            self.met.insert(*digest, Group::read(&self.table, digest, self.columns)?);
+        }
+        Ok(&self.met[digest])
+    }
+}
+
+/// A table of records by digest.
+trait Table: ReadableTable<&'static Key, &'static [u8]> {}
+impl<T: ReadableTable<&'static Key, &'static [u8]>> Table for T {}
 
 fn check_tokens(example: usize, latents: &Tensor, stored: u64) -> Result<()> {
     if latents.shape()[0] as u64 != stored {

@@ -31,11 +31,11 @@ pub fn payload(sealed: &[u8]) -> &[u8] {
     &sealed[CHECKSUM..]
 }
 
-/// The key of one latent of one example.
-pub fn joined(example: &Key, column: &Key) -> [u8; 64] {
+/// The key of one group of one example.
+pub fn joined(example: &Key, group: &Key) -> [u8; 64] {
     let mut key = [0; 64];
     key[..32].copy_from_slice(example);
-    key[32..].copy_from_slice(column);
+    key[32..].copy_from_slice(group);
     key
 }
 

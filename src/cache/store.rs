@@ -16,11 +16,13 @@ use crate::error::{Error, Result, Status, bail};
 
 /// "identity" → the JSON of an Identity.
 pub const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-/// Example → its number of tokens, u64.
+/// Example → its number of tokens, u64, and its groups.
 pub const EXAMPLES: TableDefinition<&Key, &[u8]> = TableDefinition::new("examples");
 /// Latent → its id in the dictionary, u64.
 pub const COLUMNS: TableDefinition<&Key, &[u8]> = TableDefinition::new("columns");
-/// Example and latent → z of its tokens, f32.
+/// Group → its latents, in the order of their columns.
+pub const GROUPS: TableDefinition<&Key, &[u8]> = TableDefinition::new("groups");
+/// Example and group → z of its tokens, f32, one column after the other.
 pub const VALUES: TableDefinition<&[u8; 64], &[u8]> = TableDefinition::new("values");
 
 /// Pages that one open file keeps in memory; the system's page cache has the rest.
@@ -138,6 +140,7 @@ pub fn create(path: &Path, identity: &[u8]) -> Result<()> {
         transaction.open_table(META)?.insert(IDENTITY, identity)?;
         transaction.open_table(EXAMPLES)?;
         transaction.open_table(COLUMNS)?;
+        transaction.open_table(GROUPS)?;
         transaction.open_table(VALUES)?;
         transaction.commit()?;
         database.close()?;
