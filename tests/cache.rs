@@ -323,6 +323,7 @@ mod identity {
         let (_folder, path) = folder();
         let made_for = plan(&[3, 17]);
         let cache = open(&path, Mode::Create, &made_for).unwrap();
+        refused(get(&cache, &made_for, 0), Status::CacheMiss, &["0 are stored"]);
         put(&cache, &made_for, &[0]).unwrap();
         drop(cache);
         let others = [

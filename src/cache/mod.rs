@@ -13,7 +13,7 @@ mod tests;
 use std::collections::HashMap;
 use std::path::Path;
 
-use redb::ReadableTable;
+use redb::{ReadableTable, ReadableTableMetadata};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -98,9 +98,7 @@ impl Cache {
         }
         let cache = Cache::of(Store::open(path, options.mode != Mode::Read)?)?;
         cache.check(&expected)?;
-        if let (Mode::Read, Some(plan)) = (options.mode, options.plan)
-            && cache.counts()?.columns > 0
-        {
+        if let (Mode::Read, Some(plan)) = (options.mode, options.plan) {
             cache.check_columns(plan)?;
         }
         Ok(cache)
@@ -123,7 +121,6 @@ impl Cache {
 
     pub fn counts(&self) -> Result<Counts> {
         self.store.read(|transaction| {
-            use redb::ReadableTableMetadata;
             Ok(Counts {
                 examples: transaction.open_table(EXAMPLES)?.len()?,
                 columns: transaction.open_table(COLUMNS)?.len()?,
@@ -358,10 +355,13 @@ impl Cache {
         })
     }
 
-    /// Refuses a plan of which the cache knows no latent: it was made for another SAE.
+    /// Refuses a plan of which the cache knows no latent, only others: it was made for another SAE.
     fn check_columns(&self, plan: &Plan) -> Result<()> {
         let known = self.store.read(|transaction| {
             let known = transaction.open_table(COLUMNS)?;
+            if known.is_empty()? {
+                return Ok(true);
+            }
             for column in columns(plan) {
                 if known.get(&column.digest)?.is_some() {
                     return Ok(true);

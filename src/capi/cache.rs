@@ -42,8 +42,8 @@ pub struct blockem_cache_options {
     /// Names the base model's weights in 1 to 255 bytes of UTF-8, by name and revision or better by
     /// a digest; NULL expects nothing.
     pub base_model: *const c_char,
-    /// Gives the numerics; with READ at least one of its latents must be there. NULL expects
-    /// nothing.
+    /// Gives the numerics; with READ a cache that has z only of other latents is stale, too. NULL
+    /// expects nothing.
     pub plan: *const blockem_plan,
 }
 versioned!(blockem_cache_options, first_size = 40, last = plan: *const blockem_plan);
@@ -235,7 +235,7 @@ pub unsafe extern "C" fn blockem_cache_put(
 /// example's tokens. Nothing is written unless all are there and sound.
 /// Errors: NULL_POINTER, SHAPE, DTYPE, DEVICE_MISMATCH, CACHE_MISS (the message names the first
 /// example that is not there, or its missing latents), CACHE_STALE (the plan's layer or numerics are
-/// not the cache's, or it has none of the plan's latents), IO, FORMAT (damaged), FORKED. Thread-safe.
+/// not the cache's, or it has only others than the plan's latents), IO, FORMAT (damaged), FORKED. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_cache_get(
     cache: *const blockem_cache,

@@ -397,7 +397,7 @@ static void cache_statuses(void) {
   CHECK_OK(blockem_cache_open(path, &options, &cache));
   CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_CACHE_BUSY);
 
-  CHECK_STATUS(blockem_cache_get(cache, plan, key, &latents, 1), BLOCKEM_STATUS_CACHE_STALE);
+  CHECK_STATUS(blockem_cache_get(cache, plan, key, &latents, 1), BLOCKEM_STATUS_CACHE_MISS);
   CHECK_OK(blockem_cache_put(cache, plan, key, &latents, 1, NULL));
   CHECK_OK(blockem_cache_get(cache, plan, key, &latents, 1));
   CHECK_STATUS(blockem_cache_get(cache, oracle, key, &latents, 1), BLOCKEM_STATUS_CACHE_STALE);

@@ -27,11 +27,24 @@ def reference(cache: Cache, batch: Mapping[str, Any], *, packed: bool) -> torch.
     found = _examples(cache, batch, packed)
     pinned = ids.device.type == "cuda"
     z = torch.zeros((*ids.shape, cache.plan.num_latents), pin_memory=pinned)
-    parts = [torch.empty(len(e.columns), cache.plan.num_latents) for e in found]
+    places = [_place(z, e) for e in found]
+    parts = [
+        torch.empty(len(e.columns), z.shape[-1]) if place is None else place
+        for e, place in zip(found, places, strict=True)
+    ]
     cache.get([e.key for e in found], parts)
-    for example, part in zip(found, parts, strict=True):
-        z[example.row, example.columns] = part
+    for e, place, part in zip(found, places, parts, strict=True):
+        if place is None:
+            z[e.row, e.columns] = part
     return z.to(ids.device, non_blocking=True)
+
+
+def _place(z: torch.Tensor, example: _Example) -> torch.Tensor | None:
+    """z of an example in place, unless padding parts its tokens."""
+    first, count = int(example.columns[0]), len(example.columns)
+    if int(example.columns[-1]) - first == count - 1:
+        return z[example.row, first : first + count]
+    return None
 
 
 def fill(

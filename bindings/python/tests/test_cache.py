@@ -220,6 +220,17 @@ def test_left_padding_and_positions_are_other_examples(tmp_path: Path, plan: blo
         assert torch.equal(z[0, 3:], cache.reference(right)[0, :3]) and z[0, :3].eq(0).all()
 
 
+def test_padding_between_tokens(tmp_path: Path, plan: blockem.Plan) -> None:
+    batch = padded([6, 4])
+    batch["attention_mask"][0, 2:4] = 0
+    with open_cache(tmp_path, plan) as cache:
+        cache.fill(llama(), [batch], progress=False)
+        z = cache.reference(batch)
+    expected = live(llama(), plan, batch)
+    kept = batch["attention_mask"].bool()
+    assert torch.equal(z[kept], expected[kept]) and z[~kept].eq(0).all()
+
+
 def test_packed_rows(tmp_path: Path, plan: blockem.Plan) -> None:
     model, lengths = llama(), [4, 2]
     apart = padded(lengths)
