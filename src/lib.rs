@@ -8,6 +8,7 @@
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 mod backend;
+pub mod cache;
 pub mod capi;
 mod dictionary;
 pub mod error;

@@ -198,6 +198,17 @@ impl Plan {
         self.columns.identity(side(1).chain(side(-1)))
     }
 
+    /// Ids in the dictionary, in column order.
+    pub fn latent_ids(&self) -> &[u64] {
+        &self.columns.ids
+    }
+
+    /// sha256 of all that z of column k depends on but the numerics: its row, id, recipe,
+    /// activation, d, F. Plans that share the latent share the digest.
+    pub fn column_digest(&self, k: usize) -> [u8; 32] {
+        self.columns.digest(k)
+    }
+
     /// Names the arithmetic: equal names give equal z, bit for bit.
     pub fn numerics(&self) -> String {
         self.backend.numerics()
@@ -364,7 +375,7 @@ impl Columns {
             recipe.extend((text.len() as u64).to_le_bytes());
             recipe.extend(text.as_bytes());
         }
-        for n in [r.d_in, r.d_sae, latents.len()] {
+        for n in [r.d_in, r.d_sae] {
             recipe.extend((n as u64).to_le_bytes());
         }
         Columns {
@@ -378,11 +389,21 @@ impl Columns {
     fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
         let mut hash = Sha256::new();
         hash.update(&self.recipe);
+        hash.update((self.ids.len() as u64).to_le_bytes());
         for k in order {
             hash.update(self.ids[k].to_le_bytes());
             hash.update(self.rows[k]);
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn digest(&self, k: usize) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(b"blockem column 1");
+        hash.update(&self.recipe);
+        hash.update(self.ids[k].to_le_bytes());
+        hash.update(self.rows[k]);
+        hash.finalize().into()
     }
 }
 

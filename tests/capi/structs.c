@@ -80,6 +80,8 @@ static void inputs(const char *folder) {
   static const int64_t ids[] = {1, 2};
   static const int8_t signs[] = {1, -1};
   char *path = join_path(folder, "sae.safetensors"), *set_path = join_path(folder, "K0.json");
+  char *cache_path = join_path(folder, "struct.cache");
+  blockem_cache *cache = NULL;
   blockem_sae *sae = NULL, *of = small_sae();
   blockem_latents *latents = NULL, *set = small_latents();
   blockem_plan *made = NULL, *plan = small_plan(BLOCKEM_BACKEND_CPU, 1);
@@ -94,6 +96,7 @@ static void inputs(const char *folder) {
   LONGER(blockem_encode_args) encode = {BLOCKEM_ENCODE_ARGS_INIT};
   LONGER(blockem_penalty_args) penalty = {BLOCKEM_PENALTY_ARGS_INIT};
   LONGER(blockem_raw_penalty_args) raw = {BLOCKEM_RAW_PENALTY_ARGS_INIT};
+  LONGER(blockem_cache_options) cache_options = {BLOCKEM_CACHE_OPTIONS_INIT};
 
   tensors[0].data = weight;
   tensors[1].data = bias;
@@ -152,10 +155,19 @@ static void inputs(const char *folder) {
   CHECK_INPUT(blockem_raw_penalty_args, 0, raw, blockem_raw_penalty_backward(&raw.now, NULL),
               (void)0);
 
+  cache_options.now.mode = BLOCKEM_CACHE_MODE_CREATE;
+  cache_options.now.base_model = "base";
+  cache_options.now.hidden_dtype = BLOCKEM_DTYPE_BF16;
+  cache_options.now.plan = plan;
+  CHECK_INPUT(blockem_cache_options, cache_options,
+              blockem_cache_open(cache_path, &cache_options.now, &cache),
+              blockem_cache_free(cache));
+
   free(block);
   blockem_plan_free(plan);
   blockem_latents_free(set);
   blockem_sae_free(of);
+  free(cache_path);
   free(set_path);
   free(path);
   free(grad);
@@ -166,7 +178,10 @@ static void inputs(const char *folder) {
   free(weight);
 }
 
-static void outputs(void) {
+static void outputs(const char *folder) {
+  char *path = join_path(folder, "info.cache");
+  blockem_cache_options options = BLOCKEM_CACHE_OPTIONS_INIT;
+  blockem_cache *cache = NULL;
   blockem_sae *sae = small_sae();
   blockem_latents *latents = small_latents();
   blockem_plan *plan = small_plan(BLOCKEM_BACKEND_CPU, 1);
@@ -174,6 +189,7 @@ static void outputs(void) {
   LONGER(blockem_sae_info) sae_info = {BLOCKEM_SAE_INFO_INIT};
   LONGER(blockem_latents_info) latents_info = {BLOCKEM_LATENTS_INFO_INIT};
   LONGER(blockem_plan_info) plan_info = {BLOCKEM_PLAN_INFO_INIT};
+  LONGER(blockem_cache_info) cache_info = {BLOCKEM_CACHE_INFO_INIT};
 
   CHECK_OUTPUT(blockem_build_info, 0, build, blockem_build_info_get(&build.now));
   CHECK(build.now.version == blockem_version());
@@ -198,6 +214,19 @@ static void outputs(void) {
   CHECK(plan_info.now.backend == BLOCKEM_BACKEND_CPU);
   CHECK(strlen(plan_info.now.identity) == 64 && plan_info.now.numerics[0] != '\0');
 
+  options.mode = BLOCKEM_CACHE_MODE_CREATE;
+  options.base_model = "base";
+  options.hidden_dtype = BLOCKEM_DTYPE_BF16;
+  options.plan = plan;
+  CHECK_OK(blockem_cache_open(path, &options, &cache));
+  CHECK_OUTPUT(blockem_cache_info, cache_info, blockem_cache_info_get(cache, &cache_info.now));
+  CHECK(cache_info.now.num_examples == 0 && cache_info.now.num_columns == 0);
+  CHECK(cache_info.now.layer == 3 && cache_info.now.hidden_dtype == BLOCKEM_DTYPE_BF16);
+  CHECK(strcmp(cache_info.now.base_model, "base") == 0);
+  CHECK(strcmp(cache_info.now.numerics, plan_info.now.numerics) == 0);
+  blockem_cache_free(cache);
+  free(path);
+
   blockem_plan_free(plan);
   blockem_latents_free(latents);
   blockem_sae_free(sae);
@@ -215,6 +244,6 @@ int main(int argc, char **argv) {
   if (argc != 2) return 2;
   version();
   inputs(argv[1]);
-  outputs();
+  outputs(argv[1]);
   return finish_checks("structs");
 }

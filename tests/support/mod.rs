@@ -20,6 +20,11 @@ impl Rng {
         Rng(seed)
     }
 
+    /// The same numbers each time.
+    pub fn of(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
     pub fn bits(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;

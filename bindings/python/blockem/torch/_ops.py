@@ -165,7 +165,8 @@ def _backward(
     hidden: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """hidden is that of the forward call where the plan needs it. loss_sum is not read: it makes a second derivative depend on this operator, which refuses."""
+    """hidden is that of the forward call, where the plan needs it. loss_sum is not read: it makes a
+    second derivative depend on this operator, which refuses."""
     plan = _plan(key)
     grad = torch.empty((*coef.shape[:-1], plan.d_in), dtype=dtype, device=coef.device)
     args = _ffi.PenaltyArgs(
