@@ -191,30 +191,16 @@ DEVICE void split_all(uint32_t (&a)[TILES_M][Out::TERMS][2][4], const Coefs<TILE
     }
 }
 
-// What a norm adds, for the warp's tile: −pull · (h − mean).
-template <typename Out, int TILES_M>
-DEVICE void add_pulls(const GradientParams &p, Sums<Out, TILES_M> &sums, const Place &place) {
+// What a norm adds to eight columns of row t: −pull · (h − mean).
+DEVICE void add_pull(const GradientParams &p, Row8 &sum, uint64_t t, uint32_t column) {
+    const float pull = p.pulls[t];
+    if (pull == 0.0f || column >= p.d_in) return;
+    const float mean = p.means[t];
+    Row8 h;
+    load_hidden(h, p.hidden, t, column, p.d_in);
     UNROLL
-    for (int m = 0; m < TILES_M; m++) {
-        UNROLL
-        for (int half = 0; half < 2; half++) {
-            const uint64_t t = place.token + 16 * m + 8 * half;
-            const float pull = t < p.tokens ? p.pulls[t] : 0.0f;
-            if (pull == 0.0f) continue;
-            const float mean = p.means[t];
-            UNROLL
-            for (int part = 0; part < SLICE / 32; part++) {
-                const uint32_t column = place.column + 32 * part;
-                if (column >= p.d_in) continue;
-                Row8 h;
-                load_hidden(h, p.hidden, t, column, p.d_in);
-                UNROLL
-                for (int i = 0; i < 8; i++) {
-                    float &sum = sums.x[m][4 * part + i / 2][2 * half + i % 2];
-                    sum = add_rn(sum, -mul_rn(pull, add_rn(h.v[i], -mean)));
-                }
-            }
-        }
+    for (int i = 0; i < 8; i++) {
+        sum.v[i] = add_rn(sum.v[i], -mul_rn(pull, add_rn(h.v[i], -mean)));
     }
 }
 
@@ -281,6 +267,7 @@ DEVICE void write(const GradientParams &p, const Sums<Out, TILES_M> &sums, const
                 const uint32_t column = place.column + 32 * part;
                 unsigned char *at = rows + row * row_bytes + 32 * part * Out::BYTES;
                 Row8 sum = sums.row(m, half, part);
+                if (p.pulls) add_pull(p, sum, place.token + row, column);
                 if (p.grad_is_aligned && column + 8 <= p.d_in) {
                     if (p.accumulate) {
                         Row8 before;
@@ -384,7 +371,6 @@ DEVICE void gradient(const GradientParams &p) {
         // The four lanes of a row have seen its latents between them.
         active |= shuffle_xor(active, 1);
         active |= shuffle_xor(active, 2);
-        if (p.pulls) add_pulls(p, sums, place);
         write(p, sums, place, active);
         place.token += TOKENS;
     }

@@ -446,7 +446,11 @@ impl Problem {
         };
         let rivals = dictionary.groups * dictionary.group_size;
         let at_once = [
-            random.pick(&[2048, rivals.next_multiple_of(8), rivals.div_ceil(2).next_multiple_of(8)]),
+            random.pick(&[
+                2048,
+                rivals.next_multiple_of(8),
+                rivals.div_ceil(2).next_multiple_of(8),
+            ]),
             random.pick(&[4096, 33]),
         ];
         Problem {
@@ -801,8 +805,7 @@ impl Token {
         let hidden = p.hidden_row(t);
         let d = p.d_in as f64;
         let squares = |mean: f64| hidden.iter().map(|h| (h - mean) * (h - mean)).sum::<f64>();
-        let mean =
-            if p.norm == TokenNorm::Layer { hidden.iter().sum::<f64>() / d } else { 0.0 };
+        let mean = if p.norm == TokenNorm::Layer { hidden.iter().sum::<f64>() / d } else { 0.0 };
         let (scale, slope) = match p.norm {
             TokenNorm::None => (1.0, 0.0),
             TokenNorm::Constant => ((d / squares(0.0)).sqrt(), 1.0 / squares(0.0)),
@@ -1090,6 +1093,51 @@ fn equal_hidden_states_cost_nothing_and_touch_nothing() {
     }
 }
 
+/// Ties, infinities, NaN, subnormals, all equal: each latent that is not below the k-th place is on,
+/// in parts of any size.
+#[test]
+fn latents_that_share_the_kth_place_are_on() {
+    let mut random = Random::fresh();
+    let tiny = f32::from_bits(1);
+    let special = [0.0, tiny, -tiny, f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, 1.0];
+    let kinds: [&[f32]; 4] = [&special, &[2.0], &[-1.0, -2.0], &[f32::NAN, 3.0, -3.0, 0.5]];
+    for (values, count, groups, group_size) in
+        kinds.iter().flat_map(|kind| [(kind, 5, 1, 300), (kind, 7, 3, 37), (kind, 6, 3, 2)])
+    {
+        let (gate, norm) = (GateKind::TopK, TokenNorm::None);
+        let mut p = Problem::of(&mut random, DType::BF16, [2, 1, count], gate, norm);
+        let rivals = groups * group_size;
+        let among = |random: &mut Random| match random.below(3) {
+            0 => random.normal(),
+            _ => random.pick(values),
+        };
+        p.dictionary = Dictionary {
+            k: 1 + random.below(group_size),
+            groups,
+            group_size,
+            by_magnitude: random.below(2) == 0,
+            group: (0..count).map(|k| (k % groups) as u32).collect(),
+            weight: vec![0.0; rivals],
+            bias: (0..rivals).map(|_| among(&mut random)).collect(),
+        };
+        (p.weight, p.bias) = p.dictionary.blocked(1);
+        p.at_once = [random.pick(&[8, 104, 2048]), 1 + random.below(2)];
+        p.name = format!("{:?}, in parts of {}, biases {:?}", p.dictionary, p.at_once[0], p.bias);
+        let z = Job::new(&p).encode(&p);
+        for (n, z) in z.iter().enumerate() {
+            let (own, group) = (p.bias[n % count] as f64, n % count % groups);
+            let Dictionary { k, bias, by_magnitude, .. } = &p.dictionary;
+            let ranks = bias[group * group_size..][..group_size].iter();
+            let mut ranks: Vec<f64> = ranks.map(|b| p.dictionary.rank(*b as f64)).collect();
+            ranks.sort_by(|x, y| y.total_cmp(x));
+            let lost = p.dictionary.rank(own) < ranks[k - 1] || (!by_magnitude && own <= 0.0);
+            let expected = if lost { 0.0 } else { own as f32 };
+            let same = z.to_bits() == expected.to_bits() || (z.is_nan() && expected.is_nan());
+            assert!(same || *z == expected, "z[{n}] {z} {expected}: {}", p.name);
+        }
+    }
+}
+
 /// Outputs that nobody asks for leave no trace, and change nothing in the others.
 #[test]
 fn absent_outputs_change_no_other() {
@@ -1224,7 +1272,7 @@ fn verdict(p: &Problem, source: &str, kernel: &str, fault: Fault) -> Option<Stri
 /// stage, which the epilogue uses again.
 fn fault_problem(count: usize) -> Problem {
     let mut random = Random(0x5eed);
-    let (gate, norm) = (GateKind::Threshold, TokenNorm::None);
+    let (gate, norm) = (GateKind::Open, TokenNorm::None);
     let mut p = Problem::of(&mut random, DType::BF16, [130, 830, count], gate, norm);
     p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
     (p.grad_dtype, p.sums, p.accumulate) = (DType::BF16, DType::F64, false);
@@ -1236,10 +1284,38 @@ fn fault_problem(count: usize) -> Problem {
     p
 }
 
+/// Several parts of rivals in several blocks of tokens, groups that begin and end within a part, a
+/// list that is longer than a block's threads, tokens that are normalised.
+fn topk_fault_problem(groups: usize) -> Problem {
+    let mut random = Random(0x5eed);
+    let (gate, norm) = (GateKind::TopK, TokenNorm::Layer);
+    let mut p = Problem::of(&mut random, DType::F32, [20, 100, 30], gate, norm);
+    p.dictionary = Dictionary {
+        k: if groups == 1 { 150 } else { 9 },
+        groups,
+        group_size: 420 / groups,
+        by_magnitude: groups == 1,
+        group: (0..p.count).map(|k| (k % groups) as u32).collect(),
+        weight: random_rows(&mut random, 420, p.d_in, norm),
+        bias: random.normals(420),
+    };
+    (p.weight, p.bias) = p.dictionary.blocked(p.d_in);
+    p.hidden.iter_mut().for_each(|h| *h += 1.0);
+    p.at_once = [208, 16];
+    p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 5 > 0) as u8 as f32).collect()));
+    (p.grad_dtype, p.sums, p.accumulate) = (DType::F32, DType::F64, false);
+    p.name = format!("T 20, d 100, K 30, groups {groups}");
+    p.reference.fill(0.0);
+    p.places = [Place::default(); 7];
+    p
+}
+
 #[test]
 fn every_missing_barrier_and_wait_is_caught() {
     let (few, wide) = (fault_problem(3), fault_problem(40));
+    let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
     let cases = [
+        ("topk.cu", [(&one, "blockem_topk"), (&three, "blockem_topk")]),
         ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
         (
             "gradient.cu",
@@ -1264,8 +1340,9 @@ fn every_missing_barrier_and_wait_is_caught() {
 #[test]
 fn wrong_accesses_and_indices_are_caught() {
     let (few, wide) = (fault_problem(3), fault_problem(40));
+    let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
     let outside = "AddressSanitizer";
-    let cases: [(&Problem, &str, &str, &str, &str, &str); 12] = [
+    let cases: [(&Problem, &str, &str, &str, &str, &str); 25] = [
         // Beyond shared memory: a copy, a plain store, a collective load.
         (
             &few,
@@ -1304,14 +1381,14 @@ fn wrong_accesses_and_indices_are_caught() {
         (&few, "gradient.cu", "_bf16_few", "column + 8 <= p.d_in", "column < p.d_in", outside),
         (&wide, "encode.cu", "_bf16_wide", "if (k >= p.rows.count) continue;", "", outside),
         // A token that does not count.
-        (&few, "encode.cu", "_bf16_8", "mask_of(p, t) != 0.0f", "mask_of(p, t) != 9.0f", outside),
+        (&few, "encode.cu", "_bf16_8", "mask_of(p.mask, t) != 0.0f", "true", outside),
         // The wrong number from the right memory.
         (
             &few,
             "encode.cu",
             "_bf16_8",
-            "[2 * half + i];\n                    const float pre",
-            "[half + 2 * i];\n                    const float pre",
+            "[2 * half + i], scale",
+            "[half + 2 * i], scale",
             "z ",
         ),
         (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
@@ -1324,6 +1401,28 @@ fn wrong_accesses_and_indices_are_caught() {
             "j % 2][j / 2 * 2 + half]",
             "dH[",
         ),
+        // The gate of TopK: the place of a key, ties, the list, groups, tokens.
+        (&one, "topk.cu", "_topk", "bits >> 31 ? bits + 1 : bits - 1", "bits", "z "),
+        (&three, "topk.cu", "_topk", "bits >> 31 ? ~bits", "bits >> 31 ? bits", "z "),
+        (&one, "topk.cu", "_topk", "list[i] >= attempt", "list[i] > attempt", "z "),
+        (&one, "topk.cu", "_topk", "list[i] <= kth", "list[i] < kth", "z "),
+        (&one, "topk.cu", "_topk", "taken += place.all;", "", "z "),
+        (
+            &three,
+            "topk.cu",
+            "_topk",
+            "(p.first + start) / p.group_size",
+            "start / p.group_size",
+            "z ",
+        ),
+        (&three, "topk.cu", "_topk", "begins ? 0 : p.floors[t]", "p.floors[t]", "z "),
+        (&one, "topk.cu", "_topk", "rival < count ?", "rival < THREADS ?", "z "),
+        // A norm: its columns, its tokens, what it adds to dH.
+        (&one, "norm.cu", "_norm", "/ mul_rn(d - 1.0, deviation)", "/ mul_rn(d, deviation)", "dH["),
+        (&one, "norm.cu", "_norm", "if (column + i >= p.d_in) continue;", "", "z "),
+        (&one, "norm.cu", "_norm", "if (t >= p.tokens) return;", "", outside),
+        (&one, "norm.cu", "_norm", "has_coefficient(p, t)", "true", outside),
+        (&one, "gradient.cu", "_f32_few", "add_rn(h.v[i], -mean)", "h.v[i]", "dH["),
     ];
     for (p, source, kernel, from, to, message) in cases {
         let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
