@@ -42,6 +42,10 @@ DEVICE void sync_block() { __syncthreads(); }
 // A barrier as well.
 DEVICE bool any_in_block(bool x) { return __syncthreads_or(x); }
 DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
+// Bit i: what lane i says.
+DEVICE uint32_t vote_in_warp(bool x) { return __ballot_sync(0xffffffffu, x); }
+DEVICE uint32_t sum_in_warp(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
+DEVICE uint32_t count_bits(uint32_t x) { return __popc(x); }
 DEVICE uint32_t shuffle_xor(uint32_t x, uint32_t lanes) {
     return __shfl_xor_sync(0xffffffffu, x, lanes);
 }

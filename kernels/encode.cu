@@ -1,8 +1,9 @@
 // Latents of every token, or the penalty's coefficients and loss.
 //
-//   dot[t, k] = Σ_i W[k, i] · h[t, i]
+//   dot[t, k] = a_t · Σ_i W[k, i] · h[t, i],   a_t = 1 unless a norm gives it
 //   pre = scale_k · dot + bias_k,   z = off ? 0 : pre
-//   off: never | pre <= 0 | pre <= threshold_k | dot + gate_bias_k <= 0 or pre <= 0   (NaN: on)
+//   off: never | pre <= 0 | pre <= threshold_k | dot + gate_bias_k <= 0 or pre <= 0
+//        | rank(pre) <= threshold[t, group_k], rank as in topk.cu   (NaN: on)
 //   r = s_k · (z − reference) <= 0 ? 0 : s_k · (z − reference)
 //   coef[t, k] = off ? 0 : mask_t · 2 · s_k · w_k · r · scale_k
 //   loss[k] = Σ_t mask_t · w_k · r²
@@ -23,6 +24,7 @@
 // one weight can have both signs.
 #include "device.cuh"
 #include "params.cuh"
+#include "tokens.cuh"
 
 namespace {
 
@@ -95,19 +97,24 @@ DEVICE_MEMBER void Eight<F32>::load(const unsigned char *row, uint32_t r, uint32
 
 // A latent with its own numbers.
 struct Latent {
-    float scale, bias, gate_value, sign_weight;
+    float scale, bias, gate_value;
+    uint32_t group;
 
     DEVICE_MEMBER void load(const RowsParams &rows, uint32_t k) {
         scale = rows.scale ? rows.scale[k] : 1.0f;
-        bias = rows.bias[k];
-        gate_value = rows.gate >= GATE_THRESHOLD ? rows.gate_values[k] : 0.0f;
-        sign_weight = rows.sign_weight[k];
+        bias = rows.bias ? rows.bias[k] : 0.0f;
+        gate_value = rows.gate_values ? rows.gate_values[k] : 0.0f;
+        group = rows.group ? rows.group[k] : 0;
     }
 
     // Written so that NaN leaves the latent on.
-    DEVICE_MEMBER bool off(uint32_t gate, float dot, float pre) const {
-        if (gate == GATE_OPEN) return false;
-        if (gate == GATE_GATED) return (add_rn(dot, gate_value) <= 0.0f) | (pre <= 0.0f);
+    DEVICE_MEMBER bool off(const EncodeParams &p, uint64_t t, float dot, float pre) const {
+        if (p.rows.gate == GATE_OPEN) return false;
+        if (p.rows.gate == GATE_GATED) return (add_rn(dot, gate_value) <= 0.0f) | (pre <= 0.0f);
+        if (p.rows.gate == GATE_TOPK) {
+            const float rank = p.rows.by_magnitude ? fabsf(pre) : pre;
+            return rank <= p.thresholds[t * p.rows.groups + group];
+        }
         return pre <= gate_value;
     }
 };
@@ -153,16 +160,16 @@ struct Loader {
         const uint32_t start = slice * SLICE + chunk * (16 / H::BYTES);
         const uint32_t left = start < p.rows.d_in ? (p.rows.d_in - start) * H::BYTES : 0;
         const uint32_t bytes = left < 16 ? left : 16;
-        const uint64_t row_bytes = p.hidden_stride * H::BYTES;
+        const uint64_t row_bytes = p.hidden.stride * H::BYTES;
         const unsigned char *from =
-            p.hidden + (first_token + row) * row_bytes + (uint64_t)start * H::BYTES;
+            p.hidden.data + (first_token + row) * row_bytes + (uint64_t)start * H::BYTES;
         UNROLL
         for (int i = 0; i < ROWS; i++) {
             const uint32_t r = row + i * ROW_STEP;
             unsigned char *at = to + r * S::HIDDEN_ROW + hidden_swizzle<H>(r, chunk);
             const uint32_t n = live >> i & 1 ? bytes : 0;
             // Where nothing is read any address will do, but it must be one.
-            if (p.hidden_is_aligned) copy_async(at, n ? from : p.hidden, n);
+            if (p.hidden.is_aligned) copy_async(at, n ? from : p.hidden.data, n);
             else copy_elements(at, from, n);
             from += ROW_STEP * row_bytes;
         }
@@ -200,10 +207,9 @@ struct Loader {
     }
 };
 
-DEVICE float mask_of(const EncodeParams &p, uint64_t t) {
-    if (!p.mask) return 1.0f;
-    if (p.mask_is_f32) return reinterpret_cast<const float *>(p.mask)[t * p.mask_stride];
-    return p.mask[t * p.mask_stride] != 0 ? 1.0f : 0.0f;
+// a_t
+DEVICE float scale_of(const EncodeParams &p, uint64_t t) {
+    return p.token_scales ? p.token_scales[t] : 1.0f;
 }
 
 template <typename H, typename S>
@@ -213,7 +219,7 @@ DEVICE_MEMBER Loader<H, S>::Loader(const EncodeParams &p, uint64_t first_token,
     UNROLL
     for (int i = 0; i < ROWS; i++) {
         const uint64_t t = first_token + thread_index() / CHUNKS + i * ROW_STEP;
-        if (t < p.tokens && mask_of(p, t) != 0.0f) live |= 1u << i;
+        if (t < p.tokens && mask_of(p.mask, t) != 0.0f) live |= 1u << i;
     }
 }
 
@@ -304,6 +310,15 @@ struct Dots {
 template <typename H, typename S>
 DEVICE void write_latents(const EncodeParams &p, const Dots<H, S> &dots, uint64_t token,
                           uint32_t latent) {
+    float scale[S::TILES_M][2];
+    UNROLL
+    for (int m = 0; m < S::TILES_M; m++) {
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            const uint64_t t = token + 16 * m + 8 * half;
+            scale[m][half] = t < p.tokens ? scale_of(p, t) : 0.0f;
+        }
+    }
     UNROLL
     for (int n = 0; n < S::TILES_N; n++) {
         UNROLL
@@ -318,10 +333,9 @@ DEVICE void write_latents(const EncodeParams &p, const Dots<H, S> &dots, uint64_
                 for (int half = 0; half < 2; half++) {
                     const uint64_t t = token + 16 * m + 8 * half;
                     if (t >= p.tokens) continue;
-                    const float dot = dots.total[m][n][2 * half + i];
+                    const float dot = mul_rn(dots.total[m][n][2 * half + i], scale[m][half]);
                     const float pre = add_rn(mul_rn(dot, own.scale), own.bias);
-                    p.latents[t * p.latents_stride + k] =
-                        own.off(p.rows.gate, dot, pre) ? 0.0f : pre;
+                    p.latents[t * p.latents_stride + k] = own.off(p, t, dot, pre) ? 0.0f : pre;
                 }
             }
         }
@@ -333,13 +347,14 @@ template <typename H, typename S>
 DEVICE void write_penalty(const EncodeParams &p, const Dots<H, S> &dots, uint64_t token,
                           uint32_t latent, double *scratch) {
     const uint32_t lane = thread_index() % 32, warp = thread_index() / 32;
-    float mask[S::TILES_M][2];
+    float mask[S::TILES_M][2], scale[S::TILES_M][2];
     UNROLL
     for (int m = 0; m < S::TILES_M; m++) {
         UNROLL
         for (int half = 0; half < 2; half++) {
             const uint64_t t = token + 16 * m + 8 * half;
-            mask[m][half] = t < p.tokens ? mask_of(p, t) : 0.0f;
+            mask[m][half] = t < p.tokens ? mask_of(p.mask, t) : 0.0f;
+            scale[m][half] = t < p.tokens ? scale_of(p, t) : 0.0f;
         }
     }
     UNROLL
@@ -351,7 +366,8 @@ DEVICE void write_penalty(const EncodeParams &p, const Dots<H, S> &dots, uint64_
             if (k < p.rows.count) {
                 Latent own;
                 own.load(p.rows, k);
-                const double weight = fabsf(own.sign_weight);
+                const float sign_weight = p.rows.sign_weight[k];
+                const double weight = fabsf(sign_weight);
                 UNROLL
                 for (int m = 0; m < S::TILES_M; m++) {
                     UNROLL
@@ -360,15 +376,17 @@ DEVICE void write_penalty(const EncodeParams &p, const Dots<H, S> &dots, uint64_
                         if (t >= p.tokens) continue;
                         float coef = 0.0f;
                         if (mask[m][half] != 0.0f) {
-                            const float dot = dots.total[m][n][2 * half + i];
+                            const float dot =
+                                mul_rn(dots.total[m][n][2 * half + i], scale[m][half]);
+                            if (p.dots) p.dots[t * p.dots_stride + k] = dot;
                             const float pre = add_rn(mul_rn(dot, own.scale), own.bias);
-                            const bool off = own.off(p.rows.gate, dot, pre);
+                            const bool off = own.off(p, t, dot, pre);
                             const float z = off ? 0.0f : pre;
                             const float reference = p.reference[t * p.reference_stride + k];
-                            const float x = own.sign_weight < 0.0f ? add_rn(reference, -z)
-                                                                   : add_rn(z, -reference);
+                            const float x = sign_weight < 0.0f ? add_rn(reference, -z)
+                                                               : add_rn(z, -reference);
                             const float r = x <= 0.0f ? 0.0f : x;
-                            const float slope = mul_rn(mul_rn(2.0f, own.sign_weight), r);
+                            const float slope = mul_rn(mul_rn(2.0f, sign_weight), r);
                             if (!off) coef = mul_rn(mul_rn(mask[m][half], slope), own.scale);
                             const double share = mul_rn(weight, mul_rn((double)r, (double)r));
                             loss = add_rn(loss, mul_rn((double)mask[m][half], share));
@@ -396,7 +414,7 @@ DEVICE void write_count(const EncodeParams &p, uint64_t first_token, uint64_t ti
     UNROLL
     for (int i = 0; i < S::TOKENS; i += 32) {
         const uint64_t t = first_token + i + thread_index() % 32;
-        if (t < p.tokens) count = add_rn(count, (double)mask_of(p, t));
+        if (t < p.tokens) count = add_rn(count, (double)mask_of(p.mask, t));
     }
     UNROLL
     for (uint32_t lanes = 1; lanes < 32; lanes *= 2) {
@@ -419,7 +437,7 @@ DEVICE void encode(const EncodeParams &p) {
     const Loader<H, S> loader(p, first_token, first_latent);
     uint32_t slices = (p.rows.d_in + SLICE - 1) / SLICE;
     // Where no token counts there is nothing to multiply.
-    if (p.mask && !any_in_block(loader.live != 0)) slices = 0;
+    if (p.mask.data && !any_in_block(loader.live != 0)) slices = 0;
     Dots<H, S> dots;
     dots.clear();
     uint32_t use = 0, fill = 0;
@@ -453,7 +471,7 @@ DEVICE void encode(const EncodeParams &p) {
     sync_block();
     write_penalty(p, dots, token, latent, scratch);
     if (!p.loss_partials) return;
-    if (p.mask && first_latent == 0 && warp == 0) write_count<S>(p, first_token, token_tile);
+    if (p.mask.data && first_latent == 0 && warp == 0) write_count<S>(p, first_token, token_tile);
     sync_block();
     const uint32_t k = first_latent + thread_index();
     if (thread_index() < S::LATENTS && k < p.rows.count) {

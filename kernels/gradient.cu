@@ -1,7 +1,8 @@
 // dH from the penalty's coefficients.
 //
-//   dH[t, :] (+)= Σ_k factor · coef[t, k] · W[k, :],   factor = scale · scale_tensor
-//   A coefficient of zero takes no part, whatever the factor.
+//   dH[t, :] (+)= Σ_k factor · coef[t, k] · W[k, :] − pull[t] · (h[t, :] − mean[t])
+//   factor = scale · scale_tensor; a coefficient or a pull of zero takes no part, whatever the rest.
+//   Only a norm pulls; norm.cu has multiplied the coefficients, too.
 //
 // Parallelisation: a CTA of eight warps takes tiles of tokens × 128 columns. Coefficients go from
 // memory to registers, where they become bf16 terms; packed rows pass through shared memory, 32
@@ -10,13 +11,14 @@
 // latents that none of its tokens violates.
 // Bytes moved: dH written once (accumulate: rows with a violation are read and written, the others
 // are not touched), coefficients 4 · T · K for every 128 columns and packed rows (4 · K · d, f32:
-// 6 · K · d) for every few tiles of tokens, both cached.
+// 6 · K · d) for every few tiles of tokens, both cached. With a norm h once, where tokens pull.
 // Determinism: 32 latents are one chain of mma, smallest products first, that starts at zero;
 // chains are added in order. An f16 or bf16 result leaves out products below 2^-16 of the largest,
 // which its rounding hides. Skipped chains would have added zero. A row depends on its own
 // coefficients.
 #include "device.cuh"
 #include "params.cuh"
+#include "tokens.cuh"
 
 namespace {
 
@@ -28,18 +30,10 @@ constexpr int SLICES = 2;
 constexpr int LATENTS = 32;
 constexpr int TERM_BYTES = LATENTS * ROW_BYTES;
 
-// Eight adjacent columns of a row of dH.
-struct Row8 {
-    float v[8];
-};
-
 struct F32 {
-    static constexpr int BYTES = 4, TERMS = 3, LEVEL = 4, CHUNKS = 2;
+    static constexpr uint32_t DTYPE = DTYPE_F32;
+    static constexpr int BYTES = 4, TERMS = 3, LEVEL = 4, CHUNKS = CHUNKS_OF_8<DTYPE>;
 
-    DEVICE_MEMBER static void load(Row8 &x, const Chunk (&chunks)[CHUNKS]) {
-        UNROLL
-        for (int i = 0; i < 8; i++) x.v[i] = float_of_bits(chunks[i / 4].v[i % 4]);
-    }
     DEVICE_MEMBER static void store(Chunk (&chunks)[CHUNKS], const Row8 &x) {
         UNROLL
         for (int i = 0; i < 8; i++) chunks[i / 4].v[i % 4] = bits_of_float(x.v[i]);
@@ -47,12 +41,9 @@ struct F32 {
 };
 
 struct F16 {
-    static constexpr int BYTES = 2, TERMS = 2, LEVEL = 3, CHUNKS = 1;
+    static constexpr uint32_t DTYPE = DTYPE_F16;
+    static constexpr int BYTES = 2, TERMS = 2, LEVEL = 3, CHUNKS = CHUNKS_OF_8<DTYPE>;
 
-    DEVICE_MEMBER static void load(Row8 &x, const Chunk (&chunks)[CHUNKS]) {
-        UNROLL
-        for (int i = 0; i < 8; i++) x.v[i] = float_of_f16(chunks[0].v[i / 2] >> i % 2 * 16);
-    }
     DEVICE_MEMBER static void store(Chunk (&chunks)[CHUNKS], const Row8 &x) {
         UNROLL
         for (int i = 0; i < 4; i++) chunks[0].v[i] = round_to_f16(x.v[2 * i], x.v[2 * i + 1]);
@@ -60,15 +51,9 @@ struct F16 {
 };
 
 struct Bf16 {
-    static constexpr int BYTES = 2, TERMS = 2, LEVEL = 3, CHUNKS = 1;
+    static constexpr uint32_t DTYPE = DTYPE_BF16;
+    static constexpr int BYTES = 2, TERMS = 2, LEVEL = 3, CHUNKS = CHUNKS_OF_8<DTYPE>;
 
-    DEVICE_MEMBER static void load(Row8 &x, const Chunk (&chunks)[CHUNKS]) {
-        UNROLL
-        for (int i = 0; i < 4; i++) {
-            x.v[2 * i] = low_of_bf16(chunks[0].v[i]);
-            x.v[2 * i + 1] = high_of_bf16(chunks[0].v[i]);
-        }
-    }
     DEVICE_MEMBER static void store(Chunk (&chunks)[CHUNKS], const Row8 &x) {
         UNROLL
         for (int i = 0; i < 4; i++) chunks[0].v[i] = round_to_bf16(x.v[2 * i], x.v[2 * i + 1]);
@@ -206,7 +191,20 @@ DEVICE void split_all(uint32_t (&a)[TILES_M][Out::TERMS][2][4], const Coefs<TILE
     }
 }
 
-// The same elements one by one: where rows are not aligned, and where they end.
+// What a norm adds to eight columns of row t: −pull · (h − mean).
+DEVICE void add_pull(const GradientParams &p, Row8 &sum, uint64_t t, uint32_t column) {
+    const float pull = p.pulls[t];
+    if (pull == 0.0f || column >= p.d_in) return;
+    const float mean = p.means[t];
+    Row8 h;
+    load_hidden(h, p.hidden, t, column, p.d_in);
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        sum.v[i] = add_rn(sum.v[i], -mul_rn(pull, add_rn(h.v[i], -mean)));
+    }
+}
+
+// Elements one by one: where rows are not aligned, and where they end.
 template <typename Out>
 DEVICE void write_elements(const GradientParams &p, unsigned char *at, uint32_t columns,
                            const Row8 &sum) {
@@ -222,7 +220,7 @@ DEVICE void write_elements(const GradientParams &p, unsigned char *at, uint32_t 
             uint16_t *element = reinterpret_cast<uint16_t *>(at) + i;
             if (p.accumulate) {
                 chunks[0].v[0] = *element;
-                Out::load(x, chunks);
+                widen<Out::DTYPE>(x, chunks);
             }
             x.v[0] = p.accumulate ? add_rn(x.v[0], sum.v[i]) : sum.v[i];
             Out::store(chunks, x);
@@ -269,10 +267,11 @@ DEVICE void write(const GradientParams &p, const Sums<Out, TILES_M> &sums, const
                 const uint32_t column = place.column + 32 * part;
                 unsigned char *at = rows + row * row_bytes + 32 * part * Out::BYTES;
                 Row8 sum = sums.row(m, half, part);
+                if (p.pulls) add_pull(p, sum, place.token + row, column);
                 if (p.grad_is_aligned && column + 8 <= p.d_in) {
                     if (p.accumulate) {
                         Row8 before;
-                        Out::load(before, old[half][part]);
+                        widen<Out::DTYPE>(before, old[half][part]);
                         UNROLL
                         for (int i = 0; i < 8; i++) sum.v[i] = add_rn(before.v[i], sum.v[i]);
                     }

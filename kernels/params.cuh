@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-enum Gate : uint32_t { GATE_OPEN, GATE_RELU, GATE_THRESHOLD, GATE_GATED };
+enum Gate : uint32_t { GATE_OPEN, GATE_RELU, GATE_THRESHOLD, GATE_GATED, GATE_TOPK };
+enum Dtype : uint32_t { DTYPE_F32, DTYPE_F16, DTYPE_BF16 };
 
 // Encoder rows on the device; null where absent.
 struct RowsParams {
@@ -13,10 +14,30 @@ struct RowsParams {
     const float *scale;
     const float *gate_values;
     const float *sign_weight;
+    // Of a topk gate: each latent's group, and how many there are.
+    const uint32_t *group;
+    uint32_t groups;
+    uint32_t by_magnitude;
     uint32_t count;
     uint32_t padded_count;
     uint32_t d_in;
     uint32_t gate;
+};
+
+// [T, d], or null where there is nothing to read.
+struct HiddenParams {
+    const unsigned char *data;
+    uint64_t stride;
+    uint32_t dtype;
+    // Every row starts at sixteen bytes.
+    uint32_t is_aligned;
+};
+
+// One number for each token; null: all count once.
+struct MaskParams {
+    const unsigned char *data;
+    uint64_t stride;
+    uint64_t is_f32;
 };
 
 struct PackParams {
@@ -29,24 +50,76 @@ struct PackParams {
     uint32_t slices;
 };
 
-// With latents: z and nothing else. Without: coefficients and loss.
+// With latents: z and nothing else. Without: coefficients and loss, and products where a norm needs
+// them.
 struct EncodeParams {
     RowsParams rows;
-    const unsigned char *hidden;
-    uint64_t hidden_stride;
+    HiddenParams hidden;
+    MaskParams mask;
+    // What every product of a token is multiplied by, or null: 1.
+    const float *token_scales;
+    // [T, groups] of a topk gate.
+    const float *thresholds;
     float *latents;
     uint64_t latents_stride;
     const float *reference;
     uint64_t reference_stride;
-    const unsigned char *mask;
-    uint64_t mask_stride;
     float *coef;
     uint64_t coef_stride;
+    float *dots;
+    uint64_t dots_stride;
     double *loss_partials;
     double *count_partials;
     uint64_t tokens;
-    uint32_t mask_is_f32;
-    uint32_t hidden_is_aligned;
+};
+
+// One part of the rivals of a topk gate, for one block of tokens.
+struct TopKParams {
+    const float *pre;
+    uint64_t pre_stride;
+    // Per token, from part to part: the k largest so far, and the least of them.
+    uint32_t *largest;
+    uint32_t *floors;
+    float *thresholds;
+    MaskParams mask;
+    // The part's first rival, and how many follow.
+    uint32_t first;
+    uint32_t count;
+    uint32_t k;
+    uint32_t groups;
+    uint32_t group_size;
+    uint32_t by_magnitude;
+};
+
+// With coefficients: only tokens that have one other than zero are live.
+struct NormParams {
+    HiddenParams hidden;
+    MaskParams mask;
+    const float *coef;
+    uint64_t coef_stride;
+    float *scales;
+    float *means;
+    double *slopes;
+    float *live;
+    uint64_t tokens;
+    uint64_t is_layer;
+    uint32_t d_in;
+    uint32_t count;
+};
+
+struct PullParams {
+    const float *coef;
+    uint64_t coef_stride;
+    // Products, which become coefficients of the rows themselves.
+    float *dots;
+    uint64_t dots_stride;
+    const float *scales;
+    const double *slopes;
+    float *pulls;
+    const float *scale_tensor;
+    double scale;
+    uint64_t tokens;
+    uint64_t count;
 };
 
 struct GradientParams {
@@ -57,6 +130,10 @@ struct GradientParams {
     uint64_t grad_stride;
     const float *scale_tensor;
     double scale;
+    // Null without a norm.
+    const float *pulls;
+    const float *means;
+    HiddenParams hidden;
     uint64_t tokens;
     uint32_t count;
     uint32_t padded_count;

@@ -466,11 +466,11 @@ impl<'a> RawArrays<'a> {
             d_in: shape.d_in,
             count: shape.num_latents,
             gate,
-            packed: 0,
             bias: address(self.bias),
             scale: self.scale.map_or(0, address),
             gate_values,
             sign_weight: address(self.sign_weight),
+            ..DeviceRows::default()
         };
         Ok(RawDeviceRows { rows, weight: self.weight, device })
     }

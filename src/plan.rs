@@ -94,7 +94,7 @@ pub struct Plan {
     num_latents: usize,
     num_positive: usize,
     layer: Option<i64>,
-    /// The gate is TopK's, so encode needs a workspace.
+    /// The gate is TopK's.
     has_topk: bool,
     token_norm: TokenNorm,
     columns: Columns,
@@ -214,9 +214,11 @@ impl Plan {
         self.backend.numerics()
     }
 
-    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary.
+    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, or a CUDA
+    /// device normalises every token first.
     pub fn encode_needs_workspace(&self) -> bool {
-        self.has_topk
+        let normed = self.token_norm != TokenNorm::None;
+        self.has_topk || (normed && self.kind == BackendKind::Cuda)
     }
 
     /// [`Plan::backward`] needs hidden and a workspace: every token is normalised.

@@ -25,8 +25,9 @@ class Call:
 
 
 def encode(plan: Plan, hidden: torch.Tensor, latents: torch.Tensor) -> Call:
-    args = _ffi.EncodeArgs(hidden=_rows(hidden), latents=_rows(latents))
-    return Call("blockem_encode", plan, args, (hidden, latents))
+    address, size, workspace = _workspace(plan, hidden)
+    args = _ffi.EncodeArgs(hidden=_rows(hidden), latents=_rows(latents), workspace=address, workspace_size=size)
+    return Call("blockem_encode", plan, args, (workspace, hidden, latents))
 
 
 def penalty(
@@ -44,15 +45,8 @@ def penalty(
     scale: float = 1.0,
 ) -> Call:
     """blockem_penalty_forward, blockem_penalty_backward or blockem_penalty; sums is [2]: loss_sum, token_count."""
-    size = ctypes.c_size_t()
-    check(library.blockem_plan_workspace_size(plan._handle.pointer, len(hidden), ctypes.byref(size)))
-    workspace = torch.empty(size.value + 64, dtype=torch.uint8, device=hidden.device)
-    args = _ffi.PenaltyArgs(
-        accumulate=accumulate,
-        scale=scale,
-        workspace=workspace.data_ptr() + -workspace.data_ptr() % 64,
-        workspace_size=size.value,
-    )
+    address, size, workspace = _workspace(plan, hidden)
+    args = _ffi.PenaltyArgs(accumulate=accumulate, scale=scale, workspace=address, workspace_size=size)
     tensors = {"hidden": hidden, "reference": reference, "coef": coef, "grad_hidden": grad}
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -64,6 +58,14 @@ def penalty(
         if tensor is not None:
             setattr(args, name, _arrays.tensor(name, tensor, tuple(tensor.shape), tuple(tensor.stride())))
     return Call(function, plan, args, (workspace, *tensors.values(), *vectors.values()))
+
+
+def _workspace(plan: Plan, hidden: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    """Address, size and owner."""
+    size = ctypes.c_size_t()
+    check(library.blockem_plan_workspace_size(plan._handle.pointer, len(hidden), ctypes.byref(size)))
+    memory = torch.empty(size.value + 64, dtype=torch.uint8, device=hidden.device)
+    return memory.data_ptr() + -memory.data_ptr() % 64, size.value, memory
 
 
 def _rows(tensor: torch.Tensor) -> _ffi.Tensor:

@@ -258,7 +258,7 @@ pub(crate) struct EncodeCall {
     pub tokens: usize,
     pub hidden: Matrix,
     pub latents: Matrix,
-    /// Empty unless the gate is [`Gate::TopK`].
+    /// Empty unless the gate is [`Gate::TopK`], or on CUDA if rows have a [`TokenNorm`].
     pub workspace: Workspace,
 }
 

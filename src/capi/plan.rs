@@ -86,7 +86,8 @@ pub struct blockem_plan_info {
     /// Names the arithmetic: plans with one identity and one numerics give the same z, bit for
     /// bit.
     pub numerics: [c_char; 64],
-    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE.
+    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, and on CUDA
+    /// SAEs that normalise every token.
     pub encode_needs_workspace: i32,
     /// 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
     /// token.

@@ -45,9 +45,9 @@ static void find_stub(void) {
 
 /* ---- Plans and calls ------------------------------------------------------------------------- */
 
-static blockem_status create(int32_t device_type, int32_t device, int32_t backend,
-                             blockem_plan **plan) {
-  blockem_sae *sae = small_sae();
+/* A plan of a SAE, which it frees. */
+static blockem_status create_of(blockem_sae *sae, int32_t device_type, int32_t device,
+                                int32_t backend, blockem_plan **plan) {
   blockem_latents *latents = small_latents();
   blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
   blockem_status status;
@@ -65,6 +65,11 @@ static blockem_status create(int32_t device_type, int32_t device, int32_t backen
   return status;
 }
 
+static blockem_status create(int32_t device_type, int32_t device, int32_t backend,
+                             blockem_plan **plan) {
+  return create_of(small_sae(), device_type, device, backend, plan);
+}
+
 static blockem_status create_on(int32_t device, blockem_plan **plan) {
   return create(BLOCKEM_DEVICE_CUDA, device, BLOCKEM_BACKEND_AUTO, plan);
 }
@@ -73,6 +78,24 @@ static blockem_plan *plan_on(int32_t device) {
   blockem_plan *plan = NULL;
   if (!CHECK_OK(create_on(device, &plan))) exit(1);
   return plan;
+}
+
+/* Latents that are chosen among all 32, of tokens that are normalised. */
+static blockem_status create_topk_on(int32_t device, blockem_plan **plan) {
+  float *weight = random_floats(SMALL_F * SMALL_D, 1), *bias = random_floats(SMALL_F, 2);
+  blockem_sae_desc desc = BLOCKEM_SAE_DESC_INIT;
+  blockem_sae *sae = NULL;
+  desc.encoder_weight = f32_2(weight, SMALL_F, SMALL_D);
+  desc.encoder_bias = f32_1(bias, SMALL_F);
+  desc.d_in = SMALL_D;
+  desc.d_sae = SMALL_F;
+  desc.activation_kind = BLOCKEM_ACTIVATION_KIND_TOPK;
+  desc.k = 4;
+  desc.token_norm = BLOCKEM_TOKEN_NORM_LAYER;
+  CHECK_OK(blockem_sae_from_tensors(&desc, &sae));
+  free(weight);
+  free(bias);
+  return create_of(sae, BLOCKEM_DEVICE_CUDA, device, BLOCKEM_BACKEND_AUTO, plan);
 }
 
 static blockem_tensor on_device(blockem_tensor t, int32_t device) {
@@ -116,6 +139,8 @@ static arguments new_arguments(const blockem_plan *plan, int device) {
   if (plan != NULL) {
     CHECK_OK(blockem_plan_workspace_size(plan, T, &a.penalty.workspace_size));
     a.penalty.workspace = a.memory[a.count++] = stub.memory(device, a.penalty.workspace_size);
+    a.encode.workspace = a.penalty.workspace;
+    a.encode.workspace_size = a.penalty.workspace_size;
   }
   return a;
 }
@@ -154,21 +179,26 @@ static int launches_on(void *stream, void *context) {
 
 typedef blockem_status penalty_call(const blockem_plan *, const blockem_penalty_args *, void *);
 
-/* The four run calls on one stream. */
+/* The four run calls on one stream. A plan that compares and normalises launches more. */
 static void run_all(const blockem_plan *plan, arguments *a, void *stream, void *context) {
+  blockem_plan_info info = BLOCKEM_PLAN_INFO_INIT;
   static penalty_call *const penalties[] = {blockem_penalty_forward, blockem_penalty_backward,
                                             blockem_penalty};
   static const char *const names[] = {"forward", "backward", "penalty"};
   void *before = stub.current();
+  int more, launches;
   size_t i;
+  CHECK_OK(blockem_plan_info_get(plan, &info));
+  /* The norm, the rivals, the largest of them. */
+  more = info.encode_needs_workspace ? 3 : 0;
   stub.reset();
   CHECK_OK(blockem_encode(plan, &a->encode, stream));
-  CHECK(launches_on(stream, context) == 1);
+  launches = launches_on(stream, context);
+  CHECK(launches == 1 + more);
   check_only_launches();
-  printf("encode: %d driver calls, 1 launch\n", stub.calls("*"));
-  CHECK(stub.calls("*") <= 6);
+  printf("encode: %d driver calls, %d of them launches\n", stub.calls("*"), launches);
+  CHECK(stub.calls("*") <= 6 + (more ? more + 1 : 0));
   for (i = 0; i < 3; i++) {
-    int launches;
     stub.reset();
     CHECK_OK(penalties[i](plan, &a->penalty, stream));
     launches = launches_on(stream, context);
@@ -176,7 +206,7 @@ static void run_all(const blockem_plan *plan, arguments *a, void *stream, void *
     check_only_launches();
     printf("%s: %d driver calls, %d of them launches, %d for pointers\n", names[i],
            stub.calls("*"), launches, stub.calls("cuPointerGetAttributes"));
-    CHECK(stub.calls("*") <= 18);
+    CHECK(stub.calls("*") <= 17 + (more ? more + 1 : 0));
   }
   CHECK(stub.current() == before);
 }
@@ -193,7 +223,7 @@ static int32_t device_count(void) {
 static void runs(void) {
   blockem_plan *plan, *second, *inside;
   blockem_plan_info info = BLOCKEM_PLAN_INFO_INIT;
-  arguments a;
+  arguments a, b;
   void *primary, *other, *stream;
   CHECK(device_count() == 2);
   CHECK(stub.primary_count(0) == 0);
@@ -236,6 +266,22 @@ static void runs(void) {
   CHECK(message_has("context"));
   CHECK_STATUS(blockem_encode(plan, &a.encode, stub.stream(other)), BLOCKEM_STATUS_INVALID_ARGUMENT);
   CHECK(stub.current() == NULL);
+
+  /* A SAE whose latents compete, and that normalises every token. */
+  CHECK_OK(create_topk_on(0, &second));
+  b = new_arguments(second, 0);
+  run_all(second, &b, stream, primary);
+  stub.capture(stream, STUB_CAPTURE_NON_BLOCKING);
+  run_all(second, &b, stream, primary);
+  stub.capture(stream, STUB_CAPTURE_OFF);
+  b.encode.workspace_size = 0;
+  CHECK_STATUS(blockem_encode(second, &b.encode, stream), BLOCKEM_STATUS_WORKSPACE_TOO_SMALL);
+  b.encode.workspace_size = b.penalty.workspace_size;
+  b.encode.workspace = b.penalty.workspace;
+  b.penalty.hidden.data = NULL;
+  CHECK_STATUS(blockem_penalty_backward(second, &b.penalty, stream), BLOCKEM_STATUS_NULL_POINTER);
+  free_arguments(&b);
+  blockem_plan_free(second);
 
   /* No tokens: nothing to launch but the sums. */
   a.encode.hidden.shape[0] = a.encode.latents.shape[0] = 0;
@@ -509,6 +555,16 @@ static void failures(void) {
       {"cuLaunchKernel=700", BLOCKEM_STATUS_CUDA_DRIVER},
       {"cuLaunchKernel=901", BLOCKEM_STATUS_CAPTURE_UNSAFE},
   };
+  /* A plan's own rows come first, in two allocations and a launch; then those of its rivals. */
+  static const struct {
+    const char *plan;
+    blockem_status status;
+  } rivals[] = {
+      {"cuMemAlloc=2@3", BLOCKEM_STATUS_OUT_OF_MEMORY},
+      {"cuMemAlloc=2@4", BLOCKEM_STATUS_OUT_OF_MEMORY},
+      {"cuMemcpyHtoDAsync=700@5", BLOCKEM_STATUS_CUDA_DRIVER},
+      {"cuLaunchKernel=1@2", BLOCKEM_STATUS_CUDA_DRIVER},
+  };
   void *current = stub.context(1, 0);
   blockem_plan *plan = NULL;
   arguments a;
@@ -519,6 +575,17 @@ static void failures(void) {
     if (!CHECK_STATUS(create_on(0, &plan), creation[i].status)) {
       fprintf(stderr, "  with %s\n", creation[i].plan);
     }
+    stub.fail("");
+    CHECK(stub.current() == current);
+    CHECK(stub.alive() == 0);
+    CHECK(stub.primary_count(0) == 0);
+  }
+  /* Rivals that do not fit: told with the remedy, and nothing is left behind. */
+  for (i = 0; i < sizeof rivals / sizeof *rivals; i++) {
+    stub.reset();
+    stub.fail(rivals[i].plan);
+    CHECK_STATUS(create_topk_on(0, &plan), rivals[i].status);
+    CHECK(i > 0 || message_has("dense_relu"));
     stub.fail("");
     CHECK(stub.current() == current);
     CHECK(stub.alive() == 0);

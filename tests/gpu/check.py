@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import shutil
 import subprocess
@@ -30,13 +31,21 @@ import blockem.torch  # noqa: E402
 import calls  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Architectures, with what a topk SAE selects and what normalises tokens.
 GATES = (
     ("standard", "native"),
     ("jumprelu", "native"),
     ("gated", "native"),
     ("gated", "dense_relu"),
     ("gated", "preactivation"),
+    ("topk", "native"),
+    ("topk magnitude", "native"),
+    ("topk groups", "native"),
+    ("jumprelu constant_norm_rescale", "native"),
+    ("gated layer_norm", "native"),
+    ("topk layer_norm", "native"),
 )
+SELECTIONS, NORMS = ("magnitude", "groups"), ("constant_norm_rescale", "layer_norm")
 # (T, d, K): odd sizes, one of each tile, more than one of each.
 SHAPES = ((1, 1, 1), (17, 63, 3), (64, 64, 8), (65, 100, 20), (200, 520, 33), (129, 1030, 70), (300, 2304, 130))
 SECTIONS: dict[str, object] = {}
@@ -74,21 +83,29 @@ class Case:
     def __init__(self, o: Options, architecture: str, activation: str, width: int, count: int, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         normal = lambda *shape: torch.randn(*shape, generator=draw)
-        self.architecture, self.activation, self.device = architecture, activation, o.device
+        self.architecture, *options = architecture.split()
+        self.selection = next((x for x in options if x in SELECTIONS), "largest")
+        self.norm = next((x for x in options if x in NORMS), "none")
+        self.activation, self.device = activation, o.device
         self.width, self.count = width, count
-        self.weight = normal(count, width) / width**0.5
-        self.bias = 0.2 * normal(count)
+        # Blocked latents compete with others: in the second shape in more than one part.
+        self.k = 1 + count // 2
+        total = self.k * (5 + 2100 // self.k * (count == 3)) if self.architecture == "topk" else count
+        self.weight = normal(total, width) / width**0.5
+        self.bias = 0.2 * normal(total)
         self.threshold = 0.3 * torch.rand(count, generator=draw)
         self.gate_bias, self.r_mag = 0.2 * normal(count), 0.2 * normal(count)
         self.sign = torch.where(torch.rand(count, generator=draw) < 0.5, 1, -1).to(torch.int8)
         self.scale = 0.5 + torch.rand(count, generator=draw)
         arrays = {"encoder_bias": self.bias}
-        if architecture == "jumprelu":
+        if self.architecture == "jumprelu":
             arrays["threshold"] = self.threshold
-        if architecture == "gated":
+        if self.architecture == "gated":
             arrays = {"gate_bias": self.gate_bias, "magnitude_bias": self.bias, "magnitude_log_scale": self.r_mag}
+        if self.architecture == "topk":
+            arrays |= {"k": self.k, "selection": self.selection}
         self.sae = blockem.Sae.from_tensors(
-            encoder_weight=self.weight, encoder_layout="f_d", architecture=architecture, **arrays
+            encoder_weight=self.weight, encoder_layout="f_d", architecture=self.architecture, token_norm=self.norm, **arrays
         )
         self.plan = self.plan_of(range(count))
 
@@ -101,14 +118,34 @@ class Case:
         draw = torch.Generator().manual_seed(seed)
         return torch.randn(tokens, self.width, generator=draw).to(dtype).to(self.device)
 
+    def normalised(self, h: torch.Tensor) -> torch.Tensor:
+        if self.norm == "constant_norm_rescale":
+            return h * self.width**0.5 / h.norm(dim=1, keepdim=True)
+        if self.norm == "layer_norm":
+            return (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
+        return h
+
+    def place(self, pre: torch.Tensor) -> torch.Tensor:
+        """How far each latent is inside its group's k best, or outside where it is negative."""
+        ranks = pre.abs() if self.selection == "magnitude" else pre
+        groups, k = (self.k, 1) if self.selection == "groups" else (1, self.k)
+        ranks = ranks.unflatten(1, (groups, -1))
+        best = ranks.topk(min(k + 1, ranks.shape[2]), dim=2).values
+        last = best[:, :, k - 1 : k]
+        behind = best[:, :, k : k + 1] if ranks.shape[2] > k else torch.full_like(last, -torch.inf)
+        return torch.where(ranks >= last, ranks - behind, ranks - last).flatten(1)
+
     def oracle(self, hidden, reference, mask, factor):
         """z, distance to the gate's edge, loss, per-latent loss, coefficients, gradient, in float64 on the CPU."""
         wide = lambda x: x.detach().cpu().double()
         w, h = wide(self.weight), wide(hidden)
         kept = (mask != 0).cpu()[:, None]
-        dot = torch.where(kept, h, 0.0) @ w.T
+        # What stands for a token that does not count has a norm, too.
+        h = torch.where(kept, h, torch.linspace(-1.0, 1.0, self.width).double()).requires_grad_()
+        dots = self.normalised(h) @ w.T
+        dot = dots.detach()[:, : self.count]
         slope = torch.exp(wide(self.r_mag)) if self.architecture == "gated" else torch.ones(self.count).double()
-        pre = slope * dot + wide(self.bias)
+        pre = slope * dot + wide(self.bias)[: self.count]
         edges = [pre]
         if self.activation == "preactivation":
             edges = [torch.full_like(pre, torch.inf)]
@@ -116,6 +153,9 @@ class Case:
             edges = [pre - wide(self.threshold)]
         elif self.architecture == "gated" and self.activation == "native":
             edges = [pre, dot + wide(self.gate_bias)]
+        elif self.architecture == "topk":
+            place = self.place(dots.detach() + wide(self.bias))[:, : self.count]
+            edges = [place] if self.selection == "magnitude" else [place, pre]
         off = torch.stack([edge <= 0 for edge in edges]).any(0)
         z = torch.where(off, 0.0, pre)
         sign, weight, m = wide(self.sign), wide(self.scale), wide(mask)[:, None]
@@ -123,7 +163,8 @@ class Case:
         losses = torch.where(kept, m * weight * rise**2, 0.0)
         coef = torch.where(kept & ~off, m * 2 * weight * sign * rise * slope, 0.0)
         margin = torch.stack([edge.abs() for edge in edges]).amin(0)
-        return z, margin, losses.sum().item(), losses.sum(0), coef, factor * coef @ w
+        grad = torch.autograd.grad((dots[:, : self.count] * coef).sum(), h)[0]
+        return z, margin, losses.sum().item(), losses.sum(0), coef, factor * torch.where(kept, grad, 0.0)
 
 
 class Options:
@@ -212,6 +253,8 @@ def parity(o: Options) -> str:
     count = 0
     for architecture, activation in GATES:
         for tokens, width, latents in o.shapes():
+            if width < 8 and any(norm in architecture for norm in NORMS):
+                continue  # nothing is left of a token of one number
             case = Case(o, architecture, activation, width, latents, seed=tokens)
             for dtype in DTYPES:
                 for grad_dtype in {dtype, torch.float32}:
@@ -284,20 +327,20 @@ def layouts(o: Options) -> str:
 @section
 def bits(o: Options) -> str:
     """A token's z is its own, and a call repeats itself."""
-    for dtype in DTYPES:
-        case = Case(o, "jumprelu", "native", 1000, 150)
+    for dtype, architecture in itertools.product(DTYPES, ("jumprelu", "topk layer_norm")):
+        case = Case(o, architecture, "native", 1000, 150)
         hidden = case.hidden(300, dtype)
         every = case.plan.encode(hidden)
         for few in (range(0, 1), range(3, 11), range(0, 20), range(30, 63), range(20, 150)):
-            same(case.plan_of(few).encode(hidden), every[:, few.start : few.stop].clone(), f"{dtype}: latents {few}")
+            same(case.plan_of(few).encode(hidden), every[:, few.start : few.stop].clone(), f"{dtype} {architecture}: latents {few}")
         for start, end in ((0, 1), (1, 2), (7, 140), (140, 300)):
-            same(case.plan.encode(hidden[start:end].clone()), every[start:end].clone(), f"{dtype}: tokens {start}-{end}")
+            same(case.plan.encode(hidden[start:end].clone()), every[start:end].clone(), f"{dtype} {architecture}: tokens {start}-{end}")
         order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).to(hidden.device)
-        same(case.plan.encode(hidden[order]), every[order], f"{dtype}: another order")
+        same(case.plan.encode(hidden[order]), every[order], f"{dtype} {architecture}: another order")
         # The same hidden states as the base model's cost exactly nothing.
         sums, grad = poisoned(2, like=hidden, dtype=torch.float64), poisoned(*hidden.shape, like=hidden)
         calls.penalty("blockem_penalty", case.plan, hidden, every, sums=sums, grad=grad)()
-        expect(sums[0].item() == 0 and not grad.any().item(), f"{dtype}: hidden equal to base")
+        expect(sums[0].item() == 0 and not grad.any().item(), f"{dtype} {architecture}: hidden equal to base")
         reference = torch.randn(300, 150, generator=torch.Generator().manual_seed(4)).to(hidden.device)
         sums = torch.zeros(2, device=hidden.device)
         run = calls.penalty("blockem_penalty", case.plan, hidden, reference, sums=sums, grad=grad)
@@ -306,7 +349,7 @@ def bits(o: Options) -> str:
         whole, halves = grad.clone(), torch.empty_like(grad)
         for part in (slice(0, 111), slice(111, 300)):
             calls.penalty("blockem_penalty", case.plan, hidden[part], reference[part], grad=halves[part])()
-        same(halves, whole, f"{dtype}: the batch in two")
+        same(halves, whole, f"{dtype} {architecture}: the batch in two")
         for i in range(o.repeats):
             grad.fill_(float("nan"))
             run()
@@ -340,7 +383,21 @@ def streams(o: Options) -> str:
 
 @section
 def capture(o: Options) -> str:
-    case = Case(o, "standard", "native", 1024, 20)
+    for architecture in ("standard", "topk", "gated layer_norm"):
+        case = Case(o, architecture, "native", 1024, 20)
+        captured(case, architecture)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            case.plan_of(range(3))
+    except blockem.Error as error:
+        expect(error.name == "CAPTURE_UNSAFE", f"a plan made in a capture answers {error.name}")
+    except RuntimeError:
+        pass  # torch refused first
+    torch.cuda.synchronize()
+    return "captured, replayed with other hidden states and scale, same bits as a call"
+
+
+def captured(case: Case, what: str) -> None:
     hidden = case.hidden(500, torch.bfloat16)
     reference = torch.randn(500, 20, device=hidden.device)
     grad, sums = poisoned(*hidden.shape, like=hidden), torch.zeros(2, device=hidden.device)
@@ -356,17 +413,8 @@ def capture(o: Options) -> str:
         graph.replay()
         replayed = (grad.clone(), sums.clone())
         run()
-        same(replayed[0], grad, "gradient of a replay")
-        same(replayed[1], sums, "loss of a replay")
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            case.plan_of(range(3))
-    except blockem.Error as error:
-        expect(error.name == "CAPTURE_UNSAFE", f"a plan made in a capture answers {error.name}")
-    except RuntimeError:
-        pass  # torch refused first
-    torch.cuda.synchronize()
-    return "captured, replayed with other hidden states and scale, same bits as a call"
+        same(replayed[0], grad, f"{what}: gradient of a replay")
+        same(replayed[1], sums, f"{what}: loss of a replay")
 
 
 @section

@@ -37,6 +37,31 @@ DEVICE bool any_in_warp(bool x) {
     return own.out;
 }
 
+DEVICE uint32_t vote_in_warp(bool x) {
+    struct Own {
+        bool in;
+        uint32_t out;
+    } own = {x, 0};
+    simt::meet(&own, [](void *const(&lanes)[32]) {
+        uint32_t votes = 0;
+        for (uint32_t i = 0; i < 32; i++) votes |= (uint32_t)static_cast<Own *>(lanes[i])->in << i;
+        for (void *lane : lanes) static_cast<Own *>(lane)->out = votes;
+    });
+    return own.out;
+}
+
+DEVICE uint32_t sum_in_warp(uint32_t x) {
+    uint32_t own = x;
+    simt::meet(&own, [](void *const(&lanes)[32]) {
+        uint32_t sum = 0;
+        for (void *lane : lanes) sum += *static_cast<uint32_t *>(lane);
+        for (void *lane : lanes) *static_cast<uint32_t *>(lane) = sum;
+    });
+    return own;
+}
+
+DEVICE uint32_t count_bits(uint32_t x) { return __builtin_popcount(x); }
+
 template <typename T>
 DEVICE T shuffle_any(T x, uint32_t lanes) {
     struct Own {

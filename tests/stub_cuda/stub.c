@@ -101,13 +101,26 @@ static void count(const char *name) {
   pthread_mutex_unlock(&lock);
 }
 
+EXPORT int stub_calls(const char *name) {
+  int i, all = 0;
+  for (i = 0; i < 64; i++) {
+    if (strcmp(name, "*") == 0) all += counts[i].calls;
+    else if (strcmp(counts[i].name, name) == 0) return counts[i].calls;
+  }
+  return all;
+}
+
 /* What a call must answer instead of doing its work. */
 static CUresult planned(const char *name) {
   const char *list = failures != NULL ? failures : getenv("STUB_CUDA_FAIL");
   size_t length = strlen(name);
   for (; list != NULL && *list != '\0'; list = strchr(list, ',')) {
+    int code, first = 0;
     if (*list == ',') list++;
-    if (strncmp(list, name, length) == 0 && list[length] == '=') return atoi(list + length + 1);
+    if (strncmp(list, name, length) != 0) continue;
+    if (sscanf(list + length, "=%d@%d", &code, &first) >= 1 && stub_calls(name) >= first) {
+      return code;
+    }
   }
   if (shut_down) return DEINITIALIZED;
   if (initialised_by != getpid()) return NOT_INITIALIZED;
@@ -171,15 +184,6 @@ static CUresult free_memory(uintptr_t address) {
 }
 
 /* ---- What tests ask -------------------------------------------------------------------------- */
-
-EXPORT int stub_calls(const char *name) {
-  int i, all = 0;
-  for (i = 0; i < 64; i++) {
-    if (strcmp(name, "*") == 0) all += counts[i].calls;
-    else if (strcmp(counts[i].name, name) == 0) return counts[i].calls;
-  }
-  return all;
-}
 
 EXPORT void stub_reset(void) {
   memset(counts, 0, sizeof counts);

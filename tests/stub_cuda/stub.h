@@ -8,7 +8,7 @@
  *   STUB_CUDA_CAPABILITY     compute capability times ten (90)
  *   STUB_CUDA_INIT           what cuInit answers (0)
  *   STUB_CUDA_FAIL           "name=code,name=code": what these functions answer, such as
- *                            "cuMemAlloc=2"
+ *                            "cuMemAlloc=2"; "cuMemAlloc=2@3" from the third call on
  */
 
 #ifndef BLOCKEM_STUB_CUDA_H

@@ -5,8 +5,9 @@ use std::cmp::Reverse;
 use std::ffi::{CStr, c_void};
 
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, Workspace,
 };
+use crate::sae::TokenNorm;
 use crate::tensor::DType;
 
 /// Columns of a slice: one tensor-core chain, and one block of the packed form.
@@ -30,6 +31,16 @@ const GRADIENT_CTAS: usize = 1024;
 const REDUCE_LATENTS: usize = 32;
 /// Shared memory of the reductions: a number for each of 256 threads.
 const REDUCE_SHARED: usize = 256 * 8;
+/// Threads of a CTA of kernels/norm.cu, where each warp takes a token.
+const NORM_THREADS: usize = 256;
+/// Threads of a CTA of kernels/topk.cu, and rivals of a part that each of them keeps.
+const TOPK_THREADS: usize = 128;
+const TOPK_OWN: usize = 16;
+const _: () = assert!(RIVALS_AT_ONCE <= TOPK_THREADS * TOPK_OWN);
+/// Keys of a part, and what the warps tell each other.
+const TOPK_SHARED: usize = (TOPK_THREADS * TOPK_OWN + 2 * TOPK_THREADS / 32) * 4;
+/// Tokens whose pre-activations of a part of the rivals are kept at a time.
+pub(super) const TOKENS_AT_ONCE: usize = 4096;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
@@ -88,6 +99,9 @@ kernels! {
     GradientBf16Wide c"blockem_gradient_bf16_wide",
     ReduceLatents c"blockem_reduce_latents",
     ReduceTotal c"blockem_reduce_total",
+    Norm c"blockem_norm",
+    Pull c"blockem_pull",
+    TopK c"blockem_topk",
 }
 
 impl Kernel {
@@ -95,7 +109,8 @@ impl Kernel {
     pub fn shared_limit(self) -> u32 {
         use Kernel::*;
         let bytes = match self {
-            Pack => 0,
+            Pack | Norm | Pull => 0,
+            TopK => TOPK_SHARED,
             ReduceLatents | ReduceTotal => REDUCE_SHARED,
             GradientF32Few | GradientF32Wide => gradient_shared(self, DType::F32),
             GradientF16Few | GradientF16Wide => gradient_shared(self, DType::F16),
@@ -125,6 +140,9 @@ pub(super) enum Params {
     Encode(EncodeParams),
     Gradient(GradientParams),
     Reduce(ReduceParams),
+    Norm(NormParams),
+    Pull(PullParams),
+    TopK(TopKParams),
 }
 
 impl Params {
@@ -135,6 +153,9 @@ impl Params {
             Params::Encode(p) => (&raw const *p).cast(),
             Params::Gradient(p) => (&raw const *p).cast(),
             Params::Reduce(p) => (&raw const *p).cast(),
+            Params::Norm(p) => (&raw const *p).cast(),
+            Params::Pull(p) => (&raw const *p).cast(),
+            Params::TopK(p) => (&raw const *p).cast(),
         }
     }
 
@@ -145,6 +166,9 @@ impl Params {
             Params::Encode(_) => size_of::<EncodeParams>(),
             Params::Gradient(_) => size_of::<GradientParams>(),
             Params::Reduce(_) => size_of::<ReduceParams>(),
+            Params::Norm(_) => size_of::<NormParams>(),
+            Params::Pull(_) => size_of::<PullParams>(),
+            Params::TopK(_) => size_of::<TopKParams>(),
         };
         // SAFETY: the struct has this size, and no padding: its fields' sizes add up to it.
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size) }
@@ -191,10 +215,28 @@ params! {
         scale: u64,
         gate_values: u64,
         sign_weight: u64,
+        group: u64,
+        groups: u32,
+        by_magnitude: u32,
         count: u32,
         padded_count: u32,
         d_in: u32,
         gate: u32,
+    }
+
+    /// Hidden states.
+    HiddenParams {
+        data: u64,
+        stride: u64,
+        dtype: u32,
+        is_aligned: u32,
+    }
+
+    /// A number for each token.
+    MaskParams {
+        data: u64,
+        stride: u64,
+        is_f32: u64,
     }
 
     /// kernels/pack.cu
@@ -211,21 +253,68 @@ params! {
     /// kernels/encode.cu. Absent outputs are 0; with `latents` the rest of the outputs is absent.
     EncodeParams {
         rows: RowsParams,
-        hidden: u64,
-        hidden_stride: u64,
+        hidden: HiddenParams,
+        mask: MaskParams,
+        token_scales: u64,
+        thresholds: u64,
         latents: u64,
         latents_stride: u64,
         reference: u64,
         reference_stride: u64,
-        mask: u64,
-        mask_stride: u64,
         coef: u64,
         coef_stride: u64,
+        dots: u64,
+        dots_stride: u64,
         loss_partials: u64,
         count_partials: u64,
         tokens: u64,
-        mask_is_f32: u32,
-        hidden_is_aligned: u32,
+    }
+
+    /// kernels/topk.cu
+    TopKParams {
+        pre: u64,
+        pre_stride: u64,
+        largest: u64,
+        floors: u64,
+        thresholds: u64,
+        mask: MaskParams,
+        first: u32,
+        count: u32,
+        k: u32,
+        groups: u32,
+        group_size: u32,
+        by_magnitude: u32,
+    }
+
+    /// kernels/norm.cu
+    NormParams {
+        hidden: HiddenParams,
+        mask: MaskParams,
+        coef: u64,
+        coef_stride: u64,
+        scales: u64,
+        means: u64,
+        slopes: u64,
+        live: u64,
+        tokens: u64,
+        is_layer: u64,
+        d_in: u32,
+        count: u32,
+    }
+
+    /// kernels/norm.cu
+    PullParams {
+        coef: u64,
+        coef_stride: u64,
+        dots: u64,
+        dots_stride: u64,
+        scales: u64,
+        slopes: u64,
+        pulls: u64,
+        scale_tensor: u64,
+        scale: f64,
+        tokens: u64,
+        count: u64,
     }
 
     /// kernels/gradient.cu
@@ -237,6 +326,9 @@ params! {
         grad_stride: u64,
         scale_tensor: u64,
         scale: f64,
+        pulls: u64,
+        means: u64,
+        hidden: HiddenParams,
         tokens: u64,
         count: u32,
         padded_count: u32,
@@ -270,27 +362,13 @@ params! {
     }
 }
 
-/// The launches of one call, in order.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Launches([Option<Launch>; 4]);
-
-impl Launches {
-    pub fn iter(&self) -> impl Iterator<Item = &Launch> {
-        self.0.iter().flatten()
-    }
-
-    fn push(&mut self, launch: Launch) {
-        let free = self.0.iter_mut().find(|slot| slot.is_none());
-        *free.expect("no call has more than four launches") = Some(launch);
-    }
-}
-
 /// A plan's rows in device memory: addresses, 0 where absent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DeviceRows {
     pub d_in: usize,
     /// K
     pub count: usize,
+    pub norm: TokenNorm,
     pub gate: GateKind,
     /// What [`pack`] writes, [`packed_bytes`] long, at a multiple of 16.
     pub packed: u64,
@@ -302,12 +380,58 @@ pub(crate) struct DeviceRows {
     pub gate_values: u64,
     /// f32 [K]
     pub sign_weight: u64,
+    /// Of [`GateKind::TopK`].
+    pub topk: Option<DeviceTopK>,
+}
+
+/// [`crate::backend::TopK`] with its rivals' rows, in device memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceTopK {
+    pub k: usize,
+    pub groups: usize,
+    /// Rivals of each group.
+    pub group_size: usize,
+    pub by_magnitude: bool,
+    /// u32 [K]
+    pub group: u64,
+    /// Rivals in parts of `at_once`, each packed for itself.
+    pub packed: u64,
+    /// f32 [rivals]
+    pub bias: u64,
+    /// [`RIVALS_AT_ONCE`] and [`TOKENS_AT_ONCE`]; tests have smaller parts, of eight rivals at least.
+    pub at_once: usize,
+    pub tokens_at_once: usize,
+}
+
+impl DeviceTopK {
+    pub fn rivals(&self) -> usize {
+        self.groups * self.group_size
+    }
+
+    /// Bytes of all rivals' rows.
+    pub fn packed_bytes(&self, d_in: usize) -> usize {
+        let rest = self.rivals() % self.at_once;
+        self.rivals() / self.at_once * packed_bytes(self.at_once, d_in) + packed_bytes(rest, d_in)
+    }
+
+    /// The rivals from a multiple of `at_once` on, as rows without a gate.
+    pub fn part(&self, first: usize, d_in: usize) -> DeviceRows {
+        let before = first / self.at_once * packed_bytes(self.at_once, d_in);
+        DeviceRows {
+            d_in,
+            count: self.at_once.min(self.rivals() - first),
+            packed: self.packed + before as u64,
+            bias: self.bias + (first * size_of::<f32>()) as u64,
+            ..DeviceRows::default()
+        }
+    }
 }
 
 /// [`crate::backend::Gate`] without its values; the numbers are those of kernels/params.cuh.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum GateKind {
+    #[default]
     Open = 0,
     Relu = 1,
     Threshold = 2,
@@ -415,58 +539,398 @@ const ENCODE_TILES: &[EncodeTile] = &[
 ];
 
 /// z of every token.
-pub(super) fn encode(rows: &DeviceRows, call: &EncodeCall) -> Launches {
-    let mut launches = Launches::default();
-    if call.tokens > 0 {
+pub(super) fn encode(rows: &DeviceRows, call: &EncodeCall) -> impl Iterator<Item = Launch> + use<> {
+    let tokens = Tokens { count: call.tokens, hidden: call.hidden, mask: None };
+    let work = Work::new(rows, tokens, call.workspace);
+    let params = EncodeParams {
+        latents: address(call.latents.data),
+        latents_stride: call.latents.row_stride as u64,
+        ..work.encode_params()
+    };
+    let encode = (call.tokens > 0).then(|| work.encode_launch(params));
+    work.norm(None).into_iter().chain(work.thresholds()).chain(encode)
+}
+
+/// Loss, and with `grad` also dH.
+pub(super) fn penalty(
+    rows: &DeviceRows,
+    call: &PenaltyCall,
+) -> impl Iterator<Item = Launch> + use<> {
+    let tokens = Tokens { count: call.tokens, hidden: call.hidden, mask: call.mask };
+    let work = Work::new(rows, tokens, call.workspace);
+    debug_assert!(call.workspace.size >= workspace_size(rows, call.tokens));
+    let Sections { coef: own, dots, loss_partials, count_partials, .. } = work.space;
+    let coef = call.coef.or(call.grad.map(|_| own));
+    let sums = call.loss_sum.or(call.token_count).or(call.latent_loss).is_some();
+    let pulls = rows.norm != TokenNorm::None && call.grad.is_some();
+    let params = EncodeParams {
+        reference: address(call.reference.data),
+        reference_stride: call.reference.row_stride as u64,
+        coef: coef.map_or(0, |c| address(c.data)),
+        coef_stride: coef.map_or(0, |c| c.row_stride as u64),
+        dots: if pulls { address(dots.data) } else { 0 },
+        dots_stride: dots.row_stride as u64,
+        loss_partials: if sums { loss_partials } else { 0 },
+        count_partials: if sums { count_partials } else { 0 },
+        ..work.encode_params()
+    };
+    let encode = (call.tokens > 0).then(|| work.encode_launch(params));
+    let grad = call.grad.zip(coef).into_iter();
+    let first = work.norm(None).into_iter().chain(work.thresholds()).chain(encode);
+    first
+        .chain(grad.flat_map(move |(grad, coef)| work.gradient(&coef, &grad)))
+        .chain(work.sums(call))
+}
+
+/// dH from saved coefficients. Where tokens are normalised, hidden states of those without a
+/// violation are not read.
+pub(super) fn backward(
+    rows: &DeviceRows,
+    call: &BackwardCall,
+) -> impl Iterator<Item = Launch> + use<> {
+    let BackwardCall { tokens: count, coef, grad, .. } = *call;
+    let hidden = call.hidden.filter(|_| rows.norm != TokenNorm::None);
+    let products = hidden.map(|hidden| {
+        let work = Work::new(rows, Tokens { count, hidden, mask: None }, call.workspace);
+        let Sections { live, dots, .. } = work.space;
+        let data = std::ptr::without_provenance(live as usize);
+        let mask = Some(Mask { data, dtype: DType::F32, stride: 1 });
+        let rows = DeviceRows { gate: GateKind::Open, bias: 0, scale: 0, topk: None, ..*rows };
+        let live = Work { rows, tokens: Tokens { mask, ..work.tokens }, ..work };
         let params = EncodeParams {
-            latents: address(call.latents.data),
-            latents_stride: call.latents.row_stride as u64,
-            ..encode_params(rows, call.tokens, &call.hidden)
+            latents: address(dots.data),
+            latents_stride: dots.row_stride as u64,
+            ..live.encode_params()
         };
-        launches.push(encode_launch(rows, &call.hidden, params));
-    }
-    launches
+        let encode = (count > 0).then(|| live.encode_launch(params));
+        work.norm(Some(coef)).into_iter().chain(encode)
+    });
+    let nothing = Matrix { data: std::ptr::null_mut(), dtype: DType::F32, row_stride: 0 };
+    let tokens = Tokens { count, hidden: hidden.unwrap_or(nothing), mask: None };
+    let work = Work::new(rows, tokens, call.workspace);
+    products.into_iter().flatten().chain(work.gradient(&coef, &grad))
 }
 
-/// What both uses of the encode kernels have in common.
-fn encode_params(rows: &DeviceRows, tokens: usize, hidden: &Matrix) -> EncodeParams {
-    EncodeParams {
-        rows: RowsParams {
-            packed: rows.packed,
-            bias: rows.bias,
-            scale: rows.scale,
-            gate_values: rows.gate_values,
-            sign_weight: rows.sign_weight,
-            count: rows.count as u32,
-            padded_count: padded_count(rows.count) as u32,
-            d_in: rows.d_in as u32,
-            gate: rows.gate as u32,
-        },
-        hidden: address(hidden.data),
-        hidden_stride: hidden.row_stride as u64,
-        hidden_is_aligned: rows_are_aligned(hidden, 16),
-        tokens: tokens as u64,
-        ..EncodeParams::default()
+/// The tokens of a call.
+#[derive(Clone, Copy)]
+struct Tokens {
+    count: usize,
+    hidden: Matrix,
+    mask: Option<Mask>,
+}
+
+impl Tokens {
+    /// Some of them, from `first` on.
+    fn part(&self, first: usize, most: usize) -> Tokens {
+        let bytes = first * self.hidden.row_stride * self.hidden.dtype.size();
+        let of_mask = |mask: Mask| Mask {
+            data: mask.data.wrapping_add(first * mask.stride * mask.dtype.size()),
+            ..mask
+        };
+        Tokens {
+            count: most.min(self.count - first),
+            hidden: Matrix { data: self.hidden.data.wrapping_add(bytes), ..self.hidden },
+            mask: self.mask.map(of_mask),
+        }
+    }
+
+    fn hidden_params(&self) -> HiddenParams {
+        HiddenParams {
+            data: address(self.hidden.data),
+            stride: self.hidden.row_stride as u64,
+            dtype: match self.hidden.dtype {
+                DType::F16 => 1,
+                DType::BF16 => 2,
+                _ => 0,
+            },
+            is_aligned: rows_are_aligned(&self.hidden, 16),
+        }
+    }
+
+    fn mask_params(&self) -> MaskParams {
+        self.mask.map_or(MaskParams::default(), |mask| MaskParams {
+            data: address(mask.data.cast_mut()),
+            stride: mask.stride as u64,
+            is_f32: (mask.dtype == DType::F32) as u64,
+        })
     }
 }
 
-fn encode_launch(rows: &DeviceRows, hidden: &Matrix, params: EncodeParams) -> Launch {
-    let tile = EncodeTile::of(hidden.dtype, rows.count, params.tokens as usize);
-    let tiles = (params.tokens as usize).div_ceil(tile.tokens) * rows.count.div_ceil(tile.latents);
-    Launch {
-        kernel: tile.kernel,
-        grid: [tiles as u32, 1, 1],
-        block: tile.threads,
-        shared: tile.shared() as u32,
-        params: Params::Encode(params),
+/// What the launches of a call have in common.
+#[derive(Clone, Copy)]
+struct Work {
+    rows: DeviceRows,
+    tokens: Tokens,
+    space: Sections,
+}
+
+impl Work {
+    fn new(rows: &DeviceRows, tokens: Tokens, workspace: Workspace) -> Work {
+        let (space, _) = sections(address(workspace.data), rows, tokens.count);
+        Work { rows: *rows, tokens, space }
+    }
+
+    /// What normalises each token, if anything does. With coefficients, of those that have any.
+    fn norm(&self, coef: Option<Matrix>) -> Option<Launch> {
+        if self.rows.norm == TokenNorm::None || self.tokens.count == 0 {
+            return None;
+        }
+        let Sections { token_scales, token_means, token_slopes, live, .. } = self.space;
+        Some(Launch {
+            kernel: Kernel::Norm,
+            params: Params::Norm(NormParams {
+                hidden: self.tokens.hidden_params(),
+                mask: self.tokens.mask_params(),
+                coef: coef.map_or(0, |c| address(c.data)),
+                coef_stride: coef.map_or(0, |c| c.row_stride as u64),
+                scales: token_scales,
+                means: token_means,
+                slopes: token_slopes,
+                live: coef.map_or(0, |_| live),
+                tokens: self.tokens.count as u64,
+                is_layer: (self.rows.norm == TokenNorm::Layer) as u64,
+                d_in: self.rows.d_in as u32,
+                count: self.rows.count as u32,
+            }),
+            ..self.warps()
+        })
+    }
+
+    /// A launch with a warp for each token.
+    fn warps(&self) -> Launch {
+        Launch {
+            kernel: Kernel::Norm,
+            grid: [self.tokens.count.div_ceil(NORM_THREADS / 32) as u32, 1, 1],
+            block: NORM_THREADS as u32,
+            shared: 0,
+            params: Params::Norm(NormParams::default()),
+        }
+    }
+
+    /// The thresholds of a TopK gate: blocks of tokens, and of each block the parts of the rivals.
+    fn thresholds(self) -> impl Iterator<Item = Launch> {
+        self.rows.topk.into_iter().flat_map(move |gate| {
+            (0..self.tokens.count).step_by(gate.tokens_at_once).flat_map(move |token| {
+                let parts = (0..gate.rivals()).step_by(gate.at_once);
+                parts.flat_map(move |rival| self.compare(&gate, token, rival))
+            })
+        })
+    }
+
+    /// The pre-activations of a part of the rivals, and what they change in the largest so far.
+    fn compare(&self, gate: &DeviceTopK, token: usize, rival: usize) -> [Launch; 2] {
+        let Sections { pre, largest, floors, thresholds, token_scales, .. } = self.space;
+        let rows = gate.part(rival, self.rows.d_in);
+        let tokens = self.tokens.part(token, gate.tokens_at_once);
+        let part = Work { rows, tokens, ..*self };
+        let of_token = |start: u64, numbers: usize| start + (token * numbers * 4) as u64;
+        let normed = self.rows.norm != TokenNorm::None;
+        let encode = part.encode_launch(EncodeParams {
+            token_scales: if normed { of_token(token_scales, 1) } else { 0 },
+            latents: pre,
+            latents_stride: gate.at_once as u64,
+            ..part.encode_params()
+        });
+        let merge = Launch {
+            kernel: Kernel::TopK,
+            grid: [tokens.count as u32, 1, 1],
+            block: TOPK_THREADS as u32,
+            shared: TOPK_SHARED as u32,
+            params: Params::TopK(TopKParams {
+                pre,
+                pre_stride: gate.at_once as u64,
+                largest,
+                floors,
+                thresholds: of_token(thresholds, gate.groups),
+                mask: tokens.mask_params(),
+                first: rival as u32,
+                count: rows.count as u32,
+                k: gate.k as u32,
+                groups: gate.groups as u32,
+                group_size: gate.group_size as u32,
+                by_magnitude: gate.by_magnitude as u32,
+            }),
+        };
+        [encode, merge]
+    }
+
+    /// What all uses of the encode kernels have in common.
+    fn encode_params(&self) -> EncodeParams {
+        let rows = &self.rows;
+        let normed = rows.norm != TokenNorm::None;
+        EncodeParams {
+            rows: RowsParams {
+                packed: rows.packed,
+                bias: rows.bias,
+                scale: rows.scale,
+                gate_values: rows.gate_values,
+                sign_weight: rows.sign_weight,
+                group: rows.topk.map_or(0, |gate| gate.group),
+                groups: rows.topk.map_or(0, |gate| gate.groups as u32),
+                by_magnitude: rows.topk.is_some_and(|gate| gate.by_magnitude) as u32,
+                count: rows.count as u32,
+                padded_count: padded_count(rows.count) as u32,
+                d_in: rows.d_in as u32,
+                gate: rows.gate as u32,
+            },
+            hidden: self.tokens.hidden_params(),
+            mask: self.tokens.mask_params(),
+            token_scales: if normed { self.space.token_scales } else { 0 },
+            thresholds: rows.topk.map_or(0, |_| self.space.thresholds),
+            tokens: self.tokens.count as u64,
+            ..EncodeParams::default()
+        }
+    }
+
+    fn encode_launch(&self, params: EncodeParams) -> Launch {
+        let tile = self.encode_tile();
+        let tiles =
+            self.tokens.count.div_ceil(tile.tokens) * self.rows.count.div_ceil(tile.latents);
+        Launch {
+            kernel: tile.kernel,
+            grid: [tiles as u32, 1, 1],
+            block: tile.threads,
+            shared: tile.shared() as u32,
+            params: Params::Encode(params),
+        }
+    }
+
+    fn encode_tile(&self) -> &'static EncodeTile {
+        EncodeTile::of(self.tokens.hidden.dtype, self.rows.count, self.tokens.count)
+    }
+
+    /// dH from coefficients, and where tokens are normalised from the products beside them.
+    fn gradient(&self, coef: &Matrix, grad: &Grad) -> impl Iterator<Item = Launch> + use<> {
+        let there = self.tokens.count > 0;
+        let normed = there && self.rows.norm != TokenNorm::None;
+        let pull = normed.then(|| self.pull(coef, grad));
+        // The pull has multiplied them.
+        let coef = if normed { &self.space.dots } else { coef };
+        pull.into_iter().chain(there.then(|| self.gradient_launch(coef, grad)))
+    }
+
+    fn pull(&self, coef: &Matrix, grad: &Grad) -> Launch {
+        let Sections { dots, token_scales, token_slopes, token_pulls, .. } = self.space;
+        Launch {
+            kernel: Kernel::Pull,
+            params: Params::Pull(PullParams {
+                coef: address(coef.data),
+                coef_stride: coef.row_stride as u64,
+                dots: address(dots.data),
+                dots_stride: dots.row_stride as u64,
+                scales: token_scales,
+                slopes: token_slopes,
+                pulls: token_pulls,
+                scale_tensor: scale_tensor(grad),
+                scale: grad.scale,
+                tokens: self.tokens.count as u64,
+                count: self.rows.count as u64,
+            }),
+            ..self.warps()
+        }
+    }
+
+    fn gradient_launch(&self, coef: &Matrix, grad: &Grad) -> Launch {
+        let rows = &self.rows;
+        let few = rows.count <= GRADIENT_LATENTS;
+        let dtype = grad.rows.dtype;
+        let kernel = match (dtype, few) {
+            (DType::BF16, true) => Kernel::GradientBf16Few,
+            (DType::BF16, false) => Kernel::GradientBf16Wide,
+            (DType::F16, true) => Kernel::GradientF16Few,
+            (DType::F16, false) => Kernel::GradientF16Wide,
+            (_, true) => Kernel::GradientF32Few,
+            (_, false) => Kernel::GradientF32Wide,
+        };
+        let tile = if few { GRADIENT_TOKENS_FEW } else { GRADIENT_TOKENS_WIDE };
+        let token_tiles = self.tokens.count.div_ceil(tile);
+        let column_tiles = rows.d_in.div_ceil(GRADIENT_COLUMNS);
+        // Few latents stay in shared memory while the CTA walks down the tokens.
+        let tiles_per_cta =
+            if few { (token_tiles * column_tiles / GRADIENT_CTAS).clamp(1, 16) } else { 1 };
+        let normed = rows.norm != TokenNorm::None;
+        Launch {
+            kernel,
+            grid: [(token_tiles.div_ceil(tiles_per_cta) * column_tiles) as u32, 1, 1],
+            block: 256,
+            shared: gradient_shared(kernel, dtype) as u32,
+            params: Params::Gradient(GradientParams {
+                packed: rows.packed,
+                coef: address(coef.data),
+                coef_stride: coef.row_stride as u64,
+                grad: address(grad.rows.data),
+                grad_stride: grad.rows.row_stride as u64,
+                scale_tensor: scale_tensor(grad),
+                scale: grad.scale,
+                pulls: if normed { self.space.token_pulls } else { 0 },
+                means: if normed { self.space.token_means } else { 0 },
+                hidden: if normed { self.tokens.hidden_params() } else { HiddenParams::default() },
+                tokens: self.tokens.count as u64,
+                count: rows.count as u32,
+                padded_count: padded_count(rows.count) as u32,
+                d_in: rows.d_in as u32,
+                tiles_per_cta: tiles_per_cta as u32,
+                column_tiles: column_tiles as u32,
+                accumulate: grad.accumulate as u32,
+                coef_is_aligned: rows_are_aligned(coef, 8),
+                grad_is_aligned: rows_are_aligned(&grad.rows, 16),
+            }),
+        }
+    }
+
+    /// The sums over tokens, if any is asked for.
+    fn sums(&self, call: &PenaltyCall) -> impl Iterator<Item = Launch> + use<> {
+        let count = self.rows.count;
+        let params = Params::Reduce(ReduceParams {
+            loss_partials: self.space.loss_partials,
+            // Without a mask every token counts once.
+            count_partials: call.mask.map_or(0, |_| self.space.count_partials),
+            latent_sums: self.space.latent_sums,
+            tiles: call.tokens.div_ceil(self.encode_tile().tokens) as u64,
+            tokens: call.tokens as u64,
+            loss_sum: output_params(call.loss_sum),
+            token_count: output_params(call.token_count),
+            latent_loss: output_params(call.latent_loss),
+            count: count as u32,
+            padded_count: padded_count(count) as u32,
+        });
+        let blocks = count.div_ceil(REDUCE_LATENTS) as u32;
+        let launch = move |kernel, blocks| Launch {
+            kernel,
+            grid: [blocks, 1, 1],
+            block: 256,
+            shared: REDUCE_SHARED as u32,
+            params,
+        };
+        let asked = call.loss_sum.or(call.token_count).or(call.latent_loss).is_some();
+        let latents = asked.then(|| launch(Kernel::ReduceLatents, blocks));
+        // A single block has added up the latents itself.
+        let total = (asked && blocks > 1).then(|| launch(Kernel::ReduceTotal, 1));
+        latents.into_iter().chain(total)
     }
 }
 
-/// The workspace of a penalty call.
+/// The workspace of a call.
+#[derive(Clone, Copy)]
 struct Sections {
+    /// With a norm, of kernels/norm.cu a, mean, q (f64) and pull: f32 [T] each
+    token_scales: u64,
+    token_means: u64,
+    token_slopes: u64,
+    token_pulls: u64,
+    /// f32 [T], with a norm: whether a token has a coefficient
+    live: u64,
+    /// f32 [T, K rounded up to 4], with a norm: products, then coefficients of the rows themselves
+    dots: Matrix,
+    /// f32 [T, groups], with a TopK gate
+    thresholds: u64,
+    /// f32 [tokens of a block, rivals of a part]
+    pre: u64,
+    /// u32 [tokens of a block, k] and u32 [tokens of a block]
+    largest: u64,
+    floors: u64,
     /// f32 [T, K rounded up to 4], when the caller keeps no coefficients
-    coef: u64,
-    coef_stride: usize,
+    coef: Matrix,
     /// f64 [token tiles, K rounded up to 8]
     loss_partials: u64,
     /// f64 [token tiles]
@@ -476,144 +940,46 @@ struct Sections {
 }
 
 /// The sections behind an address, and the bytes that they take.
-fn sections(start: u64, count: usize, tokens: usize) -> (Sections, usize) {
+fn sections(start: u64, rows: &DeviceRows, tokens: usize) -> (Sections, usize) {
     // No tile has fewer tokens.
     let tiles = tokens.div_ceil(64);
-    let coef_stride = count.next_multiple_of(4);
+    let row_stride = rows.count.next_multiple_of(4);
+    let normed = if rows.norm == TokenNorm::None { 0 } else { tokens };
+    let of_gate = |bytes: fn(&DeviceTopK) -> usize| rows.topk.as_ref().map_or(0, bytes);
+    let block = tokens.min(of_gate(|gate| gate.tokens_at_once));
     let mut end = 0;
     let mut section = |bytes: usize| {
         let at = start + end as u64;
         end += bytes.next_multiple_of(SECTION);
         at
     };
+    let matrix = |at: u64| Matrix {
+        data: std::ptr::without_provenance_mut(at as usize),
+        dtype: DType::F32,
+        row_stride,
+    };
     let sections = Sections {
-        coef: section(tokens * coef_stride * 4),
-        coef_stride,
-        loss_partials: section(tiles * padded_count(count) * 8),
+        token_scales: section(4 * normed),
+        token_means: section(4 * normed),
+        token_slopes: section(8 * normed),
+        token_pulls: section(4 * normed),
+        live: section(4 * normed),
+        dots: matrix(section(4 * normed * row_stride)),
+        thresholds: section(4 * tokens * of_gate(|gate| gate.groups)),
+        pre: section(4 * block * of_gate(|gate| gate.at_once)),
+        largest: section(4 * block * of_gate(|gate| gate.k)),
+        floors: section(4 * block),
+        coef: matrix(section(4 * tokens * row_stride)),
+        loss_partials: section(tiles * padded_count(rows.count) * 8),
         count_partials: section(tiles * 8),
-        latent_sums: section(count * 8),
+        latent_sums: section(rows.count * 8),
     };
     (sections, end)
 }
 
-/// Bytes of workspace, at a multiple of 64, that [`penalty`] needs.
-pub(super) fn workspace_size(count: usize, _d_in: usize, tokens: usize) -> usize {
-    sections(0, count, tokens).1
-}
-
-/// Loss, and with `grad` also dH.
-pub(super) fn penalty(rows: &DeviceRows, call: &PenaltyCall) -> Launches {
-    let mut launches = Launches::default();
-    let Workspace { data, size } = call.workspace;
-    let (space, needed) = sections(address(data), rows.count, call.tokens);
-    debug_assert!(size >= needed, "a workspace of {size} bytes for {needed}");
-    let own_coef = Matrix {
-        data: std::ptr::without_provenance_mut(space.coef as usize),
-        dtype: DType::F32,
-        row_stride: space.coef_stride,
-    };
-    let coef = call.coef.or(call.grad.map(|_| own_coef));
-    let sums = call.loss_sum.or(call.token_count).or(call.latent_loss).is_some();
-    if call.tokens > 0 {
-        let params = EncodeParams {
-            reference: address(call.reference.data),
-            reference_stride: call.reference.row_stride as u64,
-            mask: call.mask.map_or(0, |m| address(m.data.cast_mut())),
-            mask_stride: call.mask.map_or(0, |m| m.stride as u64),
-            mask_is_f32: call.mask.is_some_and(|m: Mask| m.dtype == DType::F32) as u32,
-            coef: coef.map_or(0, |c| address(c.data)),
-            coef_stride: coef.map_or(0, |c| c.row_stride as u64),
-            loss_partials: if sums { space.loss_partials } else { 0 },
-            count_partials: if sums { space.count_partials } else { 0 },
-            ..encode_params(rows, call.tokens, &call.hidden)
-        };
-        launches.push(encode_launch(rows, &call.hidden, params));
-        if let (Some(grad), Some(coef)) = (&call.grad, &coef) {
-            launches.push(gradient_launch(rows, call.tokens, coef, grad));
-        }
-    }
-    if sums {
-        let tile = EncodeTile::of(call.hidden.dtype, rows.count, call.tokens);
-        let params = Params::Reduce(ReduceParams {
-            loss_partials: space.loss_partials,
-            // Without a mask every token counts once.
-            count_partials: call.mask.map_or(0, |_| space.count_partials),
-            latent_sums: space.latent_sums,
-            tiles: call.tokens.div_ceil(tile.tokens) as u64,
-            tokens: call.tokens as u64,
-            loss_sum: output_params(call.loss_sum),
-            token_count: output_params(call.token_count),
-            latent_loss: output_params(call.latent_loss),
-            count: rows.count as u32,
-            padded_count: padded_count(rows.count) as u32,
-        });
-        let blocks = rows.count.div_ceil(REDUCE_LATENTS) as u32;
-        let launch = |kernel, blocks| Launch {
-            kernel,
-            grid: [blocks, 1, 1],
-            block: 256,
-            shared: REDUCE_SHARED as u32,
-            params,
-        };
-        launches.push(launch(Kernel::ReduceLatents, blocks));
-        // A single block has added up the latents itself.
-        if blocks > 1 {
-            launches.push(launch(Kernel::ReduceTotal, 1));
-        }
-    }
-    launches
-}
-
-/// dH from saved coefficients.
-pub(super) fn backward(rows: &DeviceRows, call: &BackwardCall) -> Launches {
-    let mut launches = Launches::default();
-    if call.tokens > 0 {
-        launches.push(gradient_launch(rows, call.tokens, &call.coef, &call.grad));
-    }
-    launches
-}
-
-fn gradient_launch(rows: &DeviceRows, tokens: usize, coef: &Matrix, grad: &Grad) -> Launch {
-    let few = rows.count <= GRADIENT_LATENTS;
-    let dtype = grad.rows.dtype;
-    let kernel = match (dtype, few) {
-        (DType::BF16, true) => Kernel::GradientBf16Few,
-        (DType::BF16, false) => Kernel::GradientBf16Wide,
-        (DType::F16, true) => Kernel::GradientF16Few,
-        (DType::F16, false) => Kernel::GradientF16Wide,
-        (_, true) => Kernel::GradientF32Few,
-        (_, false) => Kernel::GradientF32Wide,
-    };
-    let tile = if few { GRADIENT_TOKENS_FEW } else { GRADIENT_TOKENS_WIDE };
-    let token_tiles = tokens.div_ceil(tile);
-    let column_tiles = rows.d_in.div_ceil(GRADIENT_COLUMNS);
-    // Few latents stay in shared memory while the CTA walks down the tokens.
-    let tiles_per_cta =
-        if few { (token_tiles * column_tiles / GRADIENT_CTAS).clamp(1, 16) } else { 1 };
-    Launch {
-        kernel,
-        grid: [(token_tiles.div_ceil(tiles_per_cta) * column_tiles) as u32, 1, 1],
-        block: 256,
-        shared: gradient_shared(kernel, dtype) as u32,
-        params: Params::Gradient(GradientParams {
-            packed: rows.packed,
-            coef: address(coef.data),
-            coef_stride: coef.row_stride as u64,
-            grad: address(grad.rows.data),
-            grad_stride: grad.rows.row_stride as u64,
-            scale_tensor: grad.scale_tensor.map_or(0, |p| address(p.cast_mut().cast())),
-            scale: grad.scale,
-            tokens: tokens as u64,
-            count: rows.count as u32,
-            padded_count: padded_count(rows.count) as u32,
-            d_in: rows.d_in as u32,
-            tiles_per_cta: tiles_per_cta as u32,
-            column_tiles: column_tiles as u32,
-            accumulate: grad.accumulate as u32,
-            coef_is_aligned: rows_are_aligned(coef, 8),
-            grad_is_aligned: rows_are_aligned(&grad.rows, 16),
-        }),
-    }
+/// Bytes of workspace, at a multiple of 64, that any call needs.
+pub(super) fn workspace_size(rows: &DeviceRows, tokens: usize) -> usize {
+    sections(0, rows, tokens).1
 }
 
 /// Shared memory of a gradient kernel: the packed weights of one stage, or of three.
@@ -629,6 +995,10 @@ fn gradient_shared(kernel: Kernel, dtype: DType) -> usize {
 fn rows_are_aligned(matrix: &Matrix, bytes: usize) -> u32 {
     let start = matrix.data.addr().is_multiple_of(bytes);
     (start && (matrix.row_stride * matrix.dtype.size()).is_multiple_of(bytes)) as u32
+}
+
+fn scale_tensor(grad: &Grad) -> u64 {
+    grad.scale_tensor.map_or(0, |p| address(p.cast_mut().cast()))
 }
 
 fn output_params(output: Option<Output>) -> OutputParams {
@@ -650,12 +1020,14 @@ mod tests {
     const ROWS: DeviceRows = DeviceRows {
         d_in: 4096,
         count: 20,
+        norm: TokenNorm::None,
         gate: GateKind::Relu,
         packed: 0x1000,
         bias: 0x2000,
         scale: 0,
         gate_values: 0,
         sign_weight: 0x3000,
+        topk: None,
     };
 
     fn matrix(address: usize, dtype: DType, row_stride: usize) -> Matrix {
@@ -685,13 +1057,13 @@ mod tests {
             }),
             workspace: Workspace {
                 data: std::ptr::without_provenance_mut(0x50_0000),
-                size: workspace_size(count, 4096, tokens),
+                size: workspace_size(&DeviceRows { count, ..ROWS }, tokens),
             },
         }
     }
 
-    fn kernels(launches: &Launches) -> Vec<(Kernel, u32)> {
-        launches.iter().map(|l| (l.kernel, l.grid[0])).collect()
+    fn kernels(launches: impl Iterator<Item = Launch>) -> Vec<(Kernel, u32)> {
+        launches.map(|l| (l.kernel, l.grid[0])).collect()
     }
 
     #[test]
@@ -705,40 +1077,110 @@ mod tests {
     #[test]
     fn few_latents_take_one_pass_and_many_take_tiles() {
         use Kernel::*;
-        let few = penalty(&ROWS, &penalty_call(8192, 20));
+        let few = penalty_call(8192, 20);
         // 128 tiles of tokens; 128 × 32 tiles of dH, four to a CTA.
         let expected = [(EncodeBf16K24, 128), (GradientBf16Few, 1024), (ReduceLatents, 1)];
-        assert_eq!(kernels(&few), expected);
+        assert_eq!(kernels(penalty(&ROWS, &few)), expected);
         let rows = DeviceRows { count: 1000, ..ROWS };
-        let many = penalty(&rows, &penalty_call(300, 1000));
+        let many = penalty_call(300, 1000);
         let expected = [
             (EncodeBf16Wide, 3 * 16),
             (GradientBf16Wide, 3 * 32),
             (ReduceLatents, 32),
             (ReduceTotal, 1),
         ];
-        assert_eq!(kernels(&many), expected);
-        for launch in few.iter().chain(many.iter()) {
+        assert_eq!(kernels(penalty(&rows, &many)), expected);
+        for launch in penalty(&ROWS, &few).chain(penalty(&rows, &many)) {
             assert!(launch.shared <= launch.kernel.shared_limit());
         }
     }
 
+    const TOPK: DeviceTopK = DeviceTopK {
+        k: 64,
+        groups: 1,
+        group_size: 5000,
+        by_magnitude: false,
+        group: 0x6000,
+        packed: 0x100_0000,
+        bias: 0x7000,
+        at_once: RIVALS_AT_ONCE,
+        tokens_at_once: TOKENS_AT_ONCE,
+    };
+
+    #[test]
+    fn rivals_are_compared_part_by_part_and_block_by_block() {
+        use Kernel::*;
+        let rows = DeviceRows { gate: GateKind::TopK, topk: Some(TOPK), ..ROWS };
+        let mut call = penalty_call(5000, 20);
+        call.workspace.size = workspace_size(&rows, 5000);
+        call.mask = Some(Mask {
+            data: std::ptr::without_provenance(0x60_0000),
+            dtype: DType::U8,
+            stride: 3,
+        });
+        let part = |tokens: u32, rivals: u32| {
+            [(EncodeBf16Wide, tokens.div_ceil(128) * rivals.div_ceil(64)), (TopK, tokens)]
+        };
+        let block = |tokens| [part(tokens, 2048), part(tokens, 2048), part(tokens, 904)].concat();
+        let rest = [(EncodeBf16K24, 79), (GradientBf16Few, 79 * 32 / 2), (ReduceLatents, 1)];
+        let expected = [block(4096), block(904), rest.to_vec()].concat();
+        assert_eq!(kernels(penalty(&rows, &call)).len(), expected.len());
+        assert_eq!(kernels(penalty(&rows, &call))[..12], expected[..12]);
+        let [.., last] = penalty(&rows, &call).filter(|l| l.kernel == TopK).collect::<Vec<_>>()[..]
+        else {
+            panic!("there is one")
+        };
+        let Params::TopK(p) = last.params else { panic!("its own parameters") };
+        assert_eq!((p.first, p.count, p.mask.data), (4096, 904, 0x60_0000 + 3 * 4096));
+        let encode = penalty(&rows, &call).nth(6).expect("the second block's first part");
+        let Params::Encode(p) = encode.params else { panic!("its own parameters") };
+        assert_eq!(p.hidden.data, 0x10_0000 + 4096 * 4096 * 2);
+        assert_eq!(p.rows.packed, 0x100_0000);
+        let bytes = 2 * packed_bytes(2048, 4096) + packed_bytes(904, 4096);
+        assert_eq!(TOPK.packed_bytes(4096), bytes);
+    }
+
+    #[test]
+    fn a_norm_comes_first_and_its_gradient_pulls() {
+        use Kernel::*;
+        let rows = DeviceRows { norm: TokenNorm::Layer, ..ROWS };
+        let mut call = penalty_call(100, 20);
+        call.workspace.size = workspace_size(&rows, 100);
+        let names = |launches: Vec<(Kernel, u32)>| -> Vec<Kernel> {
+            launches.into_iter().map(|(kernel, _)| kernel).collect()
+        };
+        let fused = names(kernels(penalty(&rows, &call)));
+        assert_eq!(fused, [Norm, EncodeBf16K24, Pull, GradientBf16Few, ReduceLatents]);
+        let forward = PenaltyCall { grad: None, ..call };
+        let forward = names(kernels(penalty(&rows, &forward)));
+        assert_eq!(forward, [Norm, EncodeBf16K24, ReduceLatents]);
+        let back = BackwardCall {
+            tokens: 100,
+            coef: matrix(0x20_0000, DType::F32, 20),
+            grad: call.grad.expect("there is one"),
+            hidden: Some(call.hidden),
+            workspace: call.workspace,
+        };
+        let back = names(kernels(backward(&rows, &back)));
+        assert_eq!(back, [Norm, EncodeBf16K24, Pull, GradientBf16Few]);
+    }
+
     #[test]
     fn without_tokens_only_the_sums_are_written() {
-        let launches = penalty(&ROWS, &penalty_call(0, 20));
-        assert_eq!(kernels(&launches), [(Kernel::ReduceLatents, 1)]);
-        let hidden = matrix(0x10_0000, DType::F32, 4096);
-        let call = EncodeCall { tokens: 0, hidden, latents: hidden, workspace: Workspace::NONE };
-        assert_eq!(encode(&ROWS, &call).iter().count(), 0);
-        let grad = penalty_call(0, 20).grad.expect("there is one");
-        let call = BackwardCall {
-            tokens: 0,
-            coef: hidden,
-            grad,
-            hidden: None,
-            workspace: Workspace::NONE,
-        };
-        assert_eq!(backward(&ROWS, &call).iter().count(), 0);
+        for norm in [TokenNorm::None, TokenNorm::Constant] {
+            let topk = Some(TOPK);
+            let rows = DeviceRows { norm, gate: GateKind::TopK, topk, ..ROWS };
+            let workspace = penalty_call(0, 20).workspace;
+            let call = penalty_call(0, 20);
+            assert_eq!(kernels(penalty(&rows, &call)), [(Kernel::ReduceLatents, 1)]);
+            let hidden = matrix(0x10_0000, DType::F32, 4096);
+            let call = EncodeCall { tokens: 0, hidden, latents: hidden, workspace };
+            assert_eq!(encode(&rows, &call).count(), 0);
+            let grad = penalty_call(0, 20).grad.expect("there is one");
+            let call =
+                BackwardCall { tokens: 0, coef: hidden, grad, hidden: Some(hidden), workspace };
+            assert_eq!(backward(&rows, &call).count(), 0);
+        }
     }
 
     #[test]
@@ -753,18 +1195,36 @@ mod tests {
 
     #[test]
     fn sections_do_not_overlap() {
+        let gates = [None, Some(DeviceTopK { groups: 3, tokens_at_once: 128, ..TOPK })];
         for (count, tokens) in [(1, 0), (1, 1), (20, 65), (4096, 200)] {
-            let (s, end) = sections(64, count, tokens);
-            let tiles = tokens.div_ceil(64);
-            let ends = [
-                (s.coef, 4 * tokens * s.coef_stride, s.loss_partials),
-                (s.loss_partials, 8 * tiles * padded_count(count), s.count_partials),
-                (s.count_partials, 8 * tiles, s.latent_sums),
-                (s.latent_sums, 8 * count, 64 + end as u64),
-            ];
-            for (start, bytes, next) in ends {
-                assert_eq!(start % 64, 0);
-                assert!(start + bytes as u64 <= next, "K {count}, T {tokens}");
+            for (norm, topk) in [TokenNorm::None, TokenNorm::Layer].into_iter().zip(gates) {
+                let rows = DeviceRows { count, norm, topk, ..ROWS };
+                let (s, end) = sections(64, &rows, tokens);
+                let tiles = tokens.div_ceil(64);
+                let normed = if norm == TokenNorm::None { 0 } else { tokens };
+                let (groups, k, part, block) =
+                    topk.map_or((0, 0, 0, 0), |g| (g.groups, g.k, g.at_once, tokens.min(128)));
+                let matrix = |m: &Matrix| address(m.data);
+                let ends = [
+                    (s.token_scales, 4 * normed, s.token_means),
+                    (s.token_means, 4 * normed, s.token_slopes),
+                    (s.token_slopes, 8 * normed, s.token_pulls),
+                    (s.token_pulls, 4 * normed, s.live),
+                    (s.live, 4 * normed, matrix(&s.dots)),
+                    (matrix(&s.dots), 4 * normed * s.dots.row_stride, s.thresholds),
+                    (s.thresholds, 4 * tokens * groups, s.pre),
+                    (s.pre, 4 * block * part, s.largest),
+                    (s.largest, 4 * block * k, s.floors),
+                    (s.floors, 4 * block, matrix(&s.coef)),
+                    (matrix(&s.coef), 4 * tokens * s.coef.row_stride, s.loss_partials),
+                    (s.loss_partials, 8 * tiles * padded_count(count), s.count_partials),
+                    (s.count_partials, 8 * tiles, s.latent_sums),
+                    (s.latent_sums, 8 * count, 64 + end as u64),
+                ];
+                for (start, bytes, next) in ends {
+                    assert_eq!(start % 64, 0);
+                    assert!(start + bytes as u64 <= next, "K {count}, T {tokens}, {norm:?}");
+                }
             }
         }
     }
@@ -783,9 +1243,8 @@ mod tests {
                     grad.rows.dtype = dtype;
                     grad.accumulate = false;
                 }
-                let launches = penalty(&rows, &call);
                 let (matrix, values) = (tokens * d_in * dtype.size(), tokens * count * 4);
-                for launch in launches.iter() {
+                for launch in penalty(&rows, &call) {
                     let (must, packed) = match launch.params {
                         Params::Encode(_) => {
                             let tile = EncodeTile::of(dtype, count, tokens);

@@ -18,13 +18,13 @@ use self::driver::{Context, Driver, OwnStream, Pointer};
 use self::image::Module;
 pub(crate) use self::image::is_embedded;
 pub(crate) use self::launch::{DeviceRows, GateKind};
-use self::launch::{Launch, packed_bytes};
+use self::launch::{DeviceTopK, Launch, TOKENS_AT_ONCE, packed_bytes};
 use super::{
-    Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, ReadRivals, Rows, Workspace,
+    Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, RIVALS_AT_ONCE, ReadRivals,
+    Rows, TopK, Workspace,
 };
-use crate::error::{Result, bail};
+use crate::error::{Error, Result, Status, bail};
 use crate::penalty::WORKSPACE_ALIGN;
-use crate::sae::TokenNorm;
 use crate::tensor::{Device, Stream};
 
 /// How many devices there are; none without a driver or without kernels, which is no error.
@@ -48,22 +48,15 @@ pub(crate) fn check_available() -> Result<()> {
 /// A plan's rows on a device.
 pub(crate) struct Cuda {
     rows: DeviceRows,
-    _memory: DeviceMemory,
+    _memory: Vec<DeviceMemory>,
     module: Arc<Module>,
 }
 
 impl Cuda {
     /// Copies and packs rows in the calling thread's current context where it is one of the device,
     /// else in the device's primary context. The plan belongs to that context.
-    pub fn new(rows: &Rows<'_>, _rivals: ReadRivals<'_>, device: i32) -> Result<Cuda> {
+    pub fn new(rows: &Rows<'_>, rivals: ReadRivals<'_>, device: i32) -> Result<Cuda> {
         check_available()?;
-        if matches!(rows.gate, Gate::TopK(_)) || rows.norm != TokenNorm::None {
-            bail!(
-                Unsupported,
-                "the activation 'native' of a topk SAE, and SAEs that normalise every token, are \
-                 computed on the CPU alone by this version; use 'dense_relu' or the CPU"
-            );
-        }
         let context = Context::of_device(device)?;
         {
             // Before anything that a capture forbids, and that would spoil it.
@@ -71,39 +64,16 @@ impl Cuda {
             context.driver().check_not_capturing(std::ptr::null_mut())?;
         }
         let module = Module::of(context, false)?;
-        let context = &module.context;
-        let _entered = context.enter()?;
-        let mut parts = Parts::default();
-        let packed = parts.reserve(packed_bytes(rows.count(), rows.d_in));
-        let bias = parts.add(rows.bias);
-        let sign_weight = parts.add(rows.sign_weight);
-        let scale = rows.scale.map(|scale| parts.add(scale));
-        let gate_values = gate_values(&rows.gate).map(|values| parts.add(values));
-        let memory = DeviceMemory::new(context, parts.bytes)?;
-        let at = |offset: usize| memory.address() + offset as u64;
-        let device_rows = DeviceRows {
-            d_in: rows.d_in,
-            count: rows.count(),
-            gate: GateKind::of(&rows.gate),
-            packed: at(packed),
-            bias: at(bias),
-            scale: scale.map_or(0, at),
-            gate_values: gate_values.map_or(0, at),
-            sign_weight: at(sign_weight),
-        };
-        let weight = DeviceMemory::new(context, size_of_val(rows.weight))?;
-        let stream = OwnStream::new(context)?;
-        // SAFETY: every copy stays within its part of the memory, and the slices outlive the wait.
-        unsafe {
-            for (offset, values) in &parts.copies {
-                stream.copy_in(at(*offset), as_bytes(values))?;
-            }
-            stream.copy_in(weight.address(), as_bytes(rows.weight))?;
-            let pack = launch::pack(weight.address(), rows.weight_stride, &device_rows);
-            start(&module, &pack, Stream::from_raw(stream.as_raw()))?;
+        let _entered = module.context.enter()?;
+        let loader = Loader { module: &module, stream: OwnStream::new(&module.context)? };
+        let (mut device_rows, memory) = loader.rows(rows)?;
+        let mut memory = vec![memory];
+        if let Gate::TopK(gate) = rows.gate {
+            let (topk, rest) = loader.rivals(gate, rows.d_in, rivals)?;
+            device_rows.topk = Some(topk);
+            memory.push(rest);
         }
-        stream.synchronize()?;
-        drop((stream, weight, _entered));
+        drop((loader, _entered));
         Ok(Cuda { rows: device_rows, _memory: memory, module })
     }
 
@@ -127,7 +97,7 @@ impl Backend for Cuda {
     }
 
     fn workspace_size(&self, tokens: usize) -> usize {
-        workspace_size(self.rows.count, self.rows.d_in, tokens)
+        workspace_size(&self.rows, tokens)
     }
 
     fn transfers(&self) -> Result<Option<Transfers>> {
@@ -137,20 +107,140 @@ impl Backend for Cuda {
     unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()> {
         let _entered = self.enter(stream, &Pointers::of_encode(call))?;
         // SAFETY: the caller's promise; the context is current and the stream's.
-        unsafe { start_all(&self.module, launch::encode(&self.rows, call).iter(), stream) }
+        unsafe { start_all(&self.module, launch::encode(&self.rows, call), stream) }
     }
 
     unsafe fn penalty(&self, call: &PenaltyCall, stream: Stream) -> Result<()> {
         let _entered = self.enter(stream, &Pointers::of_penalty(call))?;
         // SAFETY: as above.
-        unsafe { start_all(&self.module, launch::penalty(&self.rows, call).iter(), stream) }
+        unsafe { start_all(&self.module, launch::penalty(&self.rows, call), stream) }
     }
 
     unsafe fn backward(&self, call: &BackwardCall, stream: Stream) -> Result<()> {
         let _entered = self.enter(stream, &Pointers::of_backward(call))?;
         // SAFETY: as above.
-        unsafe { start_all(&self.module, launch::backward(&self.rows, call).iter(), stream) }
+        unsafe { start_all(&self.module, launch::backward(&self.rows, call), stream) }
     }
+}
+
+/// Brings a plan's rows to the device, in its context.
+struct Loader<'a> {
+    module: &'a Module,
+    stream: OwnStream,
+}
+
+impl Loader<'_> {
+    fn memory(&self, bytes: usize) -> Result<DeviceMemory> {
+        DeviceMemory::new(&self.module.context, bytes)
+    }
+
+    /// All of a plan but its rivals.
+    fn rows(&self, rows: &Rows<'_>) -> Result<(DeviceRows, DeviceMemory)> {
+        let mut parts = Parts::default();
+        let packed = parts.reserve(packed_bytes(rows.count(), rows.d_in));
+        let bias = parts.add(as_bytes(rows.bias));
+        let sign_weight = parts.add(as_bytes(rows.sign_weight));
+        let scale = rows.scale.map(|scale| parts.add(as_bytes(scale)));
+        let gate_values = gate_values(&rows.gate).map(|values| parts.add(as_bytes(values)));
+        let memory = self.memory(parts.bytes)?;
+        let at = |offset: usize| memory.address() + offset as u64;
+        let device_rows = DeviceRows {
+            d_in: rows.d_in,
+            count: rows.count(),
+            norm: rows.norm,
+            gate: GateKind::of(&rows.gate),
+            packed: at(packed),
+            bias: at(bias),
+            scale: scale.map_or(0, at),
+            gate_values: gate_values.map_or(0, at),
+            sign_weight: at(sign_weight),
+            topk: None,
+        };
+        let weight = self.memory(size_of_val(rows.weight))?;
+        self.copy(&memory, &parts)?;
+        self.pack(&weight, rows.weight, rows.weight_stride, &device_rows)?;
+        Ok((device_rows, memory))
+    }
+
+    /// A TopK gate with its rivals, which are read and packed part by part.
+    fn rivals(
+        &self,
+        gate: &TopK,
+        d_in: usize,
+        read: ReadRivals<'_>,
+    ) -> Result<(DeviceTopK, DeviceMemory)> {
+        let group_size = gate.rivals() / gate.groups().max(1);
+        if gate.group_ends.iter().enumerate().any(|(g, end)| *end != (g + 1) * group_size) {
+            bail!(Internal, "the groups of a topk gate differ in size");
+        }
+        let mut topk = DeviceTopK {
+            k: gate.k,
+            groups: gate.groups(),
+            group_size,
+            by_magnitude: gate.by_magnitude,
+            group: 0,
+            packed: 0,
+            bias: 0,
+            at_once: RIVALS_AT_ONCE,
+            tokens_at_once: TOKENS_AT_ONCE,
+        };
+        let mut parts = Parts::default();
+        let packed = parts.reserve(topk.packed_bytes(d_in));
+        let bias = parts.reserve(gate.rivals() * size_of::<f32>());
+        let group = parts.add(as_bytes(&gate.group));
+        let memory = self.memory(parts.bytes).map_err(|e| with_remedy(e, gate.rivals(), d_in))?;
+        let at = |offset: usize| memory.address() + offset as u64;
+        (topk.packed, topk.bias, topk.group) = (at(packed), at(bias), at(group));
+        self.copy(&memory, &parts)?;
+        let most = gate.rivals().min(RIVALS_AT_ONCE);
+        let weight = self.memory(most * d_in * size_of::<f32>())?;
+        for start in (0..gate.rivals()).step_by(RIVALS_AT_ONCE) {
+            let part = topk.part(start, d_in);
+            let rows = read(start..start + part.count)?;
+            // SAFETY: the part's own memory; the slice outlives the wait in `pack`.
+            unsafe { self.stream.copy_in(part.bias, as_bytes(&rows.bias))? };
+            self.pack(&weight, &rows.weight, d_in, &part)?;
+        }
+        Ok((topk, memory))
+    }
+
+    fn copy(&self, memory: &DeviceMemory, parts: &Parts<'_>) -> Result<()> {
+        for (offset, bytes) in &parts.copies {
+            // SAFETY: every copy stays within its part of the memory, and the slices outlive the
+            // wait.
+            unsafe { self.stream.copy_in(memory.address() + *offset as u64, bytes)? };
+        }
+        self.stream.synchronize()
+    }
+
+    /// Packs rows by way of memory that holds them as they are, and waits.
+    fn pack(
+        &self,
+        space: &DeviceMemory,
+        weight: &[f32],
+        stride: usize,
+        rows: &DeviceRows,
+    ) -> Result<()> {
+        let pack = launch::pack(space.address(), stride, rows);
+        // SAFETY: the space holds the rows, the slice outlives the wait, and so does our stream.
+        unsafe {
+            self.stream.copy_in(space.address(), as_bytes(weight))?;
+            start(self.module, &pack, Stream::from_raw(self.stream.as_raw()))?;
+        }
+        self.stream.synchronize()
+    }
+}
+
+fn with_remedy(error: Error, count: usize, d_in: usize) -> Error {
+    if error.status != Status::OutOfMemory {
+        return error;
+    }
+    let message = format!(
+        "{}: {count} latents of {d_in} inputs do not fit; a topk SAE's 'native' activation needs \
+         them all on the device ('dense_relu' needs the blocked ones alone)",
+        error.message
+    );
+    Error { message, ..error }
 }
 
 /// Copies between the host and a plan's device, for callers who bring host arrays.
@@ -218,7 +308,8 @@ pub(crate) struct RawDeviceRows {
 
 /// Bytes of workspace that the raw calls need, at a multiple of 64.
 pub(crate) fn raw_workspace_size(count: usize, d_in: usize, tokens: usize) -> usize {
-    packed_part(count, d_in).saturating_add(workspace_size(count, d_in, tokens))
+    let rows = DeviceRows { d_in, count, ..DeviceRows::default() };
+    packed_part(count, d_in).saturating_add(workspace_size(&rows, tokens))
 }
 
 /// # Safety
@@ -234,7 +325,7 @@ pub(crate) unsafe fn raw_penalty(
     let pack = launch::pack(raw.weight.data.addr() as u64, raw.weight.row_stride, &rows);
     let work = launch::penalty(&rows, &call);
     // SAFETY: the caller's promise.
-    unsafe { raw.start(&mut pointers, &pack, work.iter(), stream) }
+    unsafe { raw.start(&mut pointers, pack, work, stream) }
 }
 
 /// # Safety
@@ -245,13 +336,15 @@ pub(crate) unsafe fn raw_backward(
     workspace: Workspace,
     stream: Stream,
 ) -> Result<()> {
+    // No norm: hidden states are not read.
+    let call = &BackwardCall { hidden: None, ..*call };
     let mut pointers = Pointers::of_backward(call);
     pointers.add("workspace", workspace.data);
     let (rows, _) = raw.packed_into(workspace);
     let pack = launch::pack(raw.weight.data.addr() as u64, raw.weight.row_stride, &rows);
     let work = launch::backward(&rows, call);
     // SAFETY: the caller's promise.
-    unsafe { raw.start(&mut pointers, &pack, work.iter(), stream) }
+    unsafe { raw.start(&mut pointers, pack, work, stream) }
 }
 
 impl RawDeviceRows {
@@ -266,11 +359,11 @@ impl RawDeviceRows {
 
     /// # Safety
     /// The addresses of the launches are valid until their work is done.
-    unsafe fn start<'l>(
+    unsafe fn start(
         &self,
         pointers: &mut Pointers,
-        pack: &'l Launch,
-        work: impl Iterator<Item = &'l Launch>,
+        pack: Launch,
+        work: impl Iterator<Item = Launch>,
         stream: Stream,
     ) -> Result<()> {
         check_available()?;
@@ -310,8 +403,8 @@ fn packed_part(count: usize, d_in: usize) -> usize {
     bounded(count, d_in, || packed_bytes(count, d_in).next_multiple_of(WORKSPACE_ALIGN))
 }
 
-fn workspace_size(count: usize, d_in: usize, tokens: usize) -> usize {
-    bounded(count, tokens, || launch::workspace_size(count, d_in, tokens))
+fn workspace_size(rows: &DeviceRows, tokens: usize) -> usize {
+    bounded(rows.count, tokens, || launch::workspace_size(rows, tokens))
 }
 
 /// The size of something of about `a` times `b` elements, or more than any memory has where the
@@ -329,14 +422,14 @@ fn bounded(a: usize, b: usize, size: impl FnOnce() -> usize) -> usize {
 /// # Safety
 /// The module's context is current, the stream is one of it, and the addresses of the launches are
 /// valid until their work is done.
-unsafe fn start_all<'l>(
+unsafe fn start_all(
     module: &Module,
-    launches: impl Iterator<Item = &'l Launch>,
+    launches: impl Iterator<Item = Launch>,
     stream: Stream,
 ) -> Result<()> {
     for launch in launches {
         // SAFETY: the caller's promise.
-        unsafe { start(module, launch, stream)? };
+        unsafe { start(module, &launch, stream)? };
     }
     Ok(())
 }
@@ -364,6 +457,7 @@ impl Pointers {
         let mut pointers = Pointers::default();
         pointers.add("hidden", call.hidden.data);
         pointers.add("latents", call.latents.data);
+        pointers.add("workspace", call.workspace.data);
         pointers
     }
 
@@ -392,6 +486,8 @@ impl Pointers {
         let mut pointers = Pointers::default();
         pointers.add("coef", call.coef.data);
         pointers.add_grad(&call.grad);
+        pointers.add("hidden", call.hidden.map_or(std::ptr::null_mut(), |m| m.data));
+        pointers.add("workspace", call.workspace.data);
         pointers
     }
 
@@ -447,7 +543,7 @@ impl Pointers {
 #[derive(Default)]
 struct Parts<'a> {
     bytes: usize,
-    copies: Vec<(usize, &'a [f32])>,
+    copies: Vec<(usize, &'a [u8])>,
 }
 
 impl<'a> Parts<'a> {
@@ -458,15 +554,20 @@ impl<'a> Parts<'a> {
         offset
     }
 
-    fn add(&mut self, values: &'a [f32]) -> usize {
-        let offset = self.reserve(size_of_val(values));
-        self.copies.push((offset, values));
+    fn add(&mut self, bytes: &'a [u8]) -> usize {
+        let offset = self.reserve(bytes.len());
+        self.copies.push((offset, bytes));
         offset
     }
 }
 
-fn as_bytes(values: &[f32]) -> &[u8] {
-    // SAFETY: floats are plain bytes.
+/// Numbers without padding.
+trait Number: Copy {}
+impl Number for f32 {}
+impl Number for u32 {}
+
+fn as_bytes<T: Number>(values: &[T]) -> &[u8] {
+    // SAFETY: numbers are plain bytes.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 

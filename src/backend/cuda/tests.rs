@@ -15,12 +15,12 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::launch::{
-    DeviceRows, GateKind, Kernel, Launch, backward, encode, layout, pack, packed_bytes, penalty,
-    workspace_size,
+    DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward, encode, layout, pack, packed_bytes,
+    penalty, workspace_size,
 };
 use crate::backend::random::Random;
 use crate::backend::{
-    BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, Workspace,
 };
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
@@ -32,7 +32,8 @@ const ORDERS: [u64; 3] = [0, 1, 0x5eed];
 
 // ---------------------------------------------------------------------------------- the harness
 
-const KERNELS: [&str; 4] = ["encode.cu", "gradient.cu", "pack.cu", "reduce.cu"];
+const KERNELS: [&str; 6] =
+    ["encode.cu", "gradient.cu", "norm.cu", "pack.cu", "reduce.cu", "topk.cu"];
 const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
 /// Neither instrumented nor slow: it touches nothing but its operands.
 const TENSOR_CORE: &str = "tensor_core.cpp";
@@ -293,6 +294,10 @@ struct Problem {
     scale: Option<Vec<f32>>,
     gate: GateKind,
     gate_values: Vec<f32>,
+    norm: TokenNorm,
+    dictionary: Dictionary,
+    /// Rivals and tokens that are compared at a time.
+    at_once: [usize; 2],
     sign_weight: Vec<f32>,
     hidden_dtype: DType,
     hidden: Vec<f32>,
@@ -311,14 +316,95 @@ struct Problem {
 
 const FACTOR: (f64, f32) = (1.4, 0.5);
 
+/// All latents of a TopK SAE, and where the blocked ones are among them.
+#[derive(Clone, Debug)]
+struct Dictionary {
+    k: usize,
+    groups: usize,
+    group_size: usize,
+    by_magnitude: bool,
+    /// [K]
+    group: Vec<u32>,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+/// Rows of norm about 1, centred where layer norm needs it.
+fn random_rows(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) -> Vec<f32> {
+    let size = 1.0 / (d_in as f32).sqrt();
+    let mut rows: Vec<f32> = random.normals(count * d_in).iter().map(|w| w * size).collect();
+    if norm == TokenNorm::Layer {
+        for row in rows.chunks_mut(d_in) {
+            let mean = row.iter().map(|w| *w as f64).sum::<f64>() / d_in as f64;
+            row.iter_mut().for_each(|w| *w = (*w as f64 - mean) as f32);
+        }
+    }
+    rows
+}
+
+impl Dictionary {
+    fn random(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) -> Dictionary {
+        let groups = random.pick(&[1, 1, 2, 3]);
+        let group_size = count.div_ceil(groups) + random.pick(&[0, 1, 70, 150]);
+        let rivals = groups * group_size;
+        Dictionary {
+            k: 1 + random.below(group_size.min(140)),
+            groups,
+            group_size,
+            by_magnitude: random.below(2) == 0,
+            group: (0..count).map(|k| (k % groups) as u32).collect(),
+            weight: random_rows(random, rivals, d_in, norm),
+            bias: random.normals(rivals).iter().map(|b| 0.2 * b).collect(),
+        }
+    }
+
+    /// Where latent k is among the rivals: the last but so many of its group.
+    fn rival(&self, k: usize) -> usize {
+        let group = self.group[k] as usize;
+        let before = self.group[..k].iter().filter(|g| **g as usize == group).count();
+        (group + 1) * self.group_size - 1 - before
+    }
+
+    /// Rows and biases of the blocked latents.
+    fn blocked(&self, d_in: usize) -> (Vec<f32>, Vec<f32>) {
+        let rivals = (0..self.group.len()).map(|k| self.rival(k));
+        let row = |rival: usize| self.weight[rival * d_in..][..d_in].to_vec();
+        (rivals.clone().flat_map(row).collect(), rivals.map(|rival| self.bias[rival]).collect())
+    }
+
+    fn rank(&self, pre: f64) -> f64 {
+        match self.by_magnitude {
+            _ if pre.is_nan() => f64::INFINITY,
+            true => pre.abs(),
+            false => pre,
+        }
+    }
+}
+
 impl Problem {
     fn random(random: &mut Random, hidden_dtype: DType, shape: [usize; 3]) -> Problem {
+        let gate = random.pick(&[
+            GateKind::Open,
+            GateKind::Relu,
+            GateKind::Threshold,
+            GateKind::Gated,
+            GateKind::TopK,
+        ]);
+        let norm = random.pick(&[TokenNorm::None, TokenNorm::Constant, TokenNorm::Layer]);
+        let norm = if shape[1] < 7 { TokenNorm::None } else { norm };
+        Problem::of(random, hidden_dtype, shape, gate, norm)
+    }
+
+    fn of(
+        random: &mut Random,
+        hidden_dtype: DType,
+        shape: [usize; 3],
+        gate: GateKind,
+        norm: TokenNorm,
+    ) -> Problem {
         let [tokens, d_in, count] = shape;
-        let gate =
-            random.pick(&[GateKind::Open, GateKind::Relu, GateKind::Threshold, GateKind::Gated]);
         let seed = *random;
         let grad_dtype = random.pick(&[DType::F32, hidden_dtype]);
-        let norm = 1.0 / (d_in as f32).sqrt();
         let sign_weight: Vec<f32> =
             (0..count).map(|_| random.pick(&[1.0, -1.0, 0.3, -2.5])).collect();
         // Some tokens violate nothing: their references are beyond reach.
@@ -350,20 +436,40 @@ impl Problem {
             place(&wide),
             place(&[0, 3]),
         ];
+        let dictionary = Dictionary::random(random, count, d_in, norm);
+        let (weight, bias) = match gate {
+            GateKind::TopK => dictionary.blocked(d_in),
+            _ => (
+                random_rows(random, count, d_in, norm),
+                random.normals(count).iter().map(|b| 0.2 * b).collect(),
+            ),
+        };
+        let rivals = dictionary.groups * dictionary.group_size;
+        let at_once = [
+            random.pick(&[
+                2048,
+                rivals.next_multiple_of(8),
+                rivals.div_ceil(2).next_multiple_of(8),
+            ]),
+            random.pick(&[4096, 33]),
+        ];
         Problem {
             name: format!(
                 "T {tokens}, d {d_in}, K {count}, {hidden_dtype:?} to {grad_dtype:?}, {gate:?}, \
-                 {places:?}, {seed:?}"
+                 {norm:?}, {places:?}, {at_once:?}, {seed:?}"
             ),
             tokens,
             count,
             d_in,
-            weight: random.normals(count * d_in).iter().map(|w| w * norm).collect(),
-            bias: random.normals(count).iter().map(|b| 0.2 * b).collect(),
-            scale: (random.below(2) == 0)
+            weight,
+            bias,
+            scale: (random.below(2) == 0 && gate != GateKind::TopK)
                 .then(|| random.normals(count).iter().map(|x| x.abs() + 0.2).collect()),
             gate,
             gate_values: random.normals(count).iter().map(|b| 0.2 * b).collect(),
+            norm,
+            dictionary,
+            at_once,
             sign_weight,
             hidden_dtype,
             hidden: random
@@ -382,23 +488,8 @@ impl Problem {
         }
     }
 
-    fn rows(&self) -> Rows<'_> {
-        Rows {
-            d_in: self.d_in,
-            weight: &self.weight,
-            weight_stride: self.d_in,
-            bias: &self.bias,
-            scale: self.scale.as_deref(),
-            gate: match self.gate {
-                GateKind::Open => Gate::Open,
-                GateKind::Relu => Gate::Relu,
-                GateKind::Threshold => Gate::Threshold(&self.gate_values),
-                GateKind::Gated => Gate::Gated(&self.gate_values),
-                GateKind::TopK => unreachable!("no problem has it"),
-            },
-            norm: TokenNorm::None,
-            sign_weight: &self.sign_weight,
-        }
+    fn row(&self, k: usize) -> &[f32] {
+        &self.weight[k * self.d_in..][..self.d_in]
     }
 
     fn mask(&self, t: usize) -> f32 {
@@ -423,7 +514,7 @@ struct Job {
     program: PathBuf,
     arena: Arena,
     rows: DeviceRows,
-    pack: Launch,
+    packs: Vec<Launch>,
     hidden: Buffer,
     reference: Buffer,
     latents: Buffer,
@@ -436,7 +527,8 @@ struct Job {
     fused: PenaltyCall,
     forward: PenaltyCall,
     backward: BackwardCall,
-    scratch: [Buffer; 2],
+    workspace: Workspace,
+    scratch: Vec<Buffer>,
 }
 
 impl Job {
@@ -449,15 +541,22 @@ impl Job {
         let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
         let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
         let packed = arena.space(packed_bytes(p.count, p.d_in));
+        let (mut packs, mut scratch) = (Vec::new(), vec![packed]);
+        let topk = match p.gate {
+            GateKind::TopK => Some(rivals(&mut arena, p, &mut packs, &mut scratch)),
+            _ => None,
+        };
         let rows = DeviceRows {
             d_in: p.d_in,
             count: p.count,
+            norm: p.norm,
             gate: p.gate,
+            topk,
             packed: packed.address,
             bias: arena.vector(&p.bias).address,
             scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
             gate_values: match p.gate {
-                GateKind::Open | GateKind::Relu => 0,
+                GateKind::Open | GateKind::Relu | GateKind::TopK => 0,
                 _ => arena.vector(&p.gate_values).address,
             },
             sign_weight: arena.vector(&p.sign_weight).address,
@@ -480,8 +579,11 @@ impl Job {
             false => arena.matrix(p.grad_dtype, p.tokens, p.d_in, place),
         });
         let factor = arena.vector(&[FACTOR.1]);
-        let size = workspace_size(p.count, p.d_in, p.tokens);
+        packs.push(pack(weight.address, weight.stride, &rows));
+        let size = workspace_size(&rows, p.tokens);
         let space = arena.space(size);
+        scratch.push(space);
+        let workspace = Workspace { data: space.pointer(), size };
         let grad = |n: usize| Grad {
             rows: grads[n].matrix(),
             accumulate: p.accumulate,
@@ -498,7 +600,7 @@ impl Job {
             token_count: Some(sums[0][1].output()),
             latent_loss: Some(sums[0][2].output()),
             grad: Some(grad(0)),
-            workspace: Workspace { data: space.pointer(), size },
+            workspace,
         };
         let forward = PenaltyCall {
             coef: Some(coef.matrix()),
@@ -512,12 +614,12 @@ impl Job {
             tokens: p.tokens,
             coef: coef.matrix(),
             grad: grad(1),
-            hidden: None,
-            workspace: Workspace::NONE,
+            hidden: (p.norm != TokenNorm::None).then(|| hidden.matrix()),
+            workspace,
         };
         Job {
             program: program.to_path_buf(),
-            pack: pack(weight.address, weight.stride, &rows),
+            packs,
             arena,
             rows,
             hidden,
@@ -530,7 +632,8 @@ impl Job {
             fused,
             forward,
             backward,
-            scratch: [packed, space],
+            workspace,
+            scratch,
         }
     }
 
@@ -540,10 +643,9 @@ impl Job {
             tokens: p.tokens,
             hidden: self.hidden.matrix(),
             latents: self.latents.matrix(),
-            workspace: Workspace::NONE,
+            workspace: self.workspace,
         };
-        let launches = encode(&self.rows, &call);
-        let memory = self.run(&self.arena, launches.iter(), &p.name);
+        let memory = self.run(&self.arena, encode(&self.rows, &call), &p.name);
         self.check_untouched(&memory, &[self.latents], p);
         self.latents.all(&memory).iter().map(|z| *z as f32).collect()
     }
@@ -558,8 +660,7 @@ impl Job {
         let fused = penalty(&self.rows, &self.fused);
         let forward = penalty(&self.rows, &self.forward);
         let backward = backward(&self.rows, &self.backward);
-        let launches = fused.iter().chain(forward.iter()).chain(backward.iter());
-        let memory = self.run(&arena, launches, &p.name);
+        let memory = self.run(&arena, fused.chain(forward).chain(backward), &p.name);
         let mut outputs = [&self.sums[0][..], &self.sums[1], &self.grads, &[self.coef]].concat();
         outputs.extend(self.fused_coef);
         self.check_untouched(&memory, &outputs, p);
@@ -567,13 +668,8 @@ impl Job {
     }
 
     /// Packs, then runs the launches; every order of threads must leave the same bytes.
-    fn run<'a>(
-        &self,
-        arena: &Arena,
-        launches: impl Iterator<Item = &'a Launch>,
-        name: &str,
-    ) -> Vec<u8> {
-        let launches: Vec<Launch> = [self.pack].into_iter().chain(launches.copied()).collect();
+    fn run(&self, arena: &Arena, launches: impl Iterator<Item = Launch>, name: &str) -> Vec<u8> {
+        let launches: Vec<Launch> = self.packs.iter().copied().chain(launches).collect();
         let memories = run(&self.program, arena, &launches)
             .unwrap_or_else(|message| panic!("{name}\n{message}"));
         for (memory, order) in memories.iter().zip(ORDERS) {
@@ -596,6 +692,38 @@ impl Job {
     }
 }
 
+/// A TopK gate's rivals in an arena, and the launches that pack them.
+fn rivals(
+    arena: &mut Arena,
+    p: &Problem,
+    packs: &mut Vec<Launch>,
+    scratch: &mut Vec<Buffer>,
+) -> DeviceTopK {
+    let Dictionary { k, groups, group_size, by_magnitude, group, weight, bias } = &p.dictionary;
+    let [at_once, tokens_at_once] = p.at_once;
+    let group: Vec<f32> = group.iter().map(|g| f32::from_bits(*g)).collect();
+    let mut gate = DeviceTopK {
+        k: *k,
+        groups: *groups,
+        group_size: *group_size,
+        by_magnitude: *by_magnitude,
+        group: arena.vector(&group).address,
+        packed: 0,
+        bias: arena.vector(bias).address,
+        at_once,
+        tokens_at_once,
+    };
+    let packed = arena.space(gate.packed_bytes(p.d_in));
+    gate.packed = packed.address;
+    scratch.push(packed);
+    let weight = arena.filled(DType::F32, p.d_in, weight, Place::default());
+    for start in (0..gate.rivals()).step_by(at_once) {
+        let from = weight.address + (start * p.d_in * 4) as u64;
+        packs.push(pack(from, p.d_in, &gate.part(start, p.d_in)));
+    }
+    gate
+}
+
 /// Compares each stage with f64 arithmetic on the output of the stage before.
 fn check(p: &Problem) {
     check_job(p, &Job::new(p));
@@ -611,11 +739,11 @@ fn check_job(p: &Problem, job: &Job) -> Vec<f32> {
     for t in 0..p.tokens {
         let mask = p.mask(t);
         count += mask as f64;
-        let hidden = p.hidden_row(t);
+        let token = Token::new(p, t);
         for k in 0..p.count {
             let (z, coef) = (z[t * p.count + k], coef[t * p.count + k]);
             let at = format!("[{t},{k}]: {}", p.name);
-            let exact = Exact::new(p, k, &hidden);
+            let exact = Exact::new(p, k, &token);
             let clear = exact.distance.abs() > exact.slack;
             if clear {
                 let expected = if exact.distance > 0.0 { exact.pre } else { 0.0 };
@@ -634,7 +762,7 @@ fn check_job(p: &Problem, job: &Job) -> Vec<f32> {
             assert_eq!(coef, if is_on { on } else { 0.0 }, "coef {at}");
             latent_loss[k] += mask as f64 * (sw.abs() as f64 * (r as f64 * r as f64));
         }
-        check_gradient_row(p, t, &coef[t * p.count..][..p.count], |i| {
+        check_gradient_row(p, t, &token, &coef[t * p.count..][..p.count], |i| {
             job.grads[0].get(&memory, t, i)
         });
     }
@@ -659,6 +787,69 @@ fn check_job(p: &Problem, job: &Job) -> Vec<f32> {
     z
 }
 
+/// A hidden state in f64, with what its latents have in common.
+struct Token {
+    hidden: Vec<f64>,
+    /// a, mean and q of kernels/norm.cu
+    scale: f64,
+    mean: f64,
+    slope: f64,
+    /// Of each group, from the largest on.
+    ranks: Vec<Vec<f64>>,
+    /// What rounding may change in any of them.
+    rank_slack: f64,
+}
+
+impl Token {
+    fn new(p: &Problem, t: usize) -> Token {
+        let hidden = p.hidden_row(t);
+        let d = p.d_in as f64;
+        let squares = |mean: f64| hidden.iter().map(|h| (h - mean) * (h - mean)).sum::<f64>();
+        let mean = if p.norm == TokenNorm::Layer { hidden.iter().sum::<f64>() / d } else { 0.0 };
+        let (scale, slope) = match p.norm {
+            TokenNorm::None => (1.0, 0.0),
+            TokenNorm::Constant => ((d / squares(0.0)).sqrt(), 1.0 / squares(0.0)),
+            TokenNorm::Layer => {
+                let deviation = (squares(mean) / (d - 1.0)).sqrt();
+                let scale = 1.0 / (deviation + 1e-5);
+                (scale, scale / ((d - 1.0) * deviation))
+            }
+        };
+        let mut token = Token { hidden, scale, mean, slope, ranks: Vec::new(), rank_slack: 0.0 };
+        if p.gate == GateKind::TopK {
+            for group in 0..p.dictionary.groups {
+                token.rank_group(p, group);
+            }
+        }
+        token
+    }
+
+    fn rank_group(&mut self, p: &Problem, group: usize) {
+        let Dictionary { group_size, weight, bias, .. } = &p.dictionary;
+        let rivals = group * group_size..(group + 1) * group_size;
+        let mut ranks = Vec::new();
+        for rival in rivals {
+            let (dot, size) = self.dot(&weight[rival * p.d_in..][..p.d_in]);
+            ranks.push(p.dictionary.rank(dot + bias[rival] as f64));
+            self.rank_slack = self.rank_slack.max(slack(size + bias[rival].abs() as f64));
+        }
+        ranks.sort_by(|x, y| y.total_cmp(x));
+        self.ranks.push(ranks);
+    }
+
+    /// a · (row · h), and the size of its products.
+    fn dot(&self, row: &[f32]) -> (f64, f64) {
+        let products = || row.iter().zip(&self.hidden).map(|(w, h)| *w as f64 * h);
+        let size: f64 = products().map(f64::abs).sum();
+        (self.scale * products().sum::<f64>(), self.scale * size)
+    }
+}
+
+/// What rounding may change in a sum of products of this size.
+fn slack(size: f64) -> f64 {
+    1e-6 * size + 1e-9
+}
+
 /// One latent of one token in f64.
 struct Exact {
     pre: f64,
@@ -669,26 +860,40 @@ struct Exact {
 }
 
 impl Exact {
-    fn new(p: &Problem, k: usize, hidden: &[f64]) -> Exact {
-        let (rows, gate) = (p.rows(), p.gate_values[k] as f64);
-        let products = || rows.row(k).iter().zip(hidden).map(|(w, h)| *w as f64 * h);
-        let (dot, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+    fn new(p: &Problem, k: usize, token: &Token) -> Exact {
+        let gate = p.gate_values[k] as f64;
+        let (dot, size) = token.dot(p.row(k));
         let scale = p.scale(k) as f64;
         let pre = dot * scale + p.bias[k] as f64;
+        let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
         let distance = match p.gate {
             GateKind::Open => f64::INFINITY,
             GateKind::Relu => pre,
             GateKind::Threshold => pre - gate,
             GateKind::Gated => pre.min(dot + gate),
-            GateKind::TopK => unreachable!("no problem has it"),
+            GateKind::TopK => Exact::place(p, k, pre, token),
         };
-        let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
-        Exact { pre, distance, slack: 1e-6 * size + 1e-9 }
+        Exact { pre, distance, slack: slack(size) + token.rank_slack }
+    }
+
+    /// From the rank that is nearest on the other side of the k-th place; with relu also from 0.
+    fn place(p: &Problem, k: usize, pre: f64, token: &Token) -> f64 {
+        let ranks = &token.ranks[p.dictionary.group[k] as usize];
+        let next = ranks.get(p.dictionary.k).copied().unwrap_or(f64::NEG_INFINITY);
+        let own = p.dictionary.rank(pre);
+        let place = if own > next { own - next } else { own - ranks[p.dictionary.k - 1] };
+        if p.dictionary.by_magnitude { place } else { place.min(pre) }
     }
 }
 
 /// dH of one token against its coefficients.
-fn check_gradient_row(p: &Problem, t: usize, coef: &[f32], new: impl Fn(usize) -> f64) {
+fn check_gradient_row(
+    p: &Problem,
+    t: usize,
+    token: &Token,
+    coef: &[f32],
+    new: impl Fn(usize) -> f64,
+) {
     let active = coef.iter().any(|c| *c != 0.0);
     // Half a unit in the last place, and the products that 16-bit results leave out.
     let (unit, left_out) = match p.grad_dtype {
@@ -696,11 +901,20 @@ fn check_gradient_row(p: &Problem, t: usize, coef: &[f32], new: impl Fn(usize) -
         DType::F16 => (0.5f64.powi(11), 0.5f64.powi(15)),
         _ => (0.5f64.powi(24), 0.0),
     };
+    let factors = coef.iter().map(|c| FACTOR.0 * FACTOR.1 as f64 * *c as f64);
+    let factors: Vec<(usize, f64)> = factors.enumerate().filter(|(_, f)| *f != 0.0).collect();
+    let (mut pull, mut pull_size) = (0.0, 0.0);
+    for (k, factor) in &factors {
+        let (dot, size) = token.dot(p.row(*k));
+        pull += token.slope * factor * dot;
+        pull_size += (token.slope * factor * size).abs();
+    }
     for i in 0..p.d_in {
         let old = if p.accumulate { p.grad[t * p.d_in + i] as f64 } else { 0.0 };
-        let (mut sum, mut size) = (0.0, 0.0);
-        for (k, c) in coef.iter().enumerate() {
-            let product = FACTOR.0 * FACTOR.1 as f64 * *c as f64 * p.weight[k * p.d_in + i] as f64;
+        let centred = if factors.is_empty() { 0.0 } else { token.hidden[i] - token.mean };
+        let (mut sum, mut size) = (-pull * centred, pull_size * centred.abs());
+        for (k, factor) in &factors {
+            let product = token.scale * factor * p.weight[k * p.d_in + i] as f64;
             sum += product;
             size += product.abs();
         }
@@ -759,7 +973,8 @@ fn bf16_kernels_are_right() {
 
 /// The same problem for some of its tokens and latents, in that order, elsewhere in memory.
 fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -> Problem {
-    let fresh = Problem::random(random, p.hidden_dtype, [tokens.len(), p.d_in, latents.len()]);
+    let shape = [tokens.len(), p.d_in, latents.len()];
+    let fresh = Problem::of(random, p.hidden_dtype, shape, p.gate, p.norm);
     let of_latents = |x: &[f32]| latents.iter().map(|k| x[*k]).collect::<Vec<f32>>();
     let rows = |x: &[f32], cols: usize, which: &[usize]| -> Vec<f32> {
         which.iter().flat_map(|n| x[n * cols..][..cols].to_vec()).collect()
@@ -769,8 +984,11 @@ fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -
         weight: rows(&p.weight, p.d_in, latents),
         bias: of_latents(&p.bias),
         scale: p.scale.as_deref().map(of_latents),
-        gate: p.gate,
         gate_values: of_latents(&p.gate_values),
+        dictionary: Dictionary {
+            group: latents.iter().map(|k| p.dictionary.group[*k]).collect(),
+            ..p.dictionary.clone()
+        },
         sign_weight: of_latents(&p.sign_weight),
         hidden: rows(&p.hidden, p.d_in, tokens),
         grad: rows(&p.grad, p.d_in, tokens),
@@ -816,7 +1034,9 @@ fn tall_kernels_are_right_and_give_the_same_latents() {
     let some = [0, 16, 64, 127, 5000, tokens - 1];
     for dtype in [DType::F16, DType::BF16] {
         for (count, d_in) in [(5, 70), (16, 9), (20, 9), (32, 9)] {
-            let mut p = Problem::random(&mut random, dtype, [tokens, d_in, count]);
+            let gate = random.pick(&[GateKind::Threshold, GateKind::Gated]);
+            let norm = random.pick(&[TokenNorm::None, TokenNorm::Layer]);
+            let mut p = Problem::of(&mut random, dtype, [tokens, d_in, count], gate, norm);
             let counts = |t: usize| (t < 150 || some.contains(&t)) as u8 as f32;
             p.mask = Some((DType::U8, (0..tokens).map(counts).collect()));
             let whole = check_job(&p, &Job::new(&p));
@@ -873,6 +1093,51 @@ fn equal_hidden_states_cost_nothing_and_touch_nothing() {
     }
 }
 
+/// Ties, infinities, NaN, subnormals, all equal: each latent that is not below the k-th place is on,
+/// in parts of any size.
+#[test]
+fn latents_that_share_the_kth_place_are_on() {
+    let mut random = Random::fresh();
+    let tiny = f32::from_bits(1);
+    let special = [0.0, tiny, -tiny, f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, 1.0];
+    let kinds: [&[f32]; 4] = [&special, &[2.0], &[-1.0, -2.0], &[f32::NAN, 3.0, -3.0, 0.5]];
+    for (values, count, groups, group_size) in
+        kinds.iter().flat_map(|kind| [(kind, 5, 1, 300), (kind, 7, 3, 37), (kind, 6, 3, 2)])
+    {
+        let (gate, norm) = (GateKind::TopK, TokenNorm::None);
+        let mut p = Problem::of(&mut random, DType::BF16, [2, 1, count], gate, norm);
+        let rivals = groups * group_size;
+        let among = |random: &mut Random| match random.below(3) {
+            0 => random.normal(),
+            _ => random.pick(values),
+        };
+        p.dictionary = Dictionary {
+            k: 1 + random.below(group_size),
+            groups,
+            group_size,
+            by_magnitude: random.below(2) == 0,
+            group: (0..count).map(|k| (k % groups) as u32).collect(),
+            weight: vec![0.0; rivals],
+            bias: (0..rivals).map(|_| among(&mut random)).collect(),
+        };
+        (p.weight, p.bias) = p.dictionary.blocked(1);
+        p.at_once = [random.pick(&[8, 104, 2048]), 1 + random.below(2)];
+        p.name = format!("{:?}, in parts of {}, biases {:?}", p.dictionary, p.at_once[0], p.bias);
+        let z = Job::new(&p).encode(&p);
+        for (n, z) in z.iter().enumerate() {
+            let (own, group) = (p.bias[n % count] as f64, n % count % groups);
+            let Dictionary { k, bias, by_magnitude, .. } = &p.dictionary;
+            let ranks = bias[group * group_size..][..group_size].iter();
+            let mut ranks: Vec<f64> = ranks.map(|b| p.dictionary.rank(*b as f64)).collect();
+            ranks.sort_by(|x, y| y.total_cmp(x));
+            let lost = p.dictionary.rank(own) < ranks[k - 1] || (!by_magnitude && own <= 0.0);
+            let expected = if lost { 0.0 } else { own as f32 };
+            let same = z.to_bits() == expected.to_bits() || (z.is_nan() && expected.is_nan());
+            assert!(same || *z == expected, "z[{n}] {z} {expected}: {}", p.name);
+        }
+    }
+}
+
 /// Outputs that nobody asks for leave no trace, and change nothing in the others.
 #[test]
 fn absent_outputs_change_no_other() {
@@ -897,7 +1162,7 @@ fn absent_outputs_change_no_other() {
             (PenaltyCall { coef: job.forward.coef, ..nothing }, vec![job.coef]),
         ];
         for (call, outputs) in calls {
-            let memory = job.run(&job.arena, penalty(&job.rows, &call).iter(), &p.name);
+            let memory = job.run(&job.arena, penalty(&job.rows, &call), &p.name);
             job.check_untouched(&memory, &outputs, &p);
             for output in outputs {
                 let bits =
@@ -941,8 +1206,9 @@ fn nan_stays_with_its_token() {
 fn latents_are_as_accurate_as_a_sum_in_f32() {
     let mut random = Random::fresh();
     for dtype in REAL {
-        let mut p = Problem::random(&mut random, dtype, [16, 4096, 8]);
-        (p.gate, p.scale, p.mask) = (GateKind::Open, None, None);
+        let shape = [16, 4096, 8];
+        let mut p = Problem::of(&mut random, dtype, shape, GateKind::Open, TokenNorm::None);
+        (p.scale, p.mask) = (None, None);
         p.bias.fill(0.0);
         let z = Job::new(&p).encode(&p);
         let (mut ours, mut plain) = (0.0, 0.0);
@@ -1006,7 +1272,8 @@ fn verdict(p: &Problem, source: &str, kernel: &str, fault: Fault) -> Option<Stri
 /// stage, which the epilogue uses again.
 fn fault_problem(count: usize) -> Problem {
     let mut random = Random(0x5eed);
-    let mut p = Problem::random(&mut random, DType::BF16, [130, 830, count]);
+    let (gate, norm) = (GateKind::Open, TokenNorm::None);
+    let mut p = Problem::of(&mut random, DType::BF16, [130, 830, count], gate, norm);
     p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
     (p.grad_dtype, p.sums, p.accumulate) = (DType::BF16, DType::F64, false);
     p.name = format!("T 130, d 830, K {count}");
@@ -1017,10 +1284,38 @@ fn fault_problem(count: usize) -> Problem {
     p
 }
 
+/// Several parts of rivals in several blocks of tokens, groups that begin and end within a part, a
+/// list that is longer than a block's threads, tokens that are normalised.
+fn topk_fault_problem(groups: usize) -> Problem {
+    let mut random = Random(0x5eed);
+    let (gate, norm) = (GateKind::TopK, TokenNorm::Layer);
+    let mut p = Problem::of(&mut random, DType::F32, [20, 100, 30], gate, norm);
+    p.dictionary = Dictionary {
+        k: if groups == 1 { 150 } else { 9 },
+        groups,
+        group_size: 420 / groups,
+        by_magnitude: groups == 1,
+        group: (0..p.count).map(|k| (k % groups) as u32).collect(),
+        weight: random_rows(&mut random, 420, p.d_in, norm),
+        bias: random.normals(420),
+    };
+    (p.weight, p.bias) = p.dictionary.blocked(p.d_in);
+    p.hidden.iter_mut().for_each(|h| *h += 1.0);
+    p.at_once = [208, 16];
+    p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 5 > 0) as u8 as f32).collect()));
+    (p.grad_dtype, p.sums, p.accumulate) = (DType::F32, DType::F64, false);
+    p.name = format!("T 20, d 100, K 30, groups {groups}");
+    p.reference.fill(0.0);
+    p.places = [Place::default(); 7];
+    p
+}
+
 #[test]
 fn every_missing_barrier_and_wait_is_caught() {
     let (few, wide) = (fault_problem(3), fault_problem(40));
+    let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
     let cases = [
+        ("topk.cu", [(&one, "blockem_topk"), (&three, "blockem_topk")]),
         ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
         (
             "gradient.cu",
@@ -1045,8 +1340,9 @@ fn every_missing_barrier_and_wait_is_caught() {
 #[test]
 fn wrong_accesses_and_indices_are_caught() {
     let (few, wide) = (fault_problem(3), fault_problem(40));
+    let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
     let outside = "AddressSanitizer";
-    let cases: [(&Problem, &str, &str, &str, &str, &str); 12] = [
+    let cases: [(&Problem, &str, &str, &str, &str, &str); 25] = [
         // Beyond shared memory: a copy, a plain store, a collective load.
         (
             &few,
@@ -1085,14 +1381,14 @@ fn wrong_accesses_and_indices_are_caught() {
         (&few, "gradient.cu", "_bf16_few", "column + 8 <= p.d_in", "column < p.d_in", outside),
         (&wide, "encode.cu", "_bf16_wide", "if (k >= p.rows.count) continue;", "", outside),
         // A token that does not count.
-        (&few, "encode.cu", "_bf16_8", "mask_of(p, t) != 0.0f", "mask_of(p, t) != 9.0f", outside),
+        (&few, "encode.cu", "_bf16_8", "mask_of(p.mask, t) != 0.0f", "true", outside),
         // The wrong number from the right memory.
         (
             &few,
             "encode.cu",
             "_bf16_8",
-            "[2 * half + i];\n                    const float pre",
-            "[half + 2 * i];\n                    const float pre",
+            "[2 * half + i], scale",
+            "[half + 2 * i], scale",
             "z ",
         ),
         (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
@@ -1105,6 +1401,28 @@ fn wrong_accesses_and_indices_are_caught() {
             "j % 2][j / 2 * 2 + half]",
             "dH[",
         ),
+        // The gate of TopK: the place of a key, ties, the list, groups, tokens.
+        (&one, "topk.cu", "_topk", "bits >> 31 ? bits + 1 : bits - 1", "bits", "z "),
+        (&three, "topk.cu", "_topk", "bits >> 31 ? ~bits", "bits >> 31 ? bits", "z "),
+        (&one, "topk.cu", "_topk", "list[i] >= attempt", "list[i] > attempt", "z "),
+        (&one, "topk.cu", "_topk", "list[i] <= kth", "list[i] < kth", "z "),
+        (&one, "topk.cu", "_topk", "taken += place.all;", "", "z "),
+        (
+            &three,
+            "topk.cu",
+            "_topk",
+            "(p.first + start) / p.group_size",
+            "start / p.group_size",
+            "z ",
+        ),
+        (&three, "topk.cu", "_topk", "begins ? 0 : p.floors[t]", "p.floors[t]", "z "),
+        (&one, "topk.cu", "_topk", "rival < count ?", "rival < THREADS ?", "z "),
+        // A norm: its columns, its tokens, what it adds to dH.
+        (&one, "norm.cu", "_norm", "/ mul_rn(d - 1.0, deviation)", "/ mul_rn(d, deviation)", "dH["),
+        (&one, "norm.cu", "_norm", "if (column + i >= p.d_in) continue;", "", "z "),
+        (&one, "norm.cu", "_norm", "if (t >= p.tokens) return;", "", outside),
+        (&one, "norm.cu", "_norm", "has_coefficient(p, t)", "true", outside),
+        (&one, "gradient.cu", "_f32_few", "add_rn(h.v[i], -mean)", "h.v[i]", "dH["),
     ];
     for (p, source, kernel, from, to, message) in cases {
         let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
