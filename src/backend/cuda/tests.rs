@@ -1383,14 +1383,7 @@ fn wrong_accesses_and_indices_are_caught() {
         // A token that does not count.
         (&few, "encode.cu", "_bf16_8", "mask_of(p.mask, t) != 0.0f", "true", outside),
         // The wrong number from the right memory.
-        (
-            &few,
-            "encode.cu",
-            "_bf16_8",
-            "[2 * half + i], scale",
-            "[half + 2 * i], scale",
-            "z ",
-        ),
+        (&few, "encode.cu", "_bf16_8", "[2 * half + i], scale", "[half + 2 * i], scale", "z "),
         (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
         (&wide, "gradient.cu", "_bf16_wide", "[2 * half + i % 2]", "[half + i % 2 * 2]", "dH["),
         (
@@ -1404,8 +1397,8 @@ fn wrong_accesses_and_indices_are_caught() {
         // The gate of TopK: the place of a key, ties, the list, groups, tokens.
         (&one, "topk.cu", "_topk", "bits >> 31 ? bits + 1 : bits - 1", "bits", "z "),
         (&three, "topk.cu", "_topk", "bits >> 31 ? ~bits", "bits >> 31 ? bits", "z "),
-        (&one, "topk.cu", "_topk", "list[i] >= attempt", "list[i] > attempt", "z "),
-        (&one, "topk.cu", "_topk", "list[i] <= kth", "list[i] < kth", "z "),
+        (&one, "topk.cu", "_topk", "i < k; i += THREADS", "i < THREADS; i += THREADS", "z "),
+        (&one, "topk.cu", "_topk", "n < newcomers ? larger[n] : kth", "kth", "z "),
         (&one, "topk.cu", "_topk", "taken += place.all;", "", "z "),
         (
             &three,
