@@ -15,7 +15,7 @@ RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs'
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels \
-        lint header gpu-check fuzz bench install clean
+        lint header gpu-check fuzz fuzz-corpus fuzz-seeds bench install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,20 +62,33 @@ test-install: $(VENV)/requirements $(LIB) $(VENV)/tools ## install into a scratc
 test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
 	tests/compile_kernels.sh
 
-# Coverage-guided, from the fixtures on: every file format, then K0.json and recipes.
-FUZZ_SECONDS ?= 600
-fuzz: ## the readers, FUZZ_SECONDS each (600)
-	@command -v cargo-fuzz > /dev/null || $(CARGO) install --quiet --locked cargo-fuzz
-	mkdir -p target/fuzz/checkpoint target/fuzz/json
-	find tests/data -name '*.pt' -o -name '*.pth' -o -name '*.npz' -o -name '*.safetensors' \
-	  | while read -r file; do cp "$$file" "target/fuzz/checkpoint/$$(echo "$$file" | tr / _)"; done
-	find tests/data -name '*.json' \
-	  | while read -r file; do cp "$$file" "target/fuzz/json/$$(echo "$$file" | tr / _)"; done
-	for target in checkpoint json; do \
-	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build \
-	    $$target target/fuzz/$$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=5 \
-	    -rss_limit_mb=2048 -max_len=65536 -print_final_stats=1; \
+# Coverage-guided, from the committed corpus and the fixtures on. An input may take a second, and
+# 4 times its bytes and 64 MiB of memory, which the targets count themselves; there is little unsafe
+# code in the readers, and test-sanitizers has it.
+FUZZ_SECONDS ?= 900
+FUZZERS := weights pickle folder latents
+FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build --sanitizer none
+FUZZ_CORPUS := $(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
+  --target-dir target/fuzz-build --example corpus
+FUZZ_LIMITS := -timeout=1 -rss_limit_mb=2048 -max_len=32768
+fuzz: fuzz-seeds ## every reader of files, FUZZ_SECONDS each (900)
+	for target in $(FUZZERS); do \
+	  $(FUZZ) $$target target/fuzz/$$target -- $(FUZZ_LIMITS) \
+	    -max_total_time=$(FUZZ_SECONDS) -dict=tests/fuzz/words.dict -print_final_stats=1; \
 	done
+
+# Of small inputs, the fewest that together reach every edge.
+fuzz-corpus: fuzz-seeds ## tests/fuzz/corpus from what the fuzzers reached
+	for target in $(FUZZERS); do \
+	  rm -rf target/fuzz-corpus/$$target && mkdir -p target/fuzz-corpus/$$target; \
+	  $(FUZZ) $$target target/fuzz-corpus/$$target target/fuzz/$$target -- $(FUZZ_LIMITS) \
+	    -max_len=4096 -set_cover_merge=1 -use_counters=0 -use_cmp=0; \
+	done
+	$(FUZZ_CORPUS) pack target/fuzz-corpus
+
+fuzz-seeds:
+	@command -v cargo-fuzz > /dev/null || $(CARGO) install --quiet --locked cargo-fuzz
+	$(FUZZ_CORPUS) unpack target/fuzz
 
 lint: ## formatting, clippy (which also checks the MSRV)
 	@$(CARGO) clippy --version >/dev/null 2>&1 && $(CARGO) fmt --version >/dev/null 2>&1 \
@@ -89,6 +102,7 @@ header: ## regenerate include/blockem.h
 bench: $(VENV)/package ## criterion groups, then side by side with torch and sae-lens
 	$(CARGO) bench
 	$(PY) benches/compare_torch.py
+	$(PY) benches/topk.py
 	$(PY) benches/load.py
 
 clean: ## everything that was built, made or installed here

@@ -87,12 +87,10 @@ impl<H: Real> Case<H> {
 
     /// Into the memory of the coefficients.
     pub fn encode(&mut self) {
-        let mut args = EncodeArgs {
-            hidden: Tensor::from_slice(&self.hidden, &[TOKENS, D_IN]).unwrap(),
-            latents: TensorMut::from_slice(&mut self.coef, &[TOKENS, self.plan.num_latents()])
-                .unwrap(),
-        };
-        self.plan.encode(&mut args).unwrap();
+        let hidden = Tensor::from_slice(&self.hidden, &[TOKENS, D_IN]).unwrap();
+        let shape = [TOKENS, self.plan.num_latents()];
+        let latents = TensorMut::from_slice(&mut self.coef, &shape).unwrap();
+        self.plan.encode(&mut EncodeArgs::new(hidden, latents)).unwrap();
     }
 
     pub fn forward(&mut self) {

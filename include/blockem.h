@@ -15,8 +15,8 @@
  * Symbols: T tokens, d = d_in columns of hidden, K blocked latents, F = d_sae latents in all.
  *
  * Every fallible function returns blockem_status; blockem_last_error has the message. Outputs are
- * written only on success. Handles are immutable and may be used from any number of threads; each
- * is freed by its own _free, for which NULL is legal. Structs begin with struct_size: initialise
+ * written only on success. Handles may be used from any number of threads, and all but blockem_cache
+ * are immutable; each is freed by its own _free, for which NULL is legal. Structs begin with struct_size: initialise
  * them with their _INIT macro. They grow only at the end, so old callers keep working.
  */
 
@@ -129,14 +129,29 @@
 #define BLOCKEM_STATUS_UNSAFE_PICKLE 204
 
 /**
- * NaN or infinity in weights.
+ * NaN or infinity in weights, or in a reference that is to be stored.
  */
 #define BLOCKEM_STATUS_NON_FINITE 205
+
+/**
+ * A reference cache was made for another base model, layer, dtype, numerics or SAE.
+ */
+#define BLOCKEM_STATUS_CACHE_STALE 206
 
 /**
  * A latent set records another SAE or activation than it is used with.
  */
 #define BLOCKEM_STATUS_PROVENANCE_MISMATCH 208
+
+/**
+ * A reference cache lacks an example, or latents of it; the message names it.
+ */
+#define BLOCKEM_STATUS_CACHE_MISS 209
+
+/**
+ * A reference cache is in use: one process may write it, or several read it.
+ */
+#define BLOCKEM_STATUS_CACHE_BUSY 210
 
 /**
  * No CUDA driver, or no device that it can use.
@@ -170,7 +185,8 @@
 #define BLOCKEM_STATUS_CAPTURE_UNSAFE 305
 
 /**
- * The process was forked after CUDA was initialised; a child cannot use the parent's CUDA.
+ * The process was forked after CUDA was initialised or the cache opened; a child cannot use the
+ * parent's.
  */
 #define BLOCKEM_STATUS_FORKED 306
 
@@ -338,6 +354,33 @@
  * The pre-activation itself: no gate.
  */
 #define BLOCKEM_ACTIVATION_PREACTIVATION 2
+
+/**
+ * Opens a file that is there. Any number of processes at once, while none writes.
+ */
+#define BLOCKEM_CACHE_MODE_READ 0
+
+/**
+ * Opens a file that is there, for this process alone.
+ */
+#define BLOCKEM_CACHE_MODE_WRITE 1
+
+/**
+ * As WRITE; makes the file if it is not there.
+ */
+#define BLOCKEM_CACHE_MODE_CREATE 2
+
+/**
+ * Bytes of an example's key.
+ */
+#define BLOCKEM_CACHE_KEY_SIZE 32
+
+/**
+ * A reference cache: z of the base model at blocked latents, per example, in one file. Any number
+ * of threads may use a handle; calls that write take turns. A handle belongs to the process that
+ * opened it: in a child of fork calls answer FORKED.
+ */
+typedef struct blockem_cache blockem_cache;
 
 /**
  * A set of blocked latents. Immutable; any thread may use it.
@@ -958,6 +1001,77 @@ typedef struct blockem_penalty_args {
   size_t workspace_size;
 } blockem_penalty_args;
 
+/**
+ * How a cache is opened, and what is expected of it: what differs from the file is CACHE_STALE.
+ * A new file needs all of it.
+ */
+typedef struct blockem_cache_options {
+  /**
+   * sizeof(blockem_cache_options), set by BLOCKEM_CACHE_OPTIONS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * BLOCKEM_CACHE_MODE_...
+   */
+  int32_t mode;
+  /**
+   * BLOCKEM_DTYPE_... of the hidden states that are encoded; -1 (by _INIT) expects nothing.
+   */
+  int32_t hidden_dtype;
+  /**
+   * 0-based decoder block whose output is encoded; -1 (by _INIT) takes the plan's.
+   */
+  int64_t layer;
+  /**
+   * Names the base model's weights in 1 to 255 bytes of UTF-8, by name and revision or better by
+   * a digest; NULL expects nothing.
+   */
+  const char *base_model;
+  /**
+   * Gives the numerics; with READ at least one of its latents must be there. NULL expects
+   * nothing.
+   */
+  const struct blockem_plan *plan;
+} blockem_cache_options;
+
+/**
+ * What a cache is. Filled by blockem_cache_info_get.
+ */
+typedef struct blockem_cache_info {
+  /**
+   * sizeof(blockem_cache_info), set by BLOCKEM_CACHE_INFO_INIT.
+   */
+  size_t struct_size;
+  /**
+   * Examples of which any z is stored.
+   */
+  int64_t num_examples;
+  /**
+   * Latents of which any z is stored.
+   */
+  int64_t num_columns;
+  /**
+   * 0-based decoder block whose output was encoded.
+   */
+  int64_t layer;
+  /**
+   * BLOCKEM_DTYPE_... of the hidden states that were encoded.
+   */
+  int32_t hidden_dtype;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * The name that the base model's weights were given.
+   */
+  char base_model[256];
+  /**
+   * blockem_plan_info.numerics of the plans that encoded.
+   */
+  char numerics[64];
+} blockem_cache_info;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1244,6 +1358,102 @@ blockem_status blockem_penalty(const struct blockem_plan *plan,
                                const struct blockem_penalty_args *args,
                                void *stream);
 
+/**
+ * Opens a reference cache.
+ * The file belongs to one base model, layer, dtype of hidden and numerics. It survives a process
+ * that is killed at any moment: what a call stored before it returned is there, and the next writer
+ * goes on. A reader that finds such a file may have to repair it, for which it needs to be able to
+ * write it.
+ * path: a file; CREATE makes a missing one, which takes its name when it is complete.
+ * options: required; see blockem_cache_options.
+ * out: a new handle, to be freed with blockem_cache_free; untouched on error.
+ * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, DTYPE, IO, FORMAT (no cache, or damaged),
+ * UNSUPPORTED (of another version), CACHE_STALE (the message has both sides), CACHE_BUSY (a writer
+ * has it, or this one would write and readers have it). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_open(const char *path,
+                                  const struct blockem_cache_options *options,
+                                  struct blockem_cache **out);
+
+/**
+ * Describes a cache.
+ * Errors: NULL_POINTER, STRUCT_SIZE, IO, FORMAT (damaged), FORKED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_info_get(const struct blockem_cache *cache,
+                                      struct blockem_cache_info *info);
+
+/**
+ * The key of an example: a digest of what the cache belongs to, the token ids and their positions.
+ * token_ids: [n], n at least 1, of the tokens whose z is stored (without padding).
+ * positions: [n] as the model gets them; NULL means 0, 1, 2, ...
+ * key: [BLOCKEM_CACHE_KEY_SIZE] bytes, written.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (n = 0), LAYOUT. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_example_key(const struct blockem_cache *cache,
+                                         const int64_t *token_ids,
+                                         const int64_t *positions,
+                                         size_t n,
+                                         uint8_t *key);
+
+/**
+ * Which examples lack which latents of a plan.
+ * keys: [n, BLOCKEM_CACHE_KEY_SIZE] bytes.
+ * missing: [n, K] bytes, written: 1 where z of the latent is not stored for the example, else 0.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT, CACHE_STALE (the plan's layer or numerics are not the
+ * cache's), IO, FORMAT (damaged), FORKED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_missing(const struct blockem_cache *cache,
+                                     const struct blockem_plan *plan,
+                                     const uint8_t *keys,
+                                     size_t n,
+                                     uint8_t *missing);
+
+/**
+ * Stores z of examples, all of them or none; on the disk when the call returns. What is there stays
+ * as it is: each z is stored once, and latents that are new are added to examples that are there.
+ * A call costs a wait for the disk, so bring a batch at a time.
+ * keys: [n, BLOCKEM_CACHE_KEY_SIZE] bytes.
+ * latents: [n] tensors [T_i, K] F32 on the host, any strides: blockem_encode of the base model's
+ * hidden states; T_i is the number of the example's tokens.
+ * written: how many columns were new; or NULL.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (opened with READ), SHAPE, DTYPE, DEVICE_MISMATCH,
+ * NON_FINITE, CACHE_STALE, IO (also a full disk: what was stored before stays, and the handle is to
+ * be opened again), FORMAT (damaged), FORKED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_put(const struct blockem_cache *cache,
+                                 const struct blockem_plan *plan,
+                                 const uint8_t *keys,
+                                 const struct blockem_tensor *latents,
+                                 size_t n,
+                                 uint64_t *written);
+
+/**
+ * Reads z of examples: the bits that were stored.
+ * keys: [n, BLOCKEM_CACHE_KEY_SIZE] bytes.
+ * latents: [n] tensors [T_i, K] F32 on the host, any strides, written; T_i is the number of the
+ * example's tokens. Nothing is written unless all are there and sound.
+ * Errors: NULL_POINTER, SHAPE, DTYPE, DEVICE_MISMATCH, CACHE_MISS (the message names the first
+ * example that is not there, or its missing latents), CACHE_STALE (the plan's layer or numerics are
+ * not the cache's, or it has none of the plan's latents), IO, FORMAT (damaged), FORKED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_get(const struct blockem_cache *cache,
+                                 const struct blockem_plan *plan,
+                                 const uint8_t *keys,
+                                 const struct blockem_tensor *latents,
+                                 size_t n);
+
+/**
+ * Closes a cache; NULL is legal. Nothing is lost by it or without it: what was put is on the disk.
+ * No call may still be using it. In a child of fork the file stays open for the parent.
+ */
+BLOCKEM_API void blockem_cache_free(struct blockem_cache *cache);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus
@@ -1271,6 +1481,8 @@ blockem_status blockem_penalty(const struct blockem_plan *plan,
   { sizeof(blockem_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, 0, 0, 1.0, BLOCKEM_TENSOR_INIT, NULL, 0 }
+#define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL }
+#define BLOCKEM_CACHE_INFO_INIT { sizeof(blockem_cache_info), 0, 0, 0, 0, 0, { 0 }, { 0 } }
 #define BLOCKEM_RAW_PENALTY_ARGS_INIT \
   { sizeof(blockem_raw_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \

@@ -18,7 +18,7 @@
  *     plan.penalty(args);
  *
  * Shapes, dtypes and formulas are those of blockem.h. T tokens, d columns of hidden, K latents.
- * Ownership: Sae, Latents and Plan own their handle and are move-only; a Plan outlives the Sae and
+ * Ownership: Sae, Latents, Plan and Cache own their handle and are move-only; a Plan outlives the Sae and
  *   the Latents that it was made from. Tensors are views: the caller owns their memory.
  * Threads: handles are immutable, so const members may be called from any number of threads at
  *   once; calls that run at the same time need their own outputs and their own Workspace.
@@ -31,6 +31,7 @@
 
 #include "blockem.h"
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -574,6 +575,83 @@ inline void Latents::save(const std::string& path, const Plan& plan, const Sae& 
   options.sae = sae.get();
   check(blockem_latents_save(get(), path.c_str(), &options));
 }
+
+struct CacheOptions : blockem_cache_options {
+  CacheOptions() : blockem_cache_options BLOCKEM_CACHE_OPTIONS_INIT {}
+};
+
+/// z of the base model at blocked latents, per example, in one file: one process writes it, or
+/// several read it.
+class Cache : public detail::Handle<blockem_cache, blockem_cache_free> {
+ public:
+  using Handle::Handle;
+
+  /// What an example is known by.
+  using Key = std::array<std::uint8_t, BLOCKEM_CACHE_KEY_SIZE>;
+
+  static Cache open(const std::string& path, const CacheOptions& options = CacheOptions()) {
+    blockem_cache* cache = nullptr;
+    check(blockem_cache_open(path.c_str(), &options, &cache));
+    return Cache(cache);
+  }
+
+  blockem_cache_info info() const {
+    blockem_cache_info info = BLOCKEM_CACHE_INFO_INIT;
+    check(blockem_cache_info_get(get(), &info));
+    return info;
+  }
+
+  /// The key of an example; positions empty means 0, 1, 2, ...
+  Key example_key(const std::vector<std::int64_t>& token_ids,
+                  const std::vector<std::int64_t>& positions = std::vector<std::int64_t>()) const {
+    if (!positions.empty() && positions.size() != token_ids.size()) {
+      throw Error(BLOCKEM_STATUS_SHAPE, "token_ids and positions must have one length");
+    }
+    Key key;
+    check(blockem_cache_example_key(get(), token_ids.data(),
+                                    positions.empty() ? nullptr : positions.data(),
+                                    token_ids.size(), key.data()));
+    return key;
+  }
+
+  /// [n, K] row-major: 1 where z of a latent is not stored for an example.
+  std::vector<std::uint8_t> missing(const Plan& plan, const std::vector<Key>& keys) const {
+    const std::size_t count = static_cast<std::size_t>(plan.info().num_latents);
+    std::vector<std::uint8_t> missing(keys.size() * count);
+    check(blockem_cache_missing(get(), plan.get(), bytes(keys), keys.size(), missing.data()));
+    return missing;
+  }
+
+  /// Stores z [T_i, K] F32 of each example, all or none; returns how many columns were new.
+  std::uint64_t put(const Plan& plan, const std::vector<Key>& keys,
+                    const std::vector<Tensor>& latents) const {
+    std::uint64_t written = 0;
+    check(blockem_cache_put(get(), plan.get(), bytes(keys), one_each(keys, latents), keys.size(),
+                            &written));
+    return written;
+  }
+
+  /// Reads z of each example into latents [T_i, K] F32: the bits that were stored.
+  void read(const Plan& plan, const std::vector<Key>& keys,
+            const std::vector<Tensor>& latents) const {
+    check(blockem_cache_get(get(), plan.get(), bytes(keys), one_each(keys, latents), keys.size()));
+  }
+
+ private:
+  static_assert(sizeof(Key) == BLOCKEM_CACHE_KEY_SIZE, "keys follow each other without gaps");
+
+  static const std::uint8_t* bytes(const std::vector<Key>& keys) {
+    return keys.empty() ? nullptr : keys.front().data();
+  }
+
+  static const blockem_tensor* one_each(const std::vector<Key>& keys,
+                                        const std::vector<Tensor>& latents) {
+    if (keys.size() != latents.size()) {
+      throw Error(BLOCKEM_STATUS_SHAPE, "keys and latents must have one length");
+    }
+    return latents.data();
+  }
+};
 
 // ---------------------------------------------------------------------------------------------
 // Handle-free calls: every array is an argument

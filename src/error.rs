@@ -26,8 +26,11 @@ pub enum Status {
     RecipeIncomplete = 203,
     UnsafePickle = 204,
     NonFinite = 205,
-    // 206 CACHE_STALE and 207 MASK_EMPTY come with the reference cache and the text masks.
+    CacheStale = 206,
+    // 207 MASK_EMPTY comes with the text masks.
     ProvenanceMismatch = 208,
+    CacheMiss = 209,
+    CacheBusy = 210,
     CudaUnavailable = 300,
     CudaDriver = 301,
     NoKernelImage = 302,
@@ -40,7 +43,7 @@ pub enum Status {
 }
 
 impl Status {
-    pub const ALL: [Status; 29] = [
+    pub const ALL: [Status; 32] = [
         Status::Ok,
         Status::InvalidArgument,
         Status::NullPointer,
@@ -60,7 +63,10 @@ impl Status {
         Status::RecipeIncomplete,
         Status::UnsafePickle,
         Status::NonFinite,
+        Status::CacheStale,
         Status::ProvenanceMismatch,
+        Status::CacheMiss,
+        Status::CacheBusy,
         Status::CudaUnavailable,
         Status::CudaDriver,
         Status::NoKernelImage,
@@ -102,7 +108,10 @@ impl Status {
             Status::RecipeIncomplete => "RECIPE_INCOMPLETE",
             Status::UnsafePickle => "UNSAFE_PICKLE",
             Status::NonFinite => "NON_FINITE",
+            Status::CacheStale => "CACHE_STALE",
             Status::ProvenanceMismatch => "PROVENANCE_MISMATCH",
+            Status::CacheMiss => "CACHE_MISS",
+            Status::CacheBusy => "CACHE_BUSY",
             Status::CudaUnavailable => "CUDA_UNAVAILABLE",
             Status::CudaDriver => "CUDA_DRIVER",
             Status::NoKernelImage => "NO_KERNEL_IMAGE",

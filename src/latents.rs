@@ -8,10 +8,12 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result, Status, bail};
 use crate::plan::Plan;
-use crate::sae::Sae;
+use crate::sae::{Sae, read_small};
 
 /// The key under which [`Latents::save`] records where a set belongs.
 const PROVENANCE: &str = "blockem";
+/// The largest K0.json; parsed, it takes up to 90 times its bytes. Sixty thousand latents fit.
+const LIMIT: usize = 512 << 10;
 
 /// A set of blocked latents. The order of its ids is the order of every [T, K] array.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,7 +102,7 @@ impl Latents {
     /// K_pos then K_neg, in the file's order. A set that records another SAE's shape is refused.
     pub fn open(path: impl AsRef<Path>, sae: &Sae) -> Result<Latents> {
         let path = path.as_ref();
-        let text = std::fs::read(path).map_err(|e| Error::io(path, "read the latent set", &e))?;
+        let text = read_small(path, LIMIT)?;
         let set = Latents::from_json(&text)
             .and_then(|set| set.check_against(sae).map(|()| set))
             .map_err(|e| Error::new(e.status, format!("{}: {}", path.display(), e.message)))?;
@@ -109,6 +111,9 @@ impl Latents {
 
     /// Parses the text of a K0.json.
     pub fn from_json(text: &[u8]) -> Result<Latents> {
+        if text.len() > LIMIT {
+            bail!(Format, "{} bytes are no latent set: {LIMIT} at most", text.len());
+        }
         let value: Value = serde_json::from_slice(text)
             .map_err(|e| Error::new(Status::Format, format!("not JSON: {e}")))?;
         let Value::Object(mut file) = value else {

@@ -8,7 +8,9 @@
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 mod backend;
+pub mod cache;
 pub mod capi;
+mod dictionary;
 pub mod error;
 pub mod latents;
 mod output;
@@ -17,3 +19,4 @@ pub mod penalty_file;
 pub mod plan;
 pub mod sae;
 pub mod tensor;
+pub mod verify;

@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result, bail};
 use crate::tensor::DType;
@@ -16,6 +17,19 @@ pub fn write_whole(
 ) -> Result<()> {
     // By its kind: the error itself speaks of the temporary file.
     let fail = |e: &io::Error| Error::io(path, "write the output file", &e.kind().into());
+    let file = temporary_beside(path).map_err(|e| fail(&e))?;
+    let mut buffer = BufWriter::new(file.as_file());
+    write(&mut buffer)?;
+    buffer.flush().map_err(|e| fail(&e))?;
+    drop(buffer);
+    file.as_file().sync_data().map_err(|e| fail(&e))?;
+    file.persist(path).map_err(|e| fail(&e.error))?;
+    Ok(())
+}
+
+/// An empty file in the folder of `path`, with the permissions of a new file; removed unless it takes
+/// a name.
+pub fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -27,14 +41,7 @@ pub fn write_whole(
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    let file = builder.tempfile_in(folder).map_err(|e| fail(&e))?;
-    let mut buffer = BufWriter::new(file.as_file());
-    write(&mut buffer)?;
-    buffer.flush().map_err(|e| fail(&e))?;
-    drop(buffer);
-    file.as_file().sync_data().map_err(|e| fail(&e))?;
-    file.persist(path).map_err(|e| fail(&e.error))?;
-    Ok(())
+    builder.tempfile_in(folder)
 }
 
 /// A tensor of a file that is going to be written.

@@ -38,6 +38,13 @@ pub struct EncodeArgs<'a> {
     pub workspace: Scratch<'a>,
 }
 
+impl<'a> EncodeArgs<'a> {
+    /// Without a workspace.
+    pub fn new(hidden: Tensor<'a>, latents: TensorMut<'a>) -> EncodeArgs<'a> {
+        EncodeArgs { hidden, latents, workspace: Scratch::NONE }
+    }
+}
+
 /// Arguments of [`Plan::forward`], [`Plan::backward`] and [`Plan::penalty`].
 #[derive(Debug)]
 pub struct PenaltyArgs<'a> {

@@ -198,6 +198,17 @@ impl Plan {
         self.columns.identity(side(1).chain(side(-1)))
     }
 
+    /// Ids in the dictionary, in column order.
+    pub fn latent_ids(&self) -> &[u64] {
+        &self.columns.ids
+    }
+
+    /// sha256 of all that z of column k depends on but the numerics: its row, id, recipe,
+    /// activation, d, F. Plans that share the latent share the digest.
+    pub fn column_digest(&self, k: usize) -> [u8; 32] {
+        self.columns.digest(k)
+    }
+
     /// Names the arithmetic: equal names give equal z, bit for bit.
     pub fn numerics(&self) -> String {
         self.backend.numerics()
@@ -292,6 +303,8 @@ impl Contest<'_> {
             group: latents.ids().iter().map(column).collect(),
             group_ends: (1..=groups.len()).map(|g| g * size).collect(),
             by_magnitude: recipe.selection == Selection::Magnitude,
+            // Comes with the blocked latents' rows.
+            gain: None,
         };
         let starts = groups.into_iter().map(|group| group * size).collect();
         Ok(Contest { sae, gate, starts, hash: RefCell::default() })
@@ -364,7 +377,7 @@ impl Columns {
             recipe.extend((text.len() as u64).to_le_bytes());
             recipe.extend(text.as_bytes());
         }
-        for n in [r.d_in, r.d_sae, latents.len()] {
+        for n in [r.d_in, r.d_sae] {
             recipe.extend((n as u64).to_le_bytes());
         }
         Columns {
@@ -378,11 +391,21 @@ impl Columns {
     fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
         let mut hash = Sha256::new();
         hash.update(&self.recipe);
+        hash.update((self.ids.len() as u64).to_le_bytes());
         for k in order {
             hash.update(self.ids[k].to_le_bytes());
             hash.update(self.rows[k]);
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn digest(&self, k: usize) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(b"blockem column 1");
+        hash.update(&self.recipe);
+        hash.update(self.ids[k].to_le_bytes());
+        hash.update(self.rows[k]);
+        hash.finalize().into()
     }
 }
 
@@ -395,12 +418,14 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
         gate.map(|g| g.bias[k]),
         gate.map(|g| g.scale[k]),
     ];
+    let gain = rows.rank_gain.as_ref().map(at);
     let weights = &rows.weight[k * rows.d_in..][..rows.d_in];
     let mut bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
     for number in numbers {
         bytes.push(number.is_some() as u8);
         bytes.extend(number.unwrap_or(0.0).to_le_bytes());
     }
+    bytes.extend(gain.into_iter().flat_map(f32::to_le_bytes));
     Sha256::digest(&bytes).into()
 }
 
@@ -416,7 +441,9 @@ fn latent_rows(
     let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
     let gate = match (activation, recipe.architecture, topk) {
         (Activation::Preactivation, ..) => OwnedGate::Open,
-        (Activation::Native, _, Some(topk)) => OwnedGate::TopK(topk),
+        (Activation::Native, _, Some(topk)) => {
+            OwnedGate::TopK(TopK { gain: rows.rank_gain, ..topk })
+        }
         (Activation::Native, Architecture::JumpRelu, _) => {
             OwnedGate::Threshold(rows.threshold.unwrap_or(zeros))
         }

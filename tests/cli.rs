@@ -138,7 +138,7 @@ fn penalty_writes_what_the_library_computes() {
         let mut z = vec![0.0f32; TOKENS * k];
         let hidden = Tensor::from_slice(h, &[TOKENS, d]).unwrap();
         let latents = TensorMut::from_slice(&mut z, &[TOKENS, k]).unwrap();
-        plan.encode(&mut EncodeArgs { hidden, latents }).unwrap();
+        plan.encode(&mut EncodeArgs::new(hidden, latents)).unwrap();
         z
     };
     let (latents, reference) = (encode(&case.hidden), encode(&case.base));

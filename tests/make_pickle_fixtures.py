@@ -258,10 +258,11 @@ def pickled(value: bytes, name="w") -> bytes:
 DATA = np.arange(6, dtype=np.float32).tobytes()
 
 
-def record(name: bytes, data: bytes, stored: bytes | None = None) -> tuple[bytes, bytes]:
+def record(name: bytes, data: bytes, stored: bytes | None = None, claimed: int | None = None) -> tuple[bytes, bytes]:
     """A local header with its data, and the central record but for the offset."""
     method, body = (0, data) if stored is None else (8, stored)
-    common = struct.pack("<HHHHHIIIHH", 20, 0, method, 0, 0x21, zlib.crc32(data), len(body), len(data), len(name), 0)
+    size = len(data) if claimed is None else claimed
+    common = struct.pack("<HHHHHIIIHH", 20, 0, method, 0, 0x21, zlib.crc32(data), len(body), size, len(name), 0)
     return b"PK\3\4" + common + name + body, b"PK\1\2" + struct.pack("<H", 20) + common + struct.pack("<HHHI", 0, 0, 0, 0)
 
 
@@ -320,6 +321,12 @@ def hostile() -> None:
     for i in range(60):
         bomb += b"}q" + bytes([i + 1]) + b"(" + text("a") + b"h" + bytes([i]) + text("b") + b"h" + bytes([i]) + b"u0"
     case("memo_bomb_dicts.pt", b"\x80\x02" + bomb + b"}(" + text("w") + tensor() + text("x") + b"h\x3cu.", "60 dicts, each twice in the next", must="bounded")
+    inner = b"}q\x01(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(9_000)) + b"u0" + text("k" * 4_000) + b"q\x000"
+    for i in range(6):
+        inner += b"}q" + bytes([i + 2]) + b"h\x00h" + bytes([i + 1]) + b"s0"
+    case("memo_bomb_keys.pt", b"\x80\x02" + inner + b"}(" + text("w") + tensor() + text("x") + b"h\x07u.", "9,000 values below 6 dicts whose one key has 4,000 letters: 200 MB of joined keys")
+    inner = b"ctorch._utils\n_rebuild_tensor_v2\nq\x000(" + pid("0" * 4_000) + integer(0) + ints((2, 3)) + ints((3, 1)) + b"\x89Ntq\x010"
+    case("memo_bomb_tensors.pt", b"\x80\x02" + inner + b"h\x00h\x01R0" * 20_000 + b"}" + text("w") + b"h\x00h\x01Rs.", "20,000 tensors in 6 bytes each, of a storage whose key has 4,000 letters")
     case("self_list.pt", b"\x80\x02}(" + text("w") + tensor() + text("x") + b"]q\x00h\x00au.", "a list that holds itself", must="bounded")
     case("self_dict.pt", b"\x80\x02}q\x00(" + text("w") + tensor() + text("x") + b"h\x00u.", "the dict holds itself", must="bounded")
     case("deep_tuples.pt", b"\x80\x02}(" + text("w") + tensor() + text("x") + b")" + b"\x85" * 100_000 + b"u.", "100,000 nested tuples: no stack may grow with them", must="bounded")
@@ -385,7 +392,8 @@ def hostile() -> None:
         case(name, data, why, ask=True)
     case("protocol_9.pt", b"\x80\x09" + good[2:], "protocol 9: none is known yet", must="bounded", ask=True)
     case("after_stop.pt", good + b"cos\nsystem\n", "bytes after STOP: never read", must="bounded", ask=True)
-    case("duplicate_key.pt", b"\x80\x02}(" + text("w") + tensor() + text("w") + tensor(offset=3, size=(3,), stride=(1,)) + b"u.", "the key w twice", must="bounded")
+    case("duplicate_key.pt", b"\x80\x02}(" + text("w") + tensor() + text("w") + tensor(offset=3, size=(3,), stride=(1,)) + b"u.", "the key w twice: readers differ in which of them they take")
+    case("joined_key_twice.pt", b"\x80\x02}(" + text("a.b") + tensor() + text("a") + b"}" + text("b") + tensor(offset=3, size=(3,), stride=(1,)) + b"su.", "a.b, and b in a: the same key when joined")
 
     # The zip.
     case("deflated_pickle.pt", good, "data.pkl is deflated (torch stores)", deflate=("data.pkl",), ask=True)
@@ -431,6 +439,25 @@ def hostile() -> None:
     changed("encrypted.pt", first + 8, b"\x01\0", "data.pkl is marked as encrypted", "bounded")
 
 
+def hostile_arrays() -> None:
+    """Archives of deflated arrays, a few bytes that claim many."""
+
+    def case(name: str, shape: str, elements: int, why: str, body=bytes(64)) -> None:
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}\n".encode()
+        data = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+        squeezed = zlib.compressobj(9, zlib.DEFLATED, -15)
+        stream = squeezed.compress(data + body) + squeezed.flush()
+        local, central = record(b"threshold.npy", data + body, stream, len(data) + 4 * elements)
+        central += struct.pack("<I", 0) + b"threshold.npy"
+        end = struct.pack("<HHHHIIH", 0, 0, 1, 1, len(central), len(local), 0)
+        (HERE / name).write_bytes(local + central + b"PK\5\6" + end)
+        refused(name, why, ask=False)
+
+    case("deflated_wide.npz", f"{2**21},", 2**21, "2^21 thresholds in 8 KiB: each takes 12 bytes when they are described", bytes(2**23))
+    case("deflated_bomb.npz", f"{2**14}, {2**14}", 2**28, "1 GiB claimed, 64 bytes there")
+    case("deflated_dimensions.npz", "0," * 1_500, 0, "1,500 dimensions: 12 KiB of sizes in 100 bytes", b"")
+
+
 def main() -> None:
     shutil.rmtree(HERE, ignore_errors=True)
     HERE.mkdir(parents=True)
@@ -440,6 +467,7 @@ def main() -> None:
         benign()
         unwelcome()
     hostile()
+    hostile_arrays()
     (HERE / "note.json").write_text(json.dumps(NOTES, indent=1, ensure_ascii=False) + "\n")
     for name, entry in sorted(NOTES.items()):
         print(f"{name:28} {entry['must']:8} torch {entry['torch']:30} {entry.get('why', entry.get('about'))}")

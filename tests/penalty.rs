@@ -5,22 +5,50 @@ mod support;
 
 use blockem::error::Status;
 use blockem::latents::Latents;
-use blockem::penalty::{EncodeArgs, PenaltyArgs, WORKSPACE_ALIGN};
+use blockem::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN};
 use blockem::plan::{Activation, BackendKind, Plan, PlanOptions};
-use blockem::sae::Architecture;
+use blockem::sae::{Architecture, Sae, SaeOptions, Selection, TokenNorm};
 use blockem::tensor::{DType, Element, Tensor, TensorMut};
 use half::{bf16, f16};
 use support::{RandomSae, Rng};
 
-const GATES: [(Architecture, Activation); 7] = [
-    (Architecture::Standard, Activation::Native),
-    (Architecture::JumpRelu, Activation::Native),
-    (Architecture::Gated, Activation::Native),
-    (Architecture::JumpRelu, Activation::DenseRelu),
-    (Architecture::Gated, Activation::DenseRelu),
-    (Architecture::TopK, Activation::DenseRelu),
-    (Architecture::Gated, Activation::Preactivation),
-];
+/// How a latent comes about.
+#[derive(Clone, Copy, Debug)]
+struct Rule(Architecture, Selection, TokenNorm, Activation);
+
+/// Every architecture and activation; the selections and norms of TopK and other SAEs.
+fn rules() -> Vec<Rule> {
+    use Activation::{DenseRelu, Native, Preactivation};
+    use Architecture::{Gated, JumpRelu, Standard, TopK};
+    use Selection::{Groups, Largest, Magnitude};
+    use TokenNorm::{Constant, Layer, None};
+    vec![
+        Rule(Standard, Largest, None, Native),
+        Rule(JumpRelu, Largest, None, Native),
+        Rule(Gated, Largest, None, Native),
+        Rule(JumpRelu, Largest, None, DenseRelu),
+        Rule(Gated, Largest, None, DenseRelu),
+        Rule(TopK, Largest, None, DenseRelu),
+        Rule(Gated, Largest, None, Preactivation),
+        Rule(TopK, Largest, None, Native),
+        Rule(TopK, Magnitude, None, Native),
+        Rule(TopK, Groups, None, Native),
+        Rule(TopK, Largest, Layer, Native),
+        Rule(TopK, Groups, Constant, Native),
+        Rule(Standard, Largest, Layer, Native),
+        Rule(JumpRelu, Largest, Constant, Native),
+        Rule(Gated, Largest, Layer, Native),
+    ]
+}
+
+impl Rule {
+    /// An SAE whose first K latents are blocked; TopK ones have as many more.
+    fn sae(self, rng: &mut Rng, d: usize, k: usize) -> RandomSae {
+        let Rule(architecture, selection, token_norm, _) = self;
+        let f = if architecture == Architecture::TopK { 2 * k } else { k };
+        RandomSae { selection, token_norm, ..RandomSae::new(rng, architecture, d, f) }
+    }
+}
 
 fn latents(rng: &mut Rng, k: usize) -> Latents {
     let ids: Vec<i64> = (0..k as i64).collect();
@@ -52,9 +80,11 @@ fn aligned(space: &mut [u8]) -> &mut [u8] {
 fn encode<T: Element, Z: Element + Default>(plan: &Plan, hidden: &[T]) -> Vec<Z> {
     let tokens = hidden.len() / plan.d_in();
     let mut z = vec![Z::default(); tokens * plan.num_latents()];
+    let mut space = workspace(plan, tokens);
     plan.encode(&mut EncodeArgs {
         hidden: Tensor::from_slice(hidden, &[tokens, plan.d_in()]).unwrap(),
         latents: TensorMut::from_slice(&mut z, &[tokens, plan.num_latents()]).unwrap(),
+        workspace: aligned(&mut space).into(),
     })
     .unwrap();
     z
@@ -113,9 +143,13 @@ fn rounding<T: Element>(plan: &Plan) -> f64 {
 /// CPU against reference for one hidden dtype. A latent at its gate's edge may fall on either side
 /// in f32, so those inputs are drawn away from the edge.
 fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
-    for (architecture, activation) in GATES {
+    for rule @ Rule(_, _, norm, activation) in rules() {
         for (tokens, k, d) in [(0, 3, 5), (1, 1, 1), (31, 7, 63), (33, 64, 17), (65, 129, 200)] {
-            let sae = RandomSae::new(rng, architecture, d, k);
+            if norm != TokenNorm::None && d == 1 {
+                // One input has no deviation.
+                continue;
+            }
+            let sae = rule.sae(rng, d, k);
             let set = latents(rng, k);
             let oracle = plan(&sae, &set, BackendKind::Reference, activation, 1);
             let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 2);
@@ -123,10 +157,11 @@ fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
             let hidden: Vec<T> = rng.normals(tokens * d).into_iter().map(from).collect();
             let exact: Vec<f64> = encode(&oracle, &hidden);
             let found: Vec<f32> = encode(&cpu, &hidden);
-            let size = hidden
-                .chunks(d)
-                .map(|h| h.iter().map(|x| (to(*x) as f64).powi(2)).sum::<f64>().sqrt());
-            let size: Vec<f64> = size.collect();
+            let size = |h: &[T]| match norm {
+                TokenNorm::None => h.iter().map(|x| (to(*x) as f64).powi(2)).sum::<f64>().sqrt(),
+                TokenNorm::Constant | TokenNorm::Layer => (d as f64).sqrt(),
+            };
+            let size: Vec<f64> = hidden.chunks(d).map(size).collect();
             let mut reference = rng.normals(tokens * k);
             for (t, size) in size.iter().enumerate() {
                 for c in 0..k {
@@ -170,8 +205,8 @@ fn cpu_agrees_with_the_reference() {
 fn the_gradient_is_that_of_the_loss() {
     let mut rng = Rng::fresh();
     let (tokens, k, d) = (5, 6, 9);
-    for (architecture, activation) in GATES {
-        let sae = RandomSae::new(&mut rng, architecture, d, k);
+    for rule @ Rule(.., activation) in rules() {
+        let sae = rule.sae(&mut rng, d, k);
         let set = latents(&mut rng, k);
         let oracle = plan(&sae, &set, BackendKind::Reference, activation, 1);
         let hidden: Vec<f64> = rng.normals(tokens * d).iter().map(|x| *x as f64).collect();
@@ -195,16 +230,18 @@ fn the_gradient_is_that_of_the_loss() {
             compared += 1;
             assert_close("dH", exact[i], 0.75 * (right - left) / (2.0 * step), 1e-6);
         }
-        assert!(compared > hidden.len() / 2, "{compared} of {} compared", hidden.len());
+        let len = hidden.len();
+        assert!(compared > len / 2, "{compared} of {len} compared: {rule:?}");
+        assert!(exact.iter().any(|g| *g != 0.0), "no gradient: {rule:?}");
     }
 }
 
 #[test]
 fn hidden_equal_to_base_costs_exactly_nothing() {
     let mut rng = Rng::fresh();
-    for (architecture, activation) in GATES {
+    for rule @ Rule(.., activation) in rules() {
         let (tokens, k, d) = (77, 19, 130);
-        let sae = RandomSae::new(&mut rng, architecture, d, k);
+        let sae = rule.sae(&mut rng, d, k);
         let set = latents(&mut rng, k);
         let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 2);
         let hidden: Vec<bf16> = rng.normals(tokens * d).into_iter().map(bf16::from_f32).collect();
@@ -219,18 +256,19 @@ fn hidden_equal_to_base_costs_exactly_nothing() {
 fn split_and_fused_give_the_same_bits() {
     let mut rng = Rng::fresh();
     let (tokens, k, d) = (150, 21, 300);
-    let sae = RandomSae::new(&mut rng, Architecture::JumpRelu, d, k);
-    let set = latents(&mut rng, k);
-    for num_threads in [1, 2] {
-        let cpu = plan(&sae, &set, BackendKind::Cpu, Activation::Native, num_threads);
+    for rule @ Rule(.., activation) in rules() {
+        let sae = rule.sae(&mut rng, d, k);
+        let set = latents(&mut rng, k);
+        let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 1 + rng.below(2));
         let hidden = rng.normals(tokens * d);
         let reference = rng.normals(tokens * k);
         let fused = penalty(&cpu, &hidden, &reference, None, f32::NAN);
         let (mut coef, mut grad) = (vec![f32::NAN; tokens * k], vec![f32::NAN; tokens * d]);
         let mut loss_sum = [f64::NAN];
         let mut space = workspace(&cpu, tokens);
+        let hidden = || Some(Tensor::from_slice(&hidden, &[tokens, d]).unwrap());
         cpu.forward(&mut PenaltyArgs {
-            hidden: Some(Tensor::from_slice(&hidden, &[tokens, d]).unwrap()),
+            hidden: hidden(),
             reference: Some(Tensor::from_slice(&reference, &[tokens, k]).unwrap()),
             coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
             loss_sum: Some(TensorMut::from_slice(&mut loss_sum, &[1]).unwrap()),
@@ -240,16 +278,27 @@ fn split_and_fused_give_the_same_bits() {
         .unwrap();
         // 0.75 in two factors, one of them read when the work runs.
         let factor = [3.0f32];
-        cpu.backward(&mut PenaltyArgs {
-            coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
-            grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, d]).unwrap()),
-            scale: 0.25,
-            scale_tensor: Some(Tensor::from_slice(&factor, &[1]).unwrap()),
-            ..PenaltyArgs::default()
-        })
-        .unwrap();
-        assert_eq!(loss_sum[0].to_bits(), fused.loss_sum.to_bits());
-        assert!(grad.iter().zip(&fused.grad).all(|(a, b)| a.to_bits() == b.to_bits()));
+        let mut backward = |with_hidden: bool| {
+            cpu.backward(&mut PenaltyArgs {
+                hidden: if with_hidden { hidden() } else { None },
+                coef: Some(TensorMut::from_slice(&mut coef, &[tokens, k]).unwrap()),
+                grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, d]).unwrap()),
+                scale: 0.25,
+                scale_tensor: Some(Tensor::from_slice(&factor, &[1]).unwrap()),
+                workspace: if with_hidden { aligned(&mut space).into() } else { Scratch::NONE },
+                ..PenaltyArgs::default()
+            })
+        };
+        match cpu.backward_needs_hidden() {
+            true => {
+                assert_eq!(backward(false).unwrap_err().status, Status::NullPointer);
+                backward(true).unwrap();
+            }
+            false => backward(false).unwrap(),
+        }
+        assert_eq!(loss_sum[0].to_bits(), fused.loss_sum.to_bits(), "{rule:?}");
+        let same = grad.iter().zip(&fused.grad).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "dH: {rule:?}");
     }
 }
 
@@ -283,13 +332,40 @@ fn nan_reaches_the_loss_unless_masked() {
 }
 
 #[test]
-fn native_topk_is_refused_with_the_remedy() {
+fn a_topk_plan_needs_a_workspace_to_encode() {
     let mut rng = Rng::fresh();
-    let sae = RandomSae::new(&mut rng, Architecture::TopK, 8, 16).open();
+    let sae = RandomSae::new(&mut rng, Architecture::TopK, 8, 16);
+    let plan = plan(&sae, &latents(&mut rng, 3), BackendKind::Cpu, Activation::Native, 1);
+    let (hidden, mut z) = (rng.normals(8), [f32::NAN; 3]);
+    let error = plan
+        .encode(&mut EncodeArgs {
+            hidden: Tensor::from_slice(&hidden, &[1, 8]).unwrap(),
+            latents: TensorMut::from_slice(&mut z, &[1, 3]).unwrap(),
+            workspace: Scratch::NONE,
+        })
+        .unwrap_err();
+    assert_eq!(error.status, Status::WorkspaceTooSmall, "{error}");
+    assert!(z.iter().all(|z| z.is_nan()), "nothing is written");
+}
+
+/// Without the whole dictionary, or where other tokens decide, there is no native activation.
+#[test]
+fn native_topk_is_refused_where_it_cannot_be_exact() {
+    let mut rng = Rng::fresh();
+    let mut sae = RandomSae::new(&mut rng, Architecture::TopK, 8, 16);
     let set = latents(&mut rng, 3);
-    let error = Plan::new(&sae, &set, &PlanOptions::default()).err().unwrap();
-    assert_eq!(error.status, Status::Unsupported);
-    assert!(error.message.contains("dense_relu"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let part = folder.path().join("part.safetensors");
+    sae.open().convert(Some(&[0, 1, 2]), &part, &mut |_, _| {}).unwrap();
+    let part = Sae::open(&part, &SaeOptions::default()).unwrap();
+    sae.selection = Selection::Batch;
+    for (sae, word) in [(part, "partial"), (sae.open(), "batch")] {
+        let error = Plan::new(&sae, &set, &PlanOptions::default()).err().unwrap();
+        assert_eq!(error.status, Status::Unsupported, "{error}");
+        assert!(error.message.contains("dense_relu") && error.message.contains(word), "{error}");
+        let options = PlanOptions { activation: Activation::DenseRelu, ..PlanOptions::default() };
+        assert!(Plan::new(&sae, &set, &options).is_ok(), "{word}");
+    }
 }
 
 #[test]
@@ -307,4 +383,12 @@ fn identity_follows_what_z_depends_on() {
     assert_ne!(first, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "another rule");
     sae.threshold[4] += 0.25;
     assert_ne!(first, of(&sae, &[1, 4], &[1, 1], Activation::Native), "another threshold");
+    let mut sae = RandomSae::new(&mut rng, Architecture::TopK, 12, 10);
+    let first = of(&sae, &[1, 4], &[1, 1], Activation::Native);
+    let dense = of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu);
+    sae.encoder[7 * 12] += 0.25;
+    assert_ne!(first, of(&sae, &[1, 4], &[1, 1], Activation::Native), "another rival");
+    assert_eq!(dense, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "no rivals");
+    sae.token_norm = TokenNorm::Layer;
+    assert_ne!(dense, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "another norm");
 }

@@ -381,13 +381,11 @@ mod wrong {
         let set = |key: &'static str, value: Value| {
             move |cfg: &mut Map<String, Value>| drop(cfg.insert(key.to_string(), value.clone()))
         };
-        let cases: [(Status, &str, Value); 14] = [
+        let cases: [(Status, &str, Value); 12] = [
             (Status::Unsupported, "architecture", json!("skip_transcoder")),
             (Status::Unsupported, "architecture", json!("batchtopk")),
             (Status::Format, "architecture", json!(7)),
             (Status::Format, "architecture", json!("jumprelu")),
-            (Status::Unsupported, "normalize_activations", json!("layer_norm")),
-            (Status::Unsupported, "normalize_activations", json!("constant_norm_rescale")),
             (Status::Unsupported, "normalize_activations", json!("covariance_whitening")),
             (Status::Format, "normalize_activations", json!(3)),
             (Status::Format, "apply_b_dec_to_input", json!("yes")),

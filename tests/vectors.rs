@@ -39,11 +39,9 @@ fn check<H: Real, Z: Real>(vector: &Vector, plan: &Plan, kind: &str) {
     let encode = |name: &str| {
         let hidden = vector.read::<H>(name);
         let mut z = vec![Z::default(); tokens * k];
-        plan.encode(&mut EncodeArgs {
-            hidden: Tensor::from_slice(&hidden, &[tokens, d]).unwrap(),
-            latents: TensorMut::from_slice(&mut z, &[tokens, k]).unwrap(),
-        })
-        .unwrap();
+        let hidden = Tensor::from_slice(&hidden, &[tokens, d]).unwrap();
+        let latents = TensorMut::from_slice(&mut z, &[tokens, k]).unwrap();
+        plan.encode(&mut EncodeArgs::new(hidden, latents)).unwrap();
         z
     };
     vector.compare("latents", &encode("hidden"), limit("latents"), 0.0);

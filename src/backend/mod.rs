@@ -76,8 +76,8 @@ pub(crate) enum Gate<'a> {
 }
 
 /// A latent is on if it is among the k largest of its group, which has rivals beyond the blocked
-/// ones: z = rank(pre) <= th ? 0 : pre, where th is just below the k-th largest rank of the token's
-/// group. So all of those that share the k-th place are on.
+/// ones: z = rank <= th ? 0 : pre, where th is just below the k-th largest rank of the token's group.
+/// So all of those that share the k-th place are on.
 #[derive(Clone, Debug)]
 pub(crate) struct TopK {
     pub k: usize,
@@ -85,8 +85,10 @@ pub(crate) struct TopK {
     pub group: Vec<u32>,
     /// Rivals of group g: group_ends[g - 1]..group_ends[g].
     pub group_ends: Vec<usize>,
-    /// rank(pre) = |pre|; else rank(pre) = pre, and th is at least 0.
+    /// rank = |pre|; else rank = pre, and th is at least 0.
     pub by_magnitude: bool,
+    /// [K] or absent: ranks are those of gain · pre. Rivals bring their own.
+    pub gain: Option<Vec<f32>>,
 }
 
 impl TopK {
@@ -99,13 +101,18 @@ impl TopK {
         self.group_ends.last().copied().unwrap_or(0)
     }
 
-    /// What places a latent in its group; NaN comes first.
+    /// What places a latent in its group, from gain · pre; NaN comes first.
     pub fn rank(&self, pre: f64) -> f64 {
         match self.by_magnitude {
             _ if pre.is_nan() => f64::INFINITY,
             true => pre.abs(),
             false => pre,
         }
+    }
+
+    /// Of blocked latent k.
+    pub fn gain(&self, k: usize) -> f32 {
+        self.gain.as_ref().map_or(1.0, |gain| gain[k])
     }
 
     pub fn rivals_of(&self, group: usize) -> Range<usize> {

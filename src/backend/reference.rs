@@ -138,7 +138,8 @@ impl Formulas<'_> {
     fn kth(&self, gate: &TopK, group: usize, token: &Token) -> f64 {
         let rank = |rival: usize| {
             let row = &self.rivals.weight[rival * self.rivals.d_in..][..self.rivals.d_in];
-            gate.rank(token.dot(row) + self.rivals.bias[rival] as f64)
+            let gain = self.rivals.rank_gain.as_ref().map_or(1.0, |gain| gain[rival]);
+            gate.rank(gain as f64 * (token.dot(row) + self.rivals.bias[rival] as f64))
         };
         let mut ranks: Vec<f64> = gate.rivals_of(group).map(rank).collect();
         ranks.sort_by(|a, b| b.total_cmp(a));
@@ -156,7 +157,8 @@ impl Formulas<'_> {
             Gate::Threshold(th) => pre <= th[k] as f64,
             Gate::Gated(bias) => dot + bias[k] as f64 <= 0.0 || pre <= 0.0,
             Gate::TopK(gate) => {
-                let lost = gate.rank(pre) < token.kth[gate.group[k] as usize];
+                let rank = gate.rank(gate.gain(k) as f64 * pre);
+                let lost = rank < token.kth[gate.group[k] as usize];
                 lost || (!gate.by_magnitude && pre <= 0.0)
             }
         };

@@ -208,7 +208,7 @@ pub unsafe extern "C" fn blockem_latents_free(latents: *mut blockem_latents) {
 
 /// # Safety
 /// A non-null `data` must have `n` elements.
-unsafe fn array<'a, T>(name: &str, data: *const T, n: usize) -> Result<&'a [T]> {
+pub(super) unsafe fn array<'a, T>(name: &str, data: *const T, n: usize) -> Result<&'a [T]> {
     if n == 0 {
         return Ok(&[]);
     }

@@ -10,6 +10,7 @@
 // The header's comments say what a caller promises; C has no `# Safety`.
 #![allow(clippy::missing_safety_doc)]
 
+pub mod cache;
 pub mod device;
 pub mod latents;
 pub mod plan;

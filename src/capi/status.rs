@@ -42,10 +42,16 @@ pub const BLOCKEM_STATUS_TENSOR_MISSING: i32 = 202;
 pub const BLOCKEM_STATUS_RECIPE_INCOMPLETE: i32 = 203;
 /// A pickle, which could execute code when it is read.
 pub const BLOCKEM_STATUS_UNSAFE_PICKLE: i32 = 204;
-/// NaN or infinity in weights.
+/// NaN or infinity in weights, or in a reference that is to be stored.
 pub const BLOCKEM_STATUS_NON_FINITE: i32 = 205;
+/// A reference cache was made for another base model, layer, dtype, numerics or SAE.
+pub const BLOCKEM_STATUS_CACHE_STALE: i32 = 206;
 /// A latent set records another SAE or activation than it is used with.
 pub const BLOCKEM_STATUS_PROVENANCE_MISMATCH: i32 = 208;
+/// A reference cache lacks an example, or latents of it; the message names it.
+pub const BLOCKEM_STATUS_CACHE_MISS: i32 = 209;
+/// A reference cache is in use: one process may write it, or several read it.
+pub const BLOCKEM_STATUS_CACHE_BUSY: i32 = 210;
 /// No CUDA driver, or no device that it can use.
 pub const BLOCKEM_STATUS_CUDA_UNAVAILABLE: i32 = 300;
 /// A call of the CUDA driver failed; the message has the driver's own name and text for it. The
@@ -59,7 +65,8 @@ pub const BLOCKEM_STATUS_DRIVER_TOO_OLD: i32 = 303;
 pub const BLOCKEM_STATUS_OUT_OF_MEMORY: i32 = 304;
 /// The call allocates or loads, or its stream waits for others, while a stream is being captured.
 pub const BLOCKEM_STATUS_CAPTURE_UNSAFE: i32 = 305;
-/// The process was forked after CUDA was initialised; a child cannot use the parent's CUDA.
+/// The process was forked after CUDA was initialised or the cache opened; a child cannot use the
+/// parent's.
 pub const BLOCKEM_STATUS_FORKED: i32 = 306;
 /// A defect of this library was caught at the boundary.
 pub const BLOCKEM_STATUS_PANIC: i32 = 900;
@@ -101,7 +108,8 @@ pub extern "C" fn blockem_status_name(status: blockem_status) -> *const c_char {
         LatentDuplicate c"LATENT_DUPLICATE", Overlap c"OVERLAP", Io c"IO", Format c"FORMAT",
         TensorMissing c"TENSOR_MISSING", RecipeIncomplete c"RECIPE_INCOMPLETE",
         UnsafePickle c"UNSAFE_PICKLE", NonFinite c"NON_FINITE",
-        ProvenanceMismatch c"PROVENANCE_MISMATCH", CudaUnavailable c"CUDA_UNAVAILABLE",
+        CacheStale c"CACHE_STALE", ProvenanceMismatch c"PROVENANCE_MISMATCH",
+        CacheMiss c"CACHE_MISS", CacheBusy c"CACHE_BUSY", CudaUnavailable c"CUDA_UNAVAILABLE",
         CudaDriver c"CUDA_DRIVER", NoKernelImage c"NO_KERNEL_IMAGE",
         DriverTooOld c"DRIVER_TOO_OLD", OutOfMemory c"OUT_OF_MEMORY",
         CaptureUnsafe c"CAPTURE_UNSAFE", Forked c"FORKED",

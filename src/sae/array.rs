@@ -10,6 +10,9 @@ use super::columns::Columns;
 use super::container::MemberReader;
 use super::file::DataFile;
 
+/// Bytes of a vector that are in memory at a time; whole elements of every type.
+const BLOCK: usize = 64 << 10;
+
 /// A row-major array of a known element type.
 pub(crate) struct Array {
     name: String,
@@ -125,14 +128,54 @@ impl Array {
 
     /// Every element of a vector, exactly.
     pub fn vector(&self) -> Result<Vec<f64>> {
-        Ok(self.bytes()?.chunks_exact(self.dtype.size()).map(|c| number(self.dtype, c)).collect())
+        let count = self.shape.iter().product();
+        let mut all = Vec::new();
+        if all.try_reserve_exact(count).is_err() {
+            bail!(Io, "{}: its {count} numbers do not fit into memory", self.label());
+        }
+        self.visit(|_, value| {
+            all.push(value);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// Hands on every element of a vector with its place, from the first on.
+    pub fn visit(&self, mut each: impl FnMut(usize, f64) -> Result<()>) -> Result<()> {
+        self.expect_row_major()?;
+        let size = self.dtype.size();
+        let total = self.shape.iter().product::<usize>() * size;
+        let mut stream = match &self.place {
+            Place::Deflated { .. } => Some(self.stream(0)?),
+            _ => None,
+        };
+        let mut buffer = vec![0; BLOCK.min(total)];
+        for start in (0..total).step_by(BLOCK) {
+            let part = &mut buffer[..BLOCK.min(total - start)];
+            match &mut stream {
+                Some(stream) => stream.fill(part)?,
+                None => self.read_bytes(start, part)?,
+            }
+            for (i, element) in part.chunks_exact(size).enumerate() {
+                each(start / size + i, number(self.dtype, element))?;
+            }
+        }
+        Ok(())
     }
 
     /// Chosen elements of a vector; they must be finite.
     pub fn pick(&self, at: &[usize]) -> Result<Vec<f64>> {
-        let (bytes, size) = (self.bytes()?, self.dtype.size());
-        let value = |i: usize| number(self.dtype, &bytes[i * size..][..size]);
-        at.iter().map(|i| self.finite(value(*i), || format!("[{i}]"))).collect()
+        let mut order: Vec<(usize, usize)> = at.iter().copied().zip(0..).collect();
+        order.sort_unstable();
+        let mut wanted = order.into_iter().peekable();
+        let mut picked = vec![f64::NAN; at.len()];
+        self.visit(|i, value| {
+            while let Some((_, slot)) = wanted.next_if(|(place, _)| *place == i) {
+                picked[slot] = value;
+            }
+            Ok(())
+        })?;
+        at.iter().zip(picked).map(|(i, v)| self.finite(v, || format!("[{i}]"))).collect()
     }
 
     /// Chosen elements of a vector, in its own element type.
@@ -176,16 +219,23 @@ impl Array {
 
     /// Fills `to` with the array's bytes from `start` on; not of a matrix that lies transposed.
     pub fn read_bytes(&self, start: usize, to: &mut [u8]) -> Result<()> {
-        if self.turned {
-            let text = "is stored column by column; save it row-major".to_string();
-            return Err(self.fault(Status::Layout, text));
-        }
+        self.expect_row_major()?;
         match &self.place {
             Place::File { file, offset } => file.read_at(to, offset + start as u64),
             Place::Deflated { .. } => self.stream(start as u64)?.fill(to),
             Place::Memory(bytes) => {
                 to.copy_from_slice(&bytes[start..][..to.len()]);
                 Ok(())
+            }
+        }
+    }
+
+    fn expect_row_major(&self) -> Result<()> {
+        match self.turned {
+            false => Ok(()),
+            true => {
+                let text = "is stored column by column; save it row-major".to_string();
+                Err(self.fault(Status::Layout, text))
             }
         }
     }

@@ -5,6 +5,10 @@
 //! does not, and the key `layout` must: `latent_major` ([d_sae, d_in]) or `input_major`
 //! ([d_in, d_sae]). Decoders lie as [d_sae, d_in] then.
 
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+
 use crate::error::{Result, Status, bail};
 
 use super::Opened;
@@ -22,7 +26,20 @@ pub(super) fn open(source: Source<'_>) -> Result<Opened> {
     let layout = layout(&container, &config, rules.latent_vector())?;
     let checkpoint = rules.find_arrays(&container, &config, layout)?;
     let recipe = rules.recipe("safetensors", &config, &checkpoint)?;
-    Ok(Opened { recipe, checkpoint, config: config.into_file() })
+    let converted = container.metadata().and_then(provenance);
+    Ok(Opened { recipe, checkpoint, config: config.into_file(), converted })
+}
+
+/// What `blockem convert` wrote about the file that it read.
+fn provenance(metadata: &HashMap<String, String>) -> Option<Value> {
+    let by = metadata.get("converted_by")?;
+    let said = |key: &str| metadata.get(key);
+    Some(json!({
+        "by": by,
+        "source": said("source"),
+        "source_format": said("source_format"),
+        "source_bytes": said("source_bytes").and_then(|bytes| bytes.parse::<u64>().ok()),
+    }))
 }
 
 /// Which axis of W_enc is as long as the bias.

@@ -18,7 +18,7 @@ use crate::error::{Result, Status, bail};
 
 use super::array::{Array, Matrix};
 use super::file::DataFile;
-use super::{EncoderRows, GateRows, Recipe, TokenNorm};
+use super::{Architecture, EncoderRows, GateRows, Recipe, TokenNorm};
 
 /// The arrays that a format found; the recipe says how they combine.
 pub(super) struct Checkpoint {
@@ -119,6 +119,7 @@ impl Checkpoint {
             bias: Vec::with_capacity(ids.len()),
             threshold: self.picked_thresholds(recipe, ids, &rows)?,
             gate: gate.is_some().then(GateRows::default),
+            rank_gain: self.rank_gains(recipe, ids, &rows)?,
         };
         let mut row = Vec::with_capacity(d);
         for (k, bytes) in raw.chunks_exact(d * self.w_enc.array().dtype().size()).enumerate() {
@@ -146,13 +147,58 @@ impl Checkpoint {
         Ok(out)
     }
 
+    /// D_k / (s_out · f_k): what z of latent k is decoded with.
+    pub fn decoder_rows(&self, recipe: &Recipe, ids: &[u64]) -> Result<Option<Vec<f32>>> {
+        let Some(w_dec) = &self.w_dec else { return Ok(None) };
+        let rows = self.rows_of(ids)?;
+        let factors = self.factors(recipe, ids, &rows)?;
+        let raw = w_dec.gather(&rows)?;
+        let mut row = Vec::with_capacity(w_dec.inputs());
+        let mut out = Vec::with_capacity(ids.len() * w_dec.inputs());
+        let size = w_dec.inputs() * w_dec.array().dtype().size();
+        for ((id, factor), bytes) in ids.iter().zip(factors).zip(raw.chunks_exact(size)) {
+            w_dec.decode_row(*id, bytes, &mut row)?;
+            // A latent without a decoder row decodes to nothing.
+            let divisor = if factor == 0.0 { 1.0 } else { recipe.output_scale * factor };
+            out.extend(row.iter().map(|w| (w / divisor) as f32));
+        }
+        Ok(Some(out))
+    }
+
+    /// b_dec / s_out, or zeros; none without a decoder.
+    pub fn decoder_bias(&self, recipe: &Recipe) -> Result<Option<Vec<f64>>> {
+        if self.w_dec.is_none() {
+            return Ok(None);
+        }
+        let Some(b_dec) = &self.b_dec else { return Ok(Some(vec![0.0; recipe.d_in])) };
+        let bias = b_dec.pick(&(0..recipe.d_in).collect::<Vec<_>>())?;
+        Ok(Some(bias.into_iter().map(|b| b / recipe.output_scale).collect()))
+    }
+
+    /// Of all stored latents; none without a decoder.
+    pub fn all_decoder_norms(&self) -> Result<Option<Vec<f32>>> {
+        const AT_ONCE: usize = 2048;
+        if self.w_dec.is_none() {
+            return Ok(None);
+        }
+        let latents: Vec<usize> = (0..self.w_enc.latents()).collect();
+        let mut norms = Vec::with_capacity(latents.len());
+        for rows in latents.chunks(AT_ONCE) {
+            let ids: Vec<u64> = rows.iter().map(|row| *row as u64).collect();
+            norms.extend(self.decoder_norms(&ids, rows)?.into_iter().map(|norm| norm as f32));
+        }
+        Ok(Some(norms))
+    }
+
     /// All stored thresholds as the file states them.
     pub fn thresholds(&self) -> Result<Option<Vec<f32>>> {
         let Some(array) = &self.threshold else { return Ok(None) };
-        let all = array.vector()?.into_iter().enumerate();
-        all.map(|(i, v)| Ok(array.finite(v, || format!("[{i}]"))? as f32))
-            .collect::<Result<_>>()
-            .map(Some)
+        let mut all = Vec::with_capacity(array.shape().iter().product());
+        array.visit(|i, v| {
+            all.push(array.finite(v, || format!("[{i}]"))? as f32);
+            Ok(())
+        })?;
+        Ok(Some(all))
     }
 
     /// Where the given latents lie in the arrays.
@@ -222,6 +268,14 @@ impl Checkpoint {
             }
         }
         Ok(Some(picked.into_iter().map(|v| v.max(0.0) as f32).collect()))
+    }
+
+    fn rank_gains(&self, recipe: &Recipe, ids: &[u64], rows: &[usize]) -> Result<Option<Vec<f32>>> {
+        if recipe.architecture != Architecture::TopK || !recipe.threshold_on_decoder_norm {
+            return Ok(None);
+        }
+        let norms = self.decoder_norms(ids, rows)?.into_iter().zip(ids);
+        norms.map(|(norm, id)| self.rounded(*id, norm)).collect::<Result<_>>().map(Some)
     }
 
     fn rounded(&self, latent: u64, value: f64) -> Result<f32> {

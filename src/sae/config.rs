@@ -7,6 +7,11 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, Status, bail};
 
+use super::file::read_small;
+
+/// The largest configuration; parsed, it takes up to 90 times its bytes.
+const LIMIT: usize = 128 << 10;
+
 /// Keys from a file, under the ones that the caller gave.
 pub(super) struct Config {
     /// Where the keys come from, for messages.
@@ -22,6 +27,13 @@ impl Config {
         given: Option<&Map<String, Value>>,
     ) -> Config {
         Config { origin, given: given.cloned().unwrap_or_default(), file }
+    }
+
+    /// The keys of a file.
+    pub fn read(path: &Path, given: Option<&Map<String, Value>>) -> Result<Config> {
+        let origin = path.display().to_string();
+        let file = parse_object(&origin, &read_small(path, LIMIT)?)?;
+        Ok(Config::new(origin, file, given))
     }
 
     /// Strings of a safetensors `__metadata__`: one key `cfg` with a JSON object, or flat keys.
@@ -121,6 +133,9 @@ impl Config {
 
 /// A JSON object, or an error with its line and column.
 pub(super) fn parse_object(origin: &str, text: &[u8]) -> Result<Map<String, Value>> {
+    if text.len() > LIMIT {
+        bail!(Format, "{origin}: {} bytes are no configuration: {LIMIT} at most", text.len());
+    }
     match serde_json::from_slice(text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => bail!(Format, "{origin}: must be a JSON object of configuration keys"),

@@ -2,7 +2,7 @@
 //! SIGBUS only in the instant in which a window of it is mapped.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, bail};
@@ -67,6 +67,18 @@ impl DataFile {
     pub fn will_need(&self, offset: u64, len: u64) {
         platform::advise(&self.file, offset, len, platform::Advice::WillNeed);
     }
+}
+
+/// A whole file of text, of which no more than `limit` bytes are ever in memory.
+pub(crate) fn read_small(path: &Path, limit: usize) -> Result<Vec<u8>> {
+    let fail = |e: &io::Error| Error::io(path, "read the file", e);
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| fail(&e))?;
+    file.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(|e| fail(&e))?;
+    if bytes.len() > limit {
+        bail!(Format, "{}: larger than {limit} bytes, the most that is read", path.display());
+    }
+    Ok(bytes)
 }
 
 #[cfg(unix)]

@@ -116,17 +116,17 @@ impl Found {
             stored: None,
         };
         checkpoint.check()?;
-        Ok(Opened { recipe, checkpoint, config: config.into_file() })
+        Ok(Opened { recipe, checkpoint, config: config.into_file(), converted: None })
     }
 }
 
 /// k must leave every latent, or every group of them, something to win.
 pub(super) fn check_k(k: usize, selection: Selection, d_sae: usize, origin: &str) -> Result<()> {
     if !(1..=d_sae).contains(&k) {
-        bail!(Format, "{origin}: k is {k}; the SAE has {d_sae} latents");
+        bail!(Format, "{origin}: the key k is {k}; the SAE has {d_sae} latents");
     }
     if selection == Selection::Groups && !d_sae.is_multiple_of(k) {
-        bail!(Format, "{origin}: k is {k}, and {d_sae} latents are not {k} equal groups");
+        bail!(Format, "{origin}: the key k is {k}, and {d_sae} latents are not {k} equal groups");
     }
     Ok(())
 }
@@ -160,7 +160,11 @@ pub(super) fn integer(array: &Array) -> Result<usize> {
 /// e^x of every element.
 pub(super) fn exp(array: &Array) -> Result<Array> {
     array.expect_float()?;
-    let bytes = array.vector()?.into_iter().flat_map(|x| x.exp().to_le_bytes()).collect();
+    let mut bytes = Vec::with_capacity(array.shape().iter().product::<usize>() * size_of::<f64>());
+    array.visit(|_, x| {
+        bytes.extend(x.exp().to_le_bytes());
+        Ok(())
+    })?;
     Ok(Array::in_memory("threshold", DType::F64, array.shape(), bytes))
 }
 

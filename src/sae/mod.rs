@@ -39,6 +39,7 @@ use source::Source;
 pub(crate) use array::Array;
 pub use array::Layout;
 pub(crate) use container::Container;
+pub(crate) use file::read_small;
 pub use tensors::SaeTensors;
 
 /// How an SAE turns pre-activations into latents.
@@ -155,7 +156,8 @@ pub struct Recipe {
     pub output_scale: f64,
     /// Rows are scaled by the norm of their decoder row.
     pub decoder_norm_folded: bool,
-    /// Thresholds are for pre-activations times the norm of their decoder row; values are without it.
+    /// Thresholds, and the ranks of TopK, are for pre-activations times the norm of their decoder
+    /// row; values are without it.
     pub threshold_on_decoder_norm: bool,
     pub hook: Option<String>,
     /// 0-based decoder block: the one whose output is read, or in which the hook lies.
@@ -180,6 +182,8 @@ pub struct EncoderRows {
     pub threshold: Option<Vec<f32>>,
     /// Gated only.
     pub gate: Option<GateRows>,
+    /// [K], TopK only: u times it is what places a latent among the others; absent means 1.
+    pub rank_gain: Option<Vec<f32>>,
 }
 
 /// The gate path of a gated SAE: on where weight · h + bias > 0; the magnitude is scale · (weight · h).
@@ -207,6 +211,8 @@ pub struct Sae {
     checkpoint: Checkpoint,
     /// The file's own configuration, for provenance.
     source_config: Option<Map<String, Value>>,
+    /// Of a converted file: what it was converted from, and by what.
+    converted: Option<Value>,
 }
 
 impl Sae {
@@ -219,13 +225,14 @@ impl Sae {
             recipe: found.recipe,
             checkpoint: found.checkpoint,
             source_config: Some(found.config),
+            converted: found.converted,
         })
     }
 
     /// An SAE whose arrays the caller holds; they are copied.
     pub fn from_tensors(tensors: &SaeTensors<'_>) -> Result<Sae> {
         let (recipe, checkpoint) = tensors::adopt(tensors)?;
-        Ok(Sae { path: None, recipe, checkpoint, source_config: None })
+        Ok(Sae { path: None, recipe, checkpoint, source_config: None, converted: None })
     }
 
     pub fn recipe(&self) -> &Recipe {
@@ -249,7 +256,40 @@ impl Sae {
                 bail!(LatentRange, "latent {id} does not exist: the SAE has {}", self.recipe.d_sae);
             }
         }
-        self.checkpoint.gather(&self.recipe, ids)
+        self.gather_by(&self.recipe, ids)
+    }
+
+    /// The same by another recipe; ids are below d_sae.
+    pub(crate) fn gather_by(&self, recipe: &Recipe, ids: &[u64]) -> Result<EncoderRows> {
+        self.checkpoint.gather(recipe, ids)
+    }
+
+    pub(crate) fn has_decoder(&self) -> bool {
+        self.checkpoint.w_dec.is_some()
+    }
+
+    pub(crate) fn has_decoder_bias(&self) -> bool {
+        self.checkpoint.b_dec.is_some()
+    }
+
+    /// Rows [K, d] that z is decoded with, by a recipe; none without a decoder.
+    pub(crate) fn decoder_rows(&self, recipe: &Recipe, ids: &[u64]) -> Result<Option<Vec<f32>>> {
+        self.checkpoint.decoder_rows(recipe, ids)
+    }
+
+    /// [d]: what is added to the decoded latents; none without a decoder.
+    pub(crate) fn decoder_bias(&self, recipe: &Recipe) -> Result<Option<Vec<f64>>> {
+        self.checkpoint.decoder_bias(recipe)
+    }
+
+    /// The norms of the decoder's rows as the file has them: min, median, max, and how many are 0.
+    /// Reads the whole decoder; null without one.
+    pub fn decoder_norms(&self) -> Result<Value> {
+        let Some(norms) = self.checkpoint.all_decoder_norms()? else { return Ok(Value::Null) };
+        let zero = norms.iter().filter(|norm| **norm == 0.0).count();
+        let mut report = summary(norms);
+        report["zero"] = json!(zero);
+        Ok(report)
     }
 
     /// sha256 of the whole weights file, in hexadecimal. `progress` hears (bytes done, of bytes).
@@ -286,6 +326,7 @@ impl Sae {
             "k": r.k,
             "selection": (r.architecture == Architecture::TopK).then(|| r.selection.name()),
             "dtype": r.dtype.name(),
+            "orientation": self.checkpoint.w_enc.layout().name(),
             "activation": r.architecture.name(),
             "b_dec_subtracted": r.b_dec_subtracted,
             "normalization": r.normalization,
@@ -299,6 +340,7 @@ impl Sae {
             "hidden_states_index": r.hidden_states_index,
             "model": r.model,
             "stored_latents": self.stored_latents(),
+            "converted": self.converted,
         }))
     }
 }
@@ -308,6 +350,7 @@ struct Opened {
     recipe: Recipe,
     checkpoint: Checkpoint,
     config: Map<String, Value>,
+    converted: Option<Value>,
 }
 
 /// How a format is recognised, and opened. The most specific come first; names of files and folders

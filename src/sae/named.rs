@@ -127,8 +127,7 @@ pub(super) fn open_openai(s: &Source<'_>) -> Result<Opened> {
 
 /// k of `activation_state_dict`, whose values must be rectified.
 fn openai_k(s: &Source<'_>, path: &str) -> Result<usize> {
-    let state = s.container.value("activation_state_dict");
-    let part = |key| state.and_then(|state| state.get(key));
+    let part = |key| s.container.value(&format!("activation_state_dict.{key}"));
     match part("postact_fn").and_then(|v| v.as_str()) {
         Some("ReLU") => {}
         other => bail!(

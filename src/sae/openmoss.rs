@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! u = s x W_E + b_E,    relu: z = relu(u),    jumprelu: z = u where n u > e^log_jumprelu_threshold
+//! topk: z = u where n u is above 0 and one of the token's k largest; batchtopk: of the batch's k T
 //! ```
 
 use crate::error::{Result, bail};
@@ -14,7 +15,7 @@ use super::config::Config;
 use super::found::{Found, exp};
 use super::llama_scope::dataset_scale;
 use super::source::Source;
-use super::{Opened, TokenNorm};
+use super::{Opened, Selection, TokenNorm};
 
 const THETAS: &str = "activation_function.log_jumprelu_threshold";
 
@@ -60,17 +61,26 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
         Some("relu") => {}
         Some("jumprelu") => {
             found = found.jumprelu(exp(&s.container.need(THETAS)?)?);
-            if on_norm && found.w_dec.is_none() {
-                s.container.need("W_D")?;
-            }
+            found.threshold_on_decoder_norm = on_norm;
+        }
+        Some(act_fn @ ("topk" | "batchtopk")) => {
+            let Some(k) = config.count("top_k")? else {
+                return config.missing("top_k", "state the number of active latents");
+            };
+            let selection = if act_fn == "topk" { Selection::Largest } else { Selection::Batch };
+            found = found.topk(k, selection, config.origin())?;
             found.threshold_on_decoder_norm = on_norm;
         }
         Some(other) => {
-            let text =
-                format!("act_fn is {other}; relu and jumprelu are read: save it as jumprelu");
+            let text = format!(
+                "act_fn is {other}; relu, jumprelu, topk and batchtopk are read: save it as jumprelu"
+            );
             return unsupported(&config, &text);
         }
-        None => return config.missing("act_fn", "state relu or jumprelu"),
+        None => return config.missing("act_fn", "state relu, jumprelu, topk or batchtopk"),
+    }
+    if found.threshold_on_decoder_norm && found.w_dec.is_none() {
+        s.container.need("W_D")?;
     }
     found.open(config)
 }

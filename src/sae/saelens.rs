@@ -11,7 +11,7 @@ use crate::error::{Error, Result, Status, bail};
 
 use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays, StoredLatents};
-use super::config::{Config, parse_object};
+use super::config::Config;
 use super::container::Container;
 use super::found::check_k;
 use super::hook::HookPlace;
@@ -44,15 +44,12 @@ pub(super) fn open(folder: &Path, options: &SaeOptions) -> Result<Opened> {
     let container = Container::open(&member(folder, WEIGHTS)?)?;
     let checkpoint = rules.find_arrays(&container, &config, Layout::InputMajor)?;
     let recipe = rules.recipe("saelens", &config, &checkpoint)?;
-    Ok(Opened { recipe, checkpoint, config: config.into_file() })
+    Ok(Opened { recipe, checkpoint, config: config.into_file(), converted: None })
 }
 
 fn read_config(folder: &Path, options: &SaeOptions) -> Result<Config> {
     let path = member(folder, CONFIG)?;
-    let text = std::fs::read(&path).map_err(|e| Error::io(&path, "read the file", &e))?;
-    let origin = path.display().to_string();
-    let file = parse_object(&origin, &text)?;
-    Ok(Config::new(origin, file, options.recipe.as_ref()))
+    Config::read(&path, options.recipe.as_ref())
 }
 
 /// A file that the folder must hold.
@@ -437,14 +434,10 @@ fn input_scale(
 
 /// The scale that SAELens' trainer leaves beside unfinished checkpoints; null before it is known.
 fn scaler_file(path: &Path) -> Result<Option<f64>> {
-    let text = match std::fs::read(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(path, "read the file", &e)),
-    };
-    let origin = path.display().to_string();
-    let keys = parse_object(&origin, &text)?;
-    Config::new(origin, keys, None).real("scaling_factor")
+    match path.is_file() {
+        true => Config::read(path, None)?.real("scaling_factor"),
+        false => Ok(None),
+    }
 }
 
 /// The decoder lies as [d_sae, d_in] unless only the other way fits.

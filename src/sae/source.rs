@@ -8,7 +8,7 @@ use crate::error::{Error, Result, bail};
 
 use super::SaeOptions;
 use super::array::{Array, Layout, Matrix};
-use super::config::{Config, parse_object};
+use super::config::Config;
 use super::container::Container;
 
 /// The weights of a folder, by the names that owners give them, the surest first.
@@ -53,10 +53,7 @@ impl<'a> Source<'a> {
     /// A configuration beside the weights (or above a folder `checkpoints`) under the caller's keys.
     pub fn config(&self, name: &str) -> Result<Option<Config>> {
         let Some(path) = self.beside(name) else { return Ok(None) };
-        let text = std::fs::read(&path).map_err(|e| Error::io(&path, "read the file", &e))?;
-        let origin = path.display().to_string();
-        let file = parse_object(&origin, &text)?;
-        Ok(Some(Config::new(origin, file, self.options.recipe.as_ref())))
+        Config::read(&path, self.options.recipe.as_ref()).map(Some)
     }
 
     /// The caller's keys alone.
@@ -194,8 +191,16 @@ fn weights_of(path: &Path) -> Result<PathBuf> {
             paths.iter().filter_map(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
         names.collect::<Vec<_>>().join(", ")
     };
+    let distributed = held.iter().find(|path| path.extension().is_some_and(|e| e == "dcp"));
     match found[..] {
         [only] => Ok(only.clone()),
+        [] if distributed.is_some() => bail!(
+            Unsupported,
+            "{}: {} is a distributed checkpoint of PyTorch, which is not read; load it with its \
+             owner's library and save it as safetensors",
+            folder.display(),
+            names(&distributed.into_iter().collect::<Vec<_>>())
+        ),
         [] => bail!(
             Io,
             "{}: sae_weights.safetensors is missing, and nothing else here is a file of weights: \

@@ -217,6 +217,38 @@ void calls() {
   throws(BLOCKEM_STATUS_UNSUPPORTED, "top-k", [&] { blockem::raw_forward(raw); });
 }
 
+void caches(const std::string& folder) {
+  const blockem::Plan plan(make_sae(), make_latents());
+  const std::string path = folder + "/hpp.cache";
+  const std::vector<float> z = plan.encode(tensor(random(T * d, 3).data(), {T, d}));
+  std::vector<float> back(z.size());
+  blockem::CacheOptions options;
+  throws(BLOCKEM_STATUS_IO, "hpp.cache", [&] { blockem::Cache::open(path, options); });
+  options.mode = BLOCKEM_CACHE_MODE_CREATE;
+  options.base_model = "base";
+  options.hidden_dtype = BLOCKEM_DTYPE_F32;
+  options.plan = plan.get();
+  blockem::Cache cache = blockem::Cache::open(path, options);
+  CHECK(cache.info().layer == 3 && cache.info().num_examples == 0);
+
+  const std::vector<blockem::Cache::Key> keys = {cache.example_key({1, 2, 3, 4, 5, 6, 7})};
+  CHECK(keys[0] == cache.example_key({1, 2, 3, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6}));
+  CHECK(keys[0] != cache.example_key({1, 2, 3, 4, 5, 6, 7}, {1, 2, 3, 4, 5, 6, 7}));
+  throws(BLOCKEM_STATUS_SHAPE, "length", [&] { cache.example_key({1, 2}, {1}); });
+  CHECK(cache.missing(plan, keys) == std::vector<std::uint8_t>(K, 1));
+  throws(BLOCKEM_STATUS_SHAPE, "length", [&] { cache.put(plan, keys, {}); });
+  CHECK(cache.put(plan, keys, {tensor(z, {T, K})}) == K);
+  CHECK(cache.missing(plan, keys) == std::vector<std::uint8_t>(K, 0));
+  cache.read(plan, keys, {tensor(back, {T, K})});
+  CHECK(back == z);
+  throws(BLOCKEM_STATUS_CACHE_MISS, "example 0",
+         [&] { cache.read(plan, {cache.example_key({9})}, {tensor(back.data(), {1, K})}); });
+  throws(BLOCKEM_STATUS_CACHE_BUSY, "in use", [&] { blockem::Cache::open(path, options); });
+  const blockem::Cache moved(std::move(cache));
+  CHECK(moved.info().num_examples == 1);
+  throws(BLOCKEM_STATUS_NULL_POINTER, "cache", [&] { cache.info(); });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -226,5 +258,6 @@ int main(int argc, char** argv) {
   handles(argv[1]);
   workspaces();
   calls();
+  caches(argv[1]);
   return finish_checks("hpp");
 }

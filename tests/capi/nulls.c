@@ -16,6 +16,7 @@ static void library(void) {
   blockem_sae_free(NULL);
   blockem_latents_free(NULL);
   blockem_plan_free(NULL);
+  blockem_cache_free(NULL);
 }
 
 static void sae(const char *folder) {
@@ -290,6 +291,66 @@ static void raw(void) {
   free(weight);
 }
 
+static void cache(const char *folder) {
+  enum { T = 2 };
+  static const int64_t tokens[T] = {7, 8};
+  float *z = random_floats(T * SMALL_K, 4);
+  uint8_t key[BLOCKEM_CACHE_KEY_SIZE] = {0}, missing[SMALL_K];
+  char *path = join_path(folder, "null.cache");
+  blockem_plan *of = small_plan(BLOCKEM_BACKEND_CPU, 1);
+  blockem_tensor latents = f32_2(z, T, SMALL_K), absent = BLOCKEM_TENSOR_INIT;
+  blockem_cache_options options = BLOCKEM_CACHE_OPTIONS_INIT;
+  blockem_cache_info info = BLOCKEM_CACHE_INFO_INIT;
+  blockem_cache *out = UNTOUCHED(blockem_cache), *made = NULL;
+
+  options.mode = BLOCKEM_CACHE_MODE_CREATE;
+  options.base_model = "base";
+  options.hidden_dtype = BLOCKEM_DTYPE_F32;
+  options.plan = of;
+  CHECK_STATUS(blockem_cache_open(NULL, &options, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_open(path, NULL, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_open(path, &options, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(out == UNTOUCHED(blockem_cache));
+  CHECK_OK(blockem_cache_open(path, &options, &made));
+
+  CHECK_STATUS(blockem_cache_info_get(NULL, &info), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_info_get(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+
+  CHECK_STATUS(blockem_cache_example_key(NULL, tokens, NULL, T, key), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_example_key(made, NULL, NULL, T, key), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_example_key(made, tokens, NULL, T, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_cache_example_key(made, tokens, NULL, T, key));
+
+  CHECK_STATUS(blockem_cache_missing(NULL, of, key, 1, missing), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_missing(made, NULL, key, 1, missing), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_missing(made, of, NULL, 1, missing), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_missing(made, of, key, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_cache_missing(made, of, NULL, 0, NULL));
+
+  CHECK_STATUS(blockem_cache_put(NULL, of, key, &latents, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_put(made, NULL, key, &latents, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_put(made, of, NULL, &latents, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_put(made, of, key, NULL, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_put(made, of, key, &absent, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("latents[0]"));
+  CHECK_OK(blockem_cache_put(made, of, key, &latents, 1, NULL));
+  CHECK_OK(blockem_cache_put(made, of, NULL, NULL, 0, NULL));
+
+  CHECK_STATUS(blockem_cache_get(NULL, of, key, &latents, 1), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get(made, NULL, key, &latents, 1), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get(made, of, NULL, &latents, 1), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get(made, of, key, NULL, 1), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get(made, of, key, &absent, 1), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_cache_get(made, of, key, &latents, 1));
+  CHECK_OK(blockem_cache_get(made, of, NULL, NULL, 0));
+
+  blockem_cache_free(made);
+  blockem_plan_free(of);
+  free(path);
+  free(z);
+}
+
 int main(int argc, char **argv) {
   if (argc != 2) return 2;
   library();
@@ -298,5 +359,6 @@ int main(int argc, char **argv) {
   plan();
   run();
   raw();
+  cache(argv[1]);
   return finish_checks("nulls");
 }

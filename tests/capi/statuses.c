@@ -192,10 +192,25 @@ static void tensor_statuses(void) {
   weight[77] = 0;
   CHECK(sae == NULL);
 
-  /* A native topk plan would need the whole dictionary. */
+  desc = good;
+  desc.selection = 4;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  desc = good;
+  desc.selection = BLOCKEM_SELECTION_GROUPS;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  desc = good;
+  desc.token_norm = -1;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  desc = good;
+  desc.token_norm = BLOCKEM_TOKEN_NORM_LAYER;
+  desc.input_scale = 2;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+
+  /* The k T largest of a batch would make a token's latents depend on the others. */
   desc = good;
   desc.activation_kind = BLOCKEM_ACTIVATION_KIND_TOPK;
   desc.k = 4;
+  desc.selection = BLOCKEM_SELECTION_BATCH;
   if (CHECK_OK(blockem_sae_from_tensors(&desc, &sae))) {
     CHECK_STATUS(blockem_plan_create(sae, latents, NULL, &plan), BLOCKEM_STATUS_UNSUPPORTED);
     CHECK(message_has("dense_relu"));
@@ -371,6 +386,76 @@ static void latents_file_statuses(void) {
   free(saved);
 }
 
+static void cache_statuses(void) {
+  enum { T = 2 };
+  float *z = random_floats(T * SMALL_K, 4);
+  static const uint8_t key[BLOCKEM_CACHE_KEY_SIZE] = {1};
+  char *path = join_path(scratch, "status.cache");
+  blockem_plan *plan = small_plan(BLOCKEM_BACKEND_CPU, 1);
+  blockem_plan *oracle = small_plan(BLOCKEM_BACKEND_REFERENCE, 1);
+  blockem_tensor latents = f32_2(z, T, SMALL_K), odd;
+  blockem_cache_options options = BLOCKEM_CACHE_OPTIONS_INIT, other;
+  blockem_cache *cache = NULL, *refused = NULL;
+
+  options.mode = 3;
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  options.mode = BLOCKEM_CACHE_MODE_READ;
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_IO);
+  CHECK(message_has("status.cache"));
+  options.mode = BLOCKEM_CACHE_MODE_CREATE;
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  options.base_model = "base, revision 1";
+  options.hidden_dtype = 42;
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_DTYPE);
+  options.hidden_dtype = BLOCKEM_DTYPE_F16;
+  options.plan = plan;
+  CHECK_OK(blockem_cache_open(path, &options, &cache));
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_CACHE_BUSY);
+
+  CHECK_STATUS(blockem_cache_get(cache, plan, key, &latents, 1), BLOCKEM_STATUS_CACHE_MISS);
+  CHECK_OK(blockem_cache_put(cache, plan, key, &latents, 1, NULL));
+  CHECK_OK(blockem_cache_get(cache, plan, key, &latents, 1));
+  CHECK_STATUS(blockem_cache_get(cache, oracle, key, &latents, 1), BLOCKEM_STATUS_CACHE_STALE);
+  CHECK(message_has("reference-1"));
+  {
+    static const uint8_t absent[BLOCKEM_CACHE_KEY_SIZE] = {2};
+    CHECK_STATUS(blockem_cache_get(cache, plan, absent, &latents, 1), BLOCKEM_STATUS_CACHE_MISS);
+    CHECK(message_has("example 0 (key 0200") && message_has("status.cache"));
+    z[3] = NAN;
+    CHECK_STATUS(blockem_cache_put(cache, plan, absent, &latents, 1, NULL),
+                 BLOCKEM_STATUS_NON_FINITE);
+    z[3] = 0.0f;
+  }
+  odd = latents;
+  odd.dtype = BLOCKEM_DTYPE_F16;
+  CHECK_STATUS(blockem_cache_get(cache, plan, key, &odd, 1), BLOCKEM_STATUS_DTYPE);
+  odd = latents;
+  odd.shape[0] = T + 1;
+  CHECK_STATUS(blockem_cache_get(cache, plan, key, &odd, 1), BLOCKEM_STATUS_SHAPE);
+  odd = latents;
+  odd.device_type = BLOCKEM_DEVICE_CUDA;
+  CHECK_STATUS(blockem_cache_put(cache, plan, key, &odd, 1, NULL), BLOCKEM_STATUS_DEVICE_MISMATCH);
+  blockem_cache_free(cache);
+
+  other = options;
+  other.base_model = "base, revision 2";
+  CHECK_STATUS(blockem_cache_open(path, &other, &refused), BLOCKEM_STATUS_CACHE_STALE);
+  CHECK(message_has("'base, revision 1'") && message_has("'base, revision 2'"));
+  options.mode = BLOCKEM_CACHE_MODE_READ;
+  CHECK_OK(blockem_cache_open(path, &options, &cache));
+  CHECK_STATUS(blockem_cache_put(cache, plan, key, &latents, 1, NULL),
+               BLOCKEM_STATUS_INVALID_ARGUMENT);
+  blockem_cache_free(cache);
+  write_text(path, "no cache");
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_FORMAT);
+  CHECK(refused == NULL);
+
+  blockem_plan_free(oracle);
+  blockem_plan_free(plan);
+  free(path);
+  free(z);
+}
+
 /* ---- Names and messages ---------------------------------------------------------------------- */
 
 static void names(void) {
@@ -397,7 +482,10 @@ static void names(void) {
       {BLOCKEM_STATUS_RECIPE_INCOMPLETE, "RECIPE_INCOMPLETE"},
       {BLOCKEM_STATUS_UNSAFE_PICKLE, "UNSAFE_PICKLE"},
       {BLOCKEM_STATUS_NON_FINITE, "NON_FINITE"},
+      {BLOCKEM_STATUS_CACHE_STALE, "CACHE_STALE"},
       {BLOCKEM_STATUS_PROVENANCE_MISMATCH, "PROVENANCE_MISMATCH"},
+      {BLOCKEM_STATUS_CACHE_MISS, "CACHE_MISS"},
+      {BLOCKEM_STATUS_CACHE_BUSY, "CACHE_BUSY"},
       {BLOCKEM_STATUS_CUDA_UNAVAILABLE, "CUDA_UNAVAILABLE"},
       {BLOCKEM_STATUS_CUDA_DRIVER, "CUDA_DRIVER"},
       {BLOCKEM_STATUS_NO_KERNEL_IMAGE, "NO_KERNEL_IMAGE"},
@@ -481,5 +569,6 @@ int main(int argc, char **argv) {
   tensor_statuses();
   file_statuses();
   latents_file_statuses();
+  cache_statuses();
   return finish_checks("statuses");
 }

@@ -1,7 +1,7 @@
 //! What the tests share: seeded random numbers and small SAEs.
 #![allow(dead_code)] // Each test binary uses a part.
 
-use blockem::sae::{Architecture, Layout, Sae, SaeTensors};
+use blockem::sae::{Architecture, Layout, Sae, SaeTensors, Selection, TokenNorm};
 use blockem::tensor::Tensor;
 
 /// xorshift64*: fresh numbers for each run, repeatable from the seed that a failure prints.
@@ -18,6 +18,11 @@ impl Rng {
         let seed = given.unwrap_or_else(clock) | 1;
         println!("BLOCKEM_TEST_SEED={seed}");
         Rng(seed)
+    }
+
+    /// The same numbers each time.
+    pub fn of(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
     pub fn bits(&mut self) -> u64 {
@@ -58,6 +63,8 @@ pub struct RandomSae {
     pub threshold: Vec<f32>,
     pub gate_bias: Vec<f32>,
     pub r_mag: Vec<f32>,
+    pub selection: Selection,
+    pub token_norm: TokenNorm,
 }
 
 impl RandomSae {
@@ -72,6 +79,8 @@ impl RandomSae {
             threshold: (0..f).map(|_| 0.3 * rng.unit() as f32).collect(),
             gate_bias: rng.normals(f).iter().map(|b| 0.2 * b).collect(),
             r_mag: rng.normals(f).iter().map(|b| 0.2 * b).collect(),
+            selection: Selection::Largest,
+            token_norm: TokenNorm::None,
         }
     }
 
@@ -92,8 +101,10 @@ impl RandomSae {
             tensors.threshold = vector(&self.threshold);
         }
         if self.architecture == Architecture::TopK {
-            tensors.k = Some(2.min(self.f));
+            tensors.k = Some((self.f / 2).max(1));
+            tensors.selection = self.selection;
         }
+        tensors.token_norm = self.token_norm;
         Sae::from_tensors(&tensors).unwrap()
     }
 }

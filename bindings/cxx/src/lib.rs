@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use blockem::penalty::{EncodeArgs, PenaltyArgs, WORKSPACE_ALIGN};
+use blockem::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN};
 use blockem::plan::PlanOptions;
 use blockem::sae::SaeOptions;
 use blockem::tensor::{DType, Device, Tensor, TensorMut};
@@ -193,7 +193,12 @@ impl Plan {
         let hidden = matrix(hidden, dtype, self.d_in())?;
         let shape = [rows(latents.len(), self.num_latents()), self.num_latents()];
         let latents = TensorMut::from_slice(latents, &shape)?;
-        Ok(self.0.encode(&mut EncodeArgs { hidden, latents })?)
+        let mut space = Vec::new();
+        let workspace = match self.0.encode_needs_workspace() {
+            true => self.workspace(&mut space, shape[0]),
+            false => Scratch::NONE,
+        };
+        Ok(self.0.encode(&mut EncodeArgs { hidden, latents, workspace })?)
     }
 
     fn forward(&self, batch: &Batch<'_>, coef: &mut [f32]) -> Result<Loss> {
@@ -246,19 +251,24 @@ impl Plan {
             .then(|| Tensor::from_slice(batch.mask, &[batch.mask.len()]))
             .transpose()?;
         let (mut sum, mut count) = ([0.0f64], [0.0f64]);
-        let mut space = vec![0; self.0.workspace_size(tokens) + WORKSPACE_ALIGN];
-        let skip = space.as_ptr().align_offset(WORKSPACE_ALIGN);
+        let mut space = Vec::new();
         let args = PenaltyArgs {
             hidden: Some(hidden),
             reference: Some(Tensor::from_slice(batch.reference, &shape)?),
             mask,
             loss_sum: Some(TensorMut::from_slice(&mut sum, &[1])?),
             token_count: Some(TensorMut::from_slice(&mut count, &[1])?),
-            workspace: (&mut space[skip..]).into(),
+            workspace: self.workspace(&mut space, tokens),
             ..PenaltyArgs::default()
         };
         work(&self.0, args)?;
         Ok(Loss { sum: sum[0], count: count[0] })
+    }
+
+    fn workspace<'a>(&self, space: &'a mut Vec<u8>, tokens: usize) -> Scratch<'a> {
+        space.resize(self.0.workspace_size(tokens) + WORKSPACE_ALIGN, 0);
+        let skip = space.as_ptr().align_offset(WORKSPACE_ALIGN);
+        (&mut space[skip..]).into()
     }
 }
 

@@ -39,10 +39,10 @@ fn expected(sae: &Path) -> (f64, f64) {
     let hidden: Vec<f32> = base.iter().enumerate().map(moved).collect();
     let view = |data| Tensor::from_slice(data, &[tokens, d]).unwrap();
     let mut reference = vec![0.0f64; tokens * 3];
-    plan.encode(&mut EncodeArgs {
-        hidden: view(&base),
-        latents: TensorMut::from_slice(&mut reference, &[tokens, 3]).unwrap(),
-    })
+    plan.encode(&mut EncodeArgs::new(
+        view(&base),
+        TensorMut::from_slice(&mut reference, &[tokens, 3]).unwrap(),
+    ))
     .unwrap();
     let (mut loss, mut grad) = ([0.0f64], vec![0.0f32; tokens * d]);
     plan.penalty(&mut PenaltyArgs {

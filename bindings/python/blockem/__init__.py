@@ -8,7 +8,7 @@
     loss = sft_loss + lam * loss_sum / count
 
 The arithmetic is libblockem's (Rust, behind a C ABI); this package carries arrays to it. torch is
-imported by ``blockem.torch`` only.
+imported by ``blockem.torch``, ``base_model_digest`` and the parts of ``Cache`` that run a model.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._cache import Cache
 from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
 from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
 
 if TYPE_CHECKING:
     from . import torch
+    from ._torch_cache import base_model_digest
 
 __all__ = [
     "ArgumentError",
+    "Cache",
     "DataError",
     "Error",
     "FileError",
@@ -32,6 +35,7 @@ __all__ = [
     "Plan",
     "Sae",
     "__version__",
+    "base_model_digest",
     "build_info",
     "load_latents",
     "load_sae",
@@ -42,4 +46,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "torch":
         return importlib.import_module(".torch", __name__)
+    if name == "base_model_digest":
+        return importlib.import_module("._torch_cache", __name__).base_model_digest
     raise AttributeError(f"module 'blockem' has no attribute {name!r}")

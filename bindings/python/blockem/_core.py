@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import operator
 import os
@@ -398,6 +399,12 @@ class Penalty:
     coef: Array | None
 
 
+#: The living plans by `Plan._key`: operators of torch cannot take a Python object. The identity in a
+#: key keeps graphs that were compiled for another plan, in another process too, apart.
+plans: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
+_serials = itertools.count()
+
+
 class Plan(Immutable):
     """SAE x latent set x device: the blocked rows, gathered and folded.
 
@@ -416,8 +423,8 @@ class Plan(Immutable):
     Attributes: ``d_in`` (d), ``d_sae``, ``num_latents`` (K), ``num_positive``, ``layer``,
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
-    ``device``, ``num_threads``, ``backward_needs_hidden`` (the SAE normalises every token, so
-    that the gradient needs hidden too).
+    ``device``, ``num_threads``, ``latents``, ``backward_needs_hidden`` (the SAE normalises every
+    token, so that the gradient needs hidden too).
 
     The native activation of a topk SAE compares every latent of the dictionary: the plan keeps
     them all, and a call takes as long as encoding them.
@@ -472,6 +479,9 @@ class Plan(Immutable):
         self.num_threads: int = info.num_threads
         self.encode_needs_workspace: bool = bool(info.encode_needs_workspace)
         self.backward_needs_hidden: bool = bool(info.backward_needs_hidden)
+        self.latents: Latents = latents
+        self._key = f"{next(_serials)}-{self.identity[:16]}"
+        plans[self._key] = self
 
     def _workspace(self, hidden: Rows) -> tuple[int, int, Array]:
         """The address and size of this thread's workspace for a call, and its owner."""

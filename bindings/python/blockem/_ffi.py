@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int8, c_int32, c_int64
-from ctypes import c_size_t, c_uint32, c_void_p
+from ctypes import c_size_t, c_uint32, c_uint64, c_void_p
 
 STATUS_OK = 0
 STATUS_INVALID_ARGUMENT = 100
@@ -12,7 +12,9 @@ STATUS_SHAPE = 103
 STATUS_DTYPE = 104
 STATUS_LAYOUT = 105
 STATUS_DEVICE_MISMATCH = 106
+STATUS_UNSUPPORTED = 109
 STATUS_IO = 200
+STATUS_CACHE_STALE = 206
 
 DTYPES = {
     "float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4, "bool": 5, "int64": 6,
@@ -24,6 +26,8 @@ SELECTIONS = {"largest": 0, "magnitude": 1, "groups": 2, "batch": 3}
 TOKEN_NORMS = {"none": 0, "constant_norm_rescale": 1, "layer_norm": 2}
 BACKENDS = {"auto": 0, "cpu": 1, "cuda": 2, "reference": 3}
 ACTIVATIONS = {"native": 0, "dense_relu": 1, "preactivation": 2}
+CACHE_MODES = {"read": 0, "write": 1, "create": 2}
+CACHE_KEY_SIZE = 32
 
 
 class Sized(ctypes.Structure):
@@ -224,6 +228,30 @@ class PenaltyArgs(Sized):
     ]
 
 
+class CacheOptions(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("mode", c_int32),
+        ("hidden_dtype", c_int32),
+        ("layer", c_int64),
+        ("base_model", c_char_p),
+        ("plan", c_void_p),
+    ]
+
+
+class CacheInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("num_examples", c_int64),
+        ("num_columns", c_int64),
+        ("layer", c_int64),
+        ("hidden_dtype", c_int32),
+        ("reserved", c_int32),
+        ("base_model", c_char * 256),
+        ("numerics", c_char * 64),
+    ]
+
+
 # name: (result, arguments); handles are c_void_p.
 FUNCTIONS = {
     "blockem_status_name": (c_char_p, [c_int32]),
@@ -263,6 +291,22 @@ FUNCTIONS = {
     "blockem_penalty_forward": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
     "blockem_penalty_backward": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
     "blockem_penalty": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
+    "blockem_cache_open": (c_int32, [c_char_p, POINTER(CacheOptions), POINTER(c_void_p)]),
+    "blockem_cache_info_get": (c_int32, [c_void_p, POINTER(CacheInfo)]),
+    "blockem_cache_example_key": (
+        c_int32,
+        [c_void_p, POINTER(c_int64), POINTER(c_int64), c_size_t, c_char_p],
+    ),
+    "blockem_cache_missing": (c_int32, [c_void_p, c_void_p, c_char_p, c_size_t, c_void_p]),
+    "blockem_cache_put": (
+        c_int32,
+        [c_void_p, c_void_p, c_char_p, POINTER(Tensor), c_size_t, POINTER(c_uint64)],
+    ),
+    "blockem_cache_get": (
+        c_int32,
+        [c_void_p, c_void_p, c_char_p, POINTER(Tensor), c_size_t],
+    ),
+    "blockem_cache_free": (None, [c_void_p]),
 }
 
 

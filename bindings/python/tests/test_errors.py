@@ -149,7 +149,11 @@ def test_latents(case: Case, tmp_path: Path) -> None:
 
 def test_unsupported() -> None:
     sae = blockem.Sae.from_tensors(
-        encoder_weight=np.ones((6, 4)), encoder_bias=np.zeros(6), architecture="topk", k=2
+        encoder_weight=np.ones((6, 4)),
+        encoder_bias=np.zeros(6),
+        architecture="topk",
+        k=2,
+        selection="batch",
     )
     assert sae.k == 2
     latents = blockem.Latents([1], [1])

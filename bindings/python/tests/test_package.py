@@ -65,10 +65,12 @@ def test_every_struct_function_and_number_of_the_header_is_declared() -> None:
         ("BACKEND", _ffi.BACKENDS),
         ("ACTIVATION", _ffi.ACTIVATIONS),
         ("ENCODER_LAYOUT", _ffi.ENCODER_LAYOUTS),
+        ("CACHE_MODE", _ffi.CACHE_MODES),
     ]:
         found = {n.removeprefix(f"{prefix}_").lower(): v for n, v in numbers.items()
                  if n.startswith(f"{prefix}_") and not n.startswith("ACTIVATION_KIND_")}
         assert found == table
+    assert numbers["CACHE_KEY_SIZE"] == _ffi.CACHE_KEY_SIZE
     short = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64",
              "u8": "uint8", "bool": "bool", "i64": "int64"}
     for name, full in short.items():

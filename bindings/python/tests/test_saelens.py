@@ -54,6 +54,27 @@ def test_native(kind: str, apply_b_dec: bool, dtype: str, tmp_path: Path) -> Non
     torch.testing.assert_close(plan.encode(hidden), want, rtol=2e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk"])
+def test_norms_and_topk(kind: str, norm: str, tmp_path: Path) -> None:
+    """z, and the gradient through the norm and the selected latents, are sae-lens' own."""
+    options = {"k": 6} if kind == "topk" else {}
+    make(kind, tmp_path, normalize_activations=norm, apply_b_dec_to_input=True, **options)
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path), device="cpu", dtype="float32")
+    ours = blockem.load_sae(tmp_path)
+    assert ours.describe()["normalization"] == norm
+    ids = np.random.default_rng(1).permutation(F)[:K]
+    plan = blockem.Plan(ours, blockem.Latents(ids, np.ones(K, int)))
+    hidden = (3 * torch.randn(2, 60, D) + 0.5).requires_grad_()
+    want = theirs.encode(hidden)
+    want = (want.to_dense() if want.is_sparse else want)[..., ids]
+    torch.testing.assert_close(plan.encode(hidden), want, rtol=4e-6, atol=2e-5)
+    reference = torch.zeros_like(want)
+    (wanted,) = torch.autograd.grad((want.relu() ** 2).sum(), hidden)
+    found = plan.penalty(hidden.detach(), reference).grad_hidden
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_topk_through_dense_relu(rescale: bool, tmp_path: Path) -> None:
     theirs = make("topk", tmp_path, k=6, rescale_acts_by_decoder_norm=rescale)
@@ -67,6 +88,8 @@ def test_topk_through_dense_relu(rescale: bool, tmp_path: Path) -> None:
         dense = (hidden - theirs.b_dec * theirs.cfg.apply_b_dec_to_input) @ theirs.W_enc
         dense = dense + theirs.b_enc
         dense = (dense * theirs.W_dec.norm(dim=-1) if rescale else dense).relu()
+    own = blockem.Plan(ours, blockem.Latents(range(F), [1] * F)).encode(hidden)
+    torch.testing.assert_close(own, native, rtol=2e-6, atol=4e-6)
     z = plan.encode(hidden)
     torch.testing.assert_close(z, dense, rtol=2e-6, atol=4e-6)
     on = native > 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 
-import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from oracle import ACTIVATIONS, ARCHITECTURES, Case
 
 import blockem
@@ -87,7 +88,7 @@ def test_saves_coefficients_only(small) -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         blockem.torch.penalty(plan, hidden.requires_grad_(), reference)
-        assert [tuple(x.shape) for x in saved] == [(20, 6)]
+        assert [tuple(x.shape) for x in saved] == [(4, 5, 6), ()]  # coefficients, and loss_sum
         saved.clear()
         blockem.torch.penalty(plan, hidden.detach(), reference)
         with torch.no_grad():
@@ -212,19 +213,39 @@ def test_no_tokens(small) -> None:
     assert loss_sum.item() == count.item() == 0 and empty.grad.shape == (0, 5, 24)
 
 
-def test_gradient_checkpointing_and_autocast(small) -> None:
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(small, use_reentrant: bool) -> None:
     _, plan, hidden, reference = small
-    layer = torch.nn.Linear(24, 24)
+    layer, calls = torch.nn.Linear(24, 24), []
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return blockem.torch.penalty(plan, layer(x), reference)[0]
+        calls.append(1)
+        return blockem.torch.penalty(plan, layer(x), reference)[0]
 
-    step(hidden).backward()
+    loss = step(hidden)
+    loss.backward()
     want = layer.weight.grad.clone()
     layer.zero_grad()
-    torch.utils.checkpoint.checkpoint(step, hidden, use_reentrant=False).backward()
-    assert torch.equal(layer.weight.grad, want)
+    again = torch.utils.checkpoint.checkpoint(
+        step, hidden.requires_grad_(), use_reentrant=use_reentrant
+    )
+    again.backward()
+    assert len(calls) == 3 and torch.equal(again, loss) and torch.equal(layer.weight.grad, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_hidden_in_its_dtype(small, dtype: torch.dtype) -> None:
+    _, plan, hidden, reference = small
+    results = []
+    for enabled in (False, True):
+        x = hidden.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            loss_sum, _ = blockem.torch.penalty(plan, x, reference)
+            z = blockem.torch.encode(plan, x)
+        loss_sum.backward()
+        assert loss_sum.dtype == z.dtype == torch.float32 and x.grad.dtype == dtype
+        results.append((loss_sum, z, x.grad))
+    assert all(map(torch.equal, *results))
 
 
 def test_errors_name_the_argument(small) -> None:
@@ -255,16 +276,106 @@ def test_deepcopy_of_a_module_that_holds_a_plan(small) -> None:
     assert copy.deepcopy(module).plan is plan and copy.copy(plan) is plan
 
 
-def test_compiled_training_step(small) -> None:
-    """torch.compile breaks the graph at the call and keeps its values."""
+def test_per_latent_shares(small) -> None:
     _, plan, hidden, reference = small
+    mask = torch.rand(4, 5) > 0.4
+    parts = blockem.torch.penalty(plan, hidden.requires_grad_(), reference, mask, per_latent=True)
+    loss_sum, count = blockem.torch.penalty(plan, hidden, reference, mask)
+    want = plan.penalty(hidden, reference, mask, per_latent=True)
+    assert torch.equal(parts.loss_sum, loss_sum) and torch.equal(parts.count, count)
+    assert parts.loss_sum.requires_grad and not parts.latent_loss.requires_grad
+    torch.testing.assert_close(parts.latent_loss.double(), want.latent_loss)
+    assert parts.latent_loss.shape == (6,) and parts.latent_loss.sum() > 0
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        loss_sum, count = blockem.torch.penalty(plan, 2 * x, reference)
-        return loss_sum / count
 
-    x = hidden.clone().requires_grad_()
-    step(x).backward()
-    y = hidden.clone().requires_grad_()
-    torch.compile(step, backend="eager")(y).backward()
-    np.testing.assert_array_equal(x.grad.numpy(), y.grad.numpy())
+def test_encode(small) -> None:
+    _, plan, hidden, _ = small
+    z = blockem.torch.encode(plan, hidden.requires_grad_())
+    assert torch.equal(z, plan.encode(hidden)) and not z.requires_grad
+    compiled = torch.compile(lambda x: blockem.torch.encode(plan, 2 * x) + 1, fullgraph=True,
+                             backend="aot_eager")
+    assert torch.equal(compiled(hidden), plan.encode(2 * hidden) + 1)
+
+
+@pytest.mark.parametrize("per_latent", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(small, dtype: torch.dtype, masked: bool, per_latent: bool) -> None:
+    case, _, hidden, reference = small
+    plan = case.plan(backend="reference" if dtype == torch.float64 else "auto")
+    key, x = plan._key, hidden.to(dtype).requires_grad_()
+    mask = torch.rand(4, 5) > 0.4 if masked else None
+    forward = torch.ops.blockem.penalty_forward
+    torch.library.opcheck(forward, (key, x, reference, mask, per_latent))
+    loss_sum, _, _, coef = forward(key, x.detach(), reference, mask, per_latent)
+    torch.library.opcheck(torch.ops.blockem.penalty_backward,
+                          (key, coef, torch.ones_like(loss_sum), loss_sum, dtype))
+    torch.library.opcheck(torch.ops.blockem.encode, (key, x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [True, False, None])
+def test_compiled_training_step(small, dynamic: bool | None, backend: str) -> None:
+    """One graph, and the values of the uncompiled step."""
+    _, plan, hidden, _ = small
+
+    def step(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        reference = blockem.torch.encode(plan, x.detach() * 0.5)
+        loss_sum, count, shares = blockem.torch.penalty(plan, 2 * x, reference, mask,
+                                                        per_latent=True)
+        return 3 * loss_sum / count + shares.max()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
+    for rows in (4, 3, 2):
+        mask = torch.rand(rows, 5) > 0.3
+        x, y = (hidden[:rows].clone().requires_grad_() for _ in range(2))
+        want, found = step(x, mask), compiled(y, mask)
+        want.backward()
+        found.backward()
+        assert torch.equal(found, want) and torch.equal(x.grad, y.grad)
+        assert x.grad.abs().max() > 0
+
+
+def test_dynamic_shapes_compile_once(small) -> None:
+    _, plan, hidden, reference = small
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda x, r: blockem.torch.penalty(plan, x, r)[0], fullgraph=True,
+                         dynamic=True, backend=counter)
+    for rows in (4, 3, 2):
+        x = hidden[:rows].clone().requires_grad_()
+        step(x, reference[:rows].clone()).backward()
+    assert counter.frame_count == 1
+
+
+def test_a_dead_plan_is_an_error(small) -> None:
+    case, _, hidden, reference = small
+    plan = case.plan()
+    key = plan._key
+    loss_sum, _ = blockem.torch.penalty(plan, hidden.requires_grad_(), reference)
+    del plan
+    loss_sum.backward()  # The graph keeps it.
+    del loss_sum
+    gc.collect()
+    with pytest.raises(ValueError, match="plan .* is no more: keep the Plan"):
+        torch.ops.blockem.penalty_forward(key, hidden, reference, None, False)
+
+
+def test_vmap_and_func_grad(small) -> None:
+    _, plan, hidden, reference = small
+    mask = torch.rand(4, 5) > 0.3
+
+    def loss(x: torch.Tensor, r: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return 2 * blockem.torch.penalty(plan, x, r, m)[0]
+
+    x, y = (hidden.clone().requires_grad_() for _ in range(2))
+    loss(x, reference, mask).backward()
+    each = torch.vmap(loss)(y, reference, mask)
+    assert torch.equal(each, torch.stack([loss(*one) for one in zip(hidden, reference, mask)]))
+    each.sum().backward()
+    assert torch.equal(y.grad, x.grad)
+    z = torch.vmap(lambda h: blockem.torch.encode(plan, h), in_dims=1)(hidden)
+    assert torch.equal(z.transpose(0, 1), plan.encode(hidden))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(hidden, reference, mask)

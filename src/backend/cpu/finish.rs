@@ -27,6 +27,7 @@ struct Chosen<'a> {
     /// What a rank must be above, in each group.
     thresholds: &'a [f32],
     group: &'a [u32],
+    gain: Option<&'a [f32]>,
     by_magnitude: bool,
 }
 
@@ -61,6 +62,7 @@ impl Rule for Gated<'_> {
 impl Rule for Chosen<'_> {
     #[inline(always)]
     fn off(self, k: usize, _dot: f32, pre: f32) -> bool {
+        let pre = self.gain.map_or(pre, |gain| gain[k] * pre);
         let rank = if self.by_magnitude { pre.abs() } else { pre };
         rank <= self.thresholds[self.group[k] as usize]
     }
@@ -89,6 +91,7 @@ macro_rules! with_rule {
                 let $rule = Chosen {
                     thresholds: $work.thresholds,
                     group: &gate.group[..$work.rows.count()],
+                    gain: gate.gain.as_deref(),
                     by_magnitude: gate.by_magnitude,
                 };
                 $body

@@ -218,11 +218,12 @@ impl Problem {
 
     fn cpu(&self, threads: usize, isa: Isa) -> Cpu {
         let read = |range: std::ops::Range<usize>| {
-            let EncoderRows { d_in, weight, bias, .. } = &self.dictionary.rows;
+            let EncoderRows { d_in, weight, bias, rank_gain, .. } = &self.dictionary.rows;
             Ok(EncoderRows {
                 d_in: *d_in,
                 weight: weight[range.start * d_in..range.end * d_in].to_vec(),
-                bias: bias[range].to_vec(),
+                bias: bias[range.clone()].to_vec(),
+                rank_gain: rank_gain.as_ref().map(|gain| gain[range].to_vec()),
                 ..EncoderRows::default()
             })
         };
@@ -338,14 +339,20 @@ impl Dictionary {
             group: (0..count).map(group_of).collect(),
             group_ends: (1..=groups).map(|g| g * size).collect(),
             by_magnitude: random.below(2) == 0,
+            gain: None,
         };
+        let has_gain = random.below(3) == 0;
         let rows = EncoderRows {
             d_in,
             weight: random_rows(random, rivals, d_in, d_in, norm),
             bias: random.normals(rivals).iter().map(|b| 0.1 * b).collect(),
+            rank_gain: has_gain.then(|| random.normals(rivals).iter().map(|x| x.abs()).collect()),
             ..EncoderRows::default()
         };
-        Dictionary { rows, gate }
+        let mut dictionary = Dictionary { rows, gate };
+        let of = |gain: &Vec<f32>| (0..count).map(|k| gain[dictionary.rival(k)]).collect();
+        dictionary.gate.gain = dictionary.rows.rank_gain.as_ref().map(of);
+        dictionary
     }
 
     /// Where latent k is among the rivals: the last but so many of its group.
@@ -368,14 +375,17 @@ impl Dictionary {
     fn with_blocked(&self, chosen: &[usize]) -> Dictionary {
         let mut dictionary = self.clone();
         dictionary.gate.group = chosen.iter().map(|k| self.gate.group[*k]).collect();
+        let pick = |gain: &Vec<f32>| chosen.iter().map(|k| gain[*k]).collect();
+        dictionary.gate.gain = self.gate.gain.as_ref().map(pick);
         dictionary
     }
 
     /// Of each group, from the largest on.
     fn ranks(&self, product: impl Fn(&[f32]) -> f64) -> Vec<Vec<f64>> {
-        let EncoderRows { d_in, weight, bias, .. } = &self.rows;
+        let EncoderRows { d_in, weight, bias, rank_gain, .. } = &self.rows;
         let of_rival = |rival: usize| {
-            self.gate.rank(product(&weight[rival * d_in..][..*d_in]) + bias[rival] as f64)
+            let pre = product(&weight[rival * d_in..][..*d_in]) + bias[rival] as f64;
+            self.gate.rank(rank_gain.as_ref().map_or(1.0, |gain| gain[rival]) as f64 * pre)
         };
         let of_group = |group| {
             let mut ranks: Vec<f64> = self.gate.rivals_of(group).map(of_rival).collect();
@@ -389,7 +399,7 @@ impl Dictionary {
     fn distance(&self, k: usize, pre: f64, ranks: &[Vec<f64>]) -> f64 {
         let ranks = &ranks[self.gate.group[k] as usize];
         let next = ranks.get(self.gate.k).copied().unwrap_or(f64::NEG_INFINITY);
-        let own = self.gate.rank(pre);
+        let own = self.gate.rank(self.gate.gain(k) as f64 * pre);
         let place = if own > next { own - next } else { own - ranks[self.gate.k - 1] };
         if self.gate.by_magnitude { place } else { place.min(pre) }
     }

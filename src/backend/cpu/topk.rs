@@ -29,6 +29,7 @@ const _: () = assert!(CHUNK.is_multiple_of(PANEL) && RIVALS_AT_ONCE.is_multiple_
 pub(super) struct OwnedRivals {
     lines: Vec<Line>,
     bias: Vec<f32>,
+    gain: Option<Vec<f32>>,
     d_in: usize,
 }
 
@@ -42,7 +43,7 @@ impl OwnedRivals {
                  activation needs them all ('dense_relu' needs the blocked ones alone)"
             );
         }
-        let mut bias = Vec::with_capacity(count);
+        let (mut bias, mut gain) = (Vec::with_capacity(count), None);
         for start in (0..count).step_by(RIVALS_AT_ONCE) {
             let some = read(start..count.min(start + RIVALS_AT_ONCE))?;
             let rows = Rows {
@@ -59,12 +60,16 @@ impl OwnedRivals {
             lines.resize(first + f32_lines(rows.count(), d_in), Line([0.0; LANES]));
             pack_f32(&rows, &mut lines[first..]);
             bias.extend(some.bias);
+            if let Some(some) = some.rank_gain {
+                gain.get_or_insert_with(Vec::new).extend(some);
+            }
         }
-        Ok(OwnedRivals { lines, bias, d_in })
+        Ok(OwnedRivals { lines, bias, gain, d_in })
     }
 
     pub fn borrow(&self) -> Rivals<'_> {
-        Rivals { panels: Panels::f32(&self.lines, self.d_in), bias: &self.bias }
+        let panels = Panels::f32(&self.lines, self.d_in);
+        Rivals { panels, bias: &self.bias, gain: self.gain.as_deref() }
     }
 }
 
@@ -72,6 +77,7 @@ impl OwnedRivals {
 pub(super) struct Rivals<'a> {
     panels: Panels<'a>,
     bias: &'a [f32],
+    gain: Option<&'a [f32]>,
 }
 
 /// The part of a workspace that a TopK gate needs: thresholds of all tokens, then each worker's
@@ -231,6 +237,7 @@ impl Block<'_> {
                     let work = Ranks {
                         row: &mut ranks[..chunk.len()],
                         bias: &self.rivals.bias[chunk.clone()],
+                        gain: self.rivals.gain.map(|gain| &gain[chunk.clone()]),
                         scale: state.scale,
                         by_magnitude: self.gate.by_magnitude,
                     };
@@ -309,6 +316,7 @@ fn threshold(kth: f32, by_magnitude: bool) -> f32 {
 struct Ranks<'a> {
     row: &'a mut [f32],
     bias: &'a [f32],
+    gain: Option<&'a [f32]>,
     scale: f32,
     by_magnitude: bool,
 }
@@ -319,8 +327,13 @@ impl Work for Ranks<'_> {
     #[inline(always)]
     unsafe fn run(self) {
         for (x, bias) in self.row.iter_mut().zip(self.bias) {
-            let pre = *x * self.scale + bias;
-            let rank = if self.by_magnitude { pre.abs() } else { pre };
+            *x = *x * self.scale + bias;
+        }
+        if let Some(gain) = self.gain {
+            self.row.iter_mut().zip(gain).for_each(|(x, gain)| *x *= gain);
+        }
+        for x in self.row {
+            let rank = if self.by_magnitude { x.abs() } else { *x };
             *x = if rank.is_nan() { f32::INFINITY } else { rank };
         }
     }

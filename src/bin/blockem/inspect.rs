@@ -28,6 +28,7 @@ impl Inspect {
     pub fn run(&self) -> Result<()> {
         let sae = self.recipe.open(&self.sae)?;
         let mut recipe = sae.describe()?;
+        recipe["decoder_norms"] = sae.decoder_norms()?;
         if self.sha256 {
             recipe["sha256"] = json!(sae.file_sha256(&mut progress::bar("sha256", true))?);
         }

@@ -4,6 +4,7 @@ mod convert;
 mod inspect;
 mod penalty;
 mod progress;
+mod verify;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use blockem::sae::{Sae, SaeOptions};
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Map, Value};
 
-/// Block emergent misalignment while fine-tuning: inspect sparse autoencoders, compute the
+/// Block emergent misalignment while fine-tuning: inspect and verify sparse autoencoders, compute the
 /// BLOCK-EM penalty and its gradient, cut dictionaries down to the blocked rows.
 ///
 /// Exit status: 0; 1 with one line on standard error when the input is at fault; 2 on wrong usage.
@@ -30,6 +31,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Penalty(penalty::Penalty),
     Convert(convert::Convert),
+    Verify(verify::Verify),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Command::Inspect(command) => command.run(),
         Command::Penalty(command) => command.run(),
         Command::Convert(command) => command.run(),
+        Command::Verify(command) => command.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -247,17 +247,40 @@ impl Container {
                 reader.fill(&mut bytes)?;
             }
             Bytes::Strided { offset, stride } => {
-                for (i, element) in bytes.chunks_exact_mut(size).enumerate() {
-                    let mut left = i;
-                    let mut at = 0;
-                    for (n, s) in entry.shape.iter().zip(stride).rev() {
-                        at += left % n * s;
-                        left /= n;
-                    }
-                    self.file.read_at(element, offset + (at * size) as u64)?;
-                }
+                self.read_strided(*offset, &entry.shape, stride, size, &mut bytes)?;
             }
         }
         Ok(bytes)
+    }
+    /// Elements of `size` bytes in the order of the shape; strides count elements.
+    fn read_strided(
+        &self,
+        offset: u64,
+        shape: &[usize],
+        stride: &[usize],
+        size: usize,
+        to: &mut [u8],
+    ) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        let last: usize = shape.iter().zip(stride).map(|(n, s)| (n - 1) * s).sum();
+        // One read is enough where the elements lie close together.
+        let span = (last + 1) * size;
+        let mut near = zeroed(if span <= SMALL { span } else { 0 }, self.file.path())?;
+        self.file.read_at(&mut near, offset)?;
+        for (i, element) in to.chunks_exact_mut(size).enumerate() {
+            let mut left = i;
+            let mut at = 0;
+            for (n, s) in shape.iter().zip(stride).rev() {
+                at += left % n * s;
+                left /= n;
+            }
+            match near.get(at * size..(at + 1) * size) {
+                Some(bytes) => element.copy_from_slice(bytes),
+                None => self.file.read_at(element, offset + (at * size) as u64)?,
+            }
+        }
+        Ok(())
     }
 }

@@ -9,7 +9,13 @@ use super::zip::{Member, Zip};
 use super::{Bytes, Container, Entry, Stored};
 
 /// The largest header that is read; those of plain arrays have 128 bytes.
-const HEADER_LIMIT: usize = 64 << 10;
+const HEADER_LIMIT: usize = 4 << 10;
+const DIMENSIONS: usize = 8;
+/// What a deflated array may be: an archive of a few bytes could claim terabytes. The widest
+/// published dictionary has a million latents, and no weights shrink to a hundredth.
+const DEFLATED_SIDE: usize = 1 << 20;
+const DEFLATED_RATIO: u64 = 100;
+const DEFLATED_ANYWAY: u64 = 64 << 20;
 
 /// Whether all that an archive holds are arrays.
 pub(super) fn is_archive(zip: &Zip) -> bool {
@@ -67,12 +73,29 @@ fn entry(zip: &Zip, member: &Member, name: &str) -> Result<Entry> {
             member.len.saturating_sub(skip)
         )));
     }
+    if header.shape.len() > DIMENSIONS {
+        return Err(fault(&format!("it has more than {DIMENSIONS} dimensions")));
+    }
+    if member.deflated && is_bomb(member, &header.shape) {
+        return Err(fault(&format!(
+            "{:?} deflated to {} bytes is not read: sides of up to {DEFLATED_SIDE}, and no more \
+             than {DEFLATED_RATIO} times the bytes in the archive; save it with numpy.savez, which \
+             does not compress",
+            header.shape, member.stored_len
+        )));
+    }
     let bytes = match member.deflated {
         false => Bytes::Plain { offset: member.start + skip },
         true => Bytes::Deflated { start: member.start, stored_len: member.stored_len, skip },
     };
     let fortran = header.fortran && header.shape.len() > 1;
     Ok(Entry { name: name.to_string(), stored, shape: header.shape, turned: fortran, bytes })
+}
+
+/// Whether a deflated array takes more time or memory than a file of its size may.
+fn is_bomb(member: &Member, shape: &[usize]) -> bool {
+    let most = member.stored_len.saturating_mul(DEFLATED_RATIO).max(DEFLATED_ANYWAY);
+    member.len > most || shape.iter().any(|side| *side > DEFLATED_SIDE)
 }
 
 /// `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }`

@@ -4,24 +4,28 @@
 //!
 //! Opcodes: Python's pickletools. Names: torch.save of PyTorch 1.6 and later.
 
+use std::collections::HashSet;
+
 use crate::error::{Error, Result, Status};
 use crate::tensor::DType;
 
 use super::Stored;
 
-/// Larger pickles hold more than a state dict; a value takes up to 64 times its bytes here.
-pub(super) const LIMIT: u64 = 1 << 20;
+/// Larger pickles hold more than a state dict; a value takes up to 80 times its bytes here.
+pub(super) const LIMIT: u64 = 512 << 10;
 /// What a state dict may nest and hold.
 const DEPTH: usize = 8;
 const VISITS: usize = 10_000;
 /// The longest string that is taken as a key's part or a value.
 const TEXT: usize = 4096;
+/// The longest joined key: a few short strings, recalled again and again, could make many long ones.
+const PATH: usize = 1024;
 
 /// A tensor that a pickle describes; its bytes lie elsewhere.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct PickledTensor {
+pub(super) struct PickledTensor<'p> {
     /// Which storage, by the key that names it in the archive.
-    pub storage: String,
+    pub storage: &'p str,
     pub dtype: Stored,
     /// Elements of the storage.
     pub numel: u64,
@@ -33,25 +37,30 @@ pub(super) struct PickledTensor {
 
 /// A leaf of the pickled dictionary.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Leaf {
-    Tensor(PickledTensor),
+pub(super) enum Leaf<'p> {
+    Tensor(PickledTensor<'p>),
     Bool(bool),
     Int(i64),
     Real(f64),
-    Text(String),
+    Text(&'p str),
     Null,
 }
 
 /// The leaves of a pickled dictionary, nested keys joined by dots, in its order. Lists and other
 /// values that no checkpoint's reader asks for are left out.
-pub(super) fn leaves(pickle: &[u8]) -> Result<Vec<(String, Leaf)>> {
+pub(super) fn leaves(pickle: &[u8]) -> Result<Vec<(String, Leaf<'_>)>> {
     let mut machine = Machine::new(pickle);
     let Item::Dict(top) = machine.run()? else {
         return refuse("something else than a dictionary of tensors");
     };
     let mut walk = Walk { machine: &machine, path: String::new(), visits: 0, found: Vec::new() };
     walk.dict(top, 1)?;
-    Ok(walk.found)
+    let found = walk.found;
+    let mut paths = HashSet::with_capacity(found.len());
+    match found.iter().find(|(path, _)| !paths.insert(path)) {
+        Some((path, _)) => fault(&format!("the key {} is in it twice", shown(path))),
+        None => Ok(found),
+    }
 }
 
 /// What the machine holds. Containers are handles into it, as Python's are references.
@@ -145,7 +154,7 @@ struct Machine<'a> {
     sequences: Vec<Vec<Item>>,
     dicts: Vec<Vec<(Item, Item)>>,
     storages: Vec<Storage>,
-    tensors: Vec<PickledTensor>,
+    tensors: Vec<PickledTensor<'a>>,
 }
 
 impl<'a> Machine<'a> {
@@ -517,7 +526,7 @@ impl<'a> Machine<'a> {
         offset: &Item,
         shape: &Item,
         stride: &Item,
-    ) -> Result<PickledTensor> {
+    ) -> Result<PickledTensor<'a>> {
         let (Item::Storage(storage), Item::Int(offset)) = (storage, offset) else {
             return fault("a tensor lacks its storage");
         };
@@ -542,8 +551,7 @@ impl<'a> Machine<'a> {
         if product.is_none_or(|bytes| bytes > isize::MAX as usize) {
             return fault("a tensor is larger than memory");
         }
-        let (key, dtype, numel) =
-            (self.str(storage.key)?.to_string(), storage.dtype, storage.numel);
+        let (key, dtype, numel) = (self.str(storage.key)?, storage.dtype, storage.numel);
         Ok(PickledTensor { storage: key, dtype, numel, offset, shape, stride })
     }
 
@@ -571,7 +579,7 @@ struct Walk<'m, 'p> {
     machine: &'m Machine<'p>,
     path: String,
     visits: usize,
-    found: Vec<(String, Leaf)>,
+    found: Vec<(String, Leaf<'p>)>,
 }
 
 impl Walk<'_, '_> {
@@ -594,6 +602,9 @@ impl Walk<'_, '_> {
                 Item::Int(n) => self.path.push_str(&n.to_string()),
                 _ => return refuse("a dictionary whose keys are neither strings nor numbers"),
             }
+            if self.path.len() > PATH {
+                return fault(&format!("a key is longer than {PATH} bytes"));
+            }
             self.value(value, depth)?;
             self.path.truncate(before);
         }
@@ -607,7 +618,7 @@ impl Walk<'_, '_> {
             Item::Bool(b) => Leaf::Bool(*b),
             Item::Int(n) => Leaf::Int(*n),
             Item::Real(x) => Leaf::Real(*x),
-            Item::Text(span) => Leaf::Text(self.machine.str(*span)?.to_string()),
+            Item::Text(span) => Leaf::Text(self.machine.str(*span)?),
             Item::Null => Leaf::Null,
             _ => return Ok(()),
         };

@@ -85,6 +85,48 @@ fn compare(file: &str, container: &Container, must: &Value) {
     assert!(compared > 0, "{file}");
 }
 
+/// What the readers must withstand: each attack has its files, and the test above opens them.
+#[test]
+fn every_known_attack_has_a_file() {
+    let note: Value =
+        serde_json::from_slice(&fs::read(folder().join("note.json")).unwrap()).unwrap();
+    for attack in [
+        "memo_bomb_lists",
+        "memo_bomb_tuples",
+        "memo_bomb_dicts",
+        "memo_bomb_keys",
+        "memo_bomb_tensors",
+        "self_list",
+        "self_dict",
+        "huge_storage",
+        "huge_size",
+        "huge_expanded",
+        "overlapping",
+        "duplicate_member",
+        "zip_bomb",
+        "deflated_bomb",
+        "deflated_wide",
+        "deflated_dimensions",
+        "dotdot_member",
+        "dotdot_root",
+        "absolute_root",
+        "storage_key_path",
+        "long1_255",
+        "long1_short",
+        "long4_huge",
+        "deep_tuples",
+        "deep_marks",
+        "deep_dicts",
+        "duplicate_key",
+        "joined_key_twice",
+    ] {
+        let file = note.as_object().unwrap().iter().find(|(name, _)| name.starts_with(attack));
+        let (name, what) = file.expect(attack);
+        assert!(folder().join(name).is_file(), "{name}");
+        assert_ne!(what["must"], "loads", "{name}");
+    }
+}
+
 #[test]
 fn refusals_name_the_opcode_or_the_name() {
     for (file, named) in [

@@ -61,7 +61,7 @@ fn is_top(member: &str, file: &str) -> bool {
 
 fn entry(
     path: &str,
-    tensor: PickledTensor,
+    tensor: PickledTensor<'_>,
     member: Option<&Member>,
 ) -> std::result::Result<Entry, String> {
     let Some(member) = member else {

@@ -39,6 +39,8 @@ pub(crate) struct Member {
 pub(crate) struct Zip {
     file: Arc<DataFile>,
     members: Vec<Member>,
+    /// Places in `members`, by name.
+    by_name: Vec<usize>,
 }
 
 impl Zip {
@@ -55,7 +57,9 @@ impl Zip {
             members.push(member);
             rest = left;
         }
-        let zip = Zip { file, members };
+        let mut by_name: Vec<usize> = (0..members.len()).collect();
+        by_name.sort_unstable_by(|a, b| members[*a].name.cmp(&members[*b].name));
+        let zip = Zip { file, members, by_name };
         zip.check_apart(at)?;
         Ok(zip)
     }
@@ -69,7 +73,8 @@ impl Zip {
     }
 
     pub fn find(&self, name: &str) -> Option<&Member> {
-        self.members.iter().find(|member| member.name == name)
+        let at = self.by_name.binary_search_by(|i| self.members[*i].name.as_str().cmp(name));
+        Some(&self.members[self.by_name[at.ok()?]])
     }
 
     /// A small member, whole; its checksum must hold.
@@ -105,10 +110,10 @@ impl Zip {
 
     /// Members may not share bytes with each other or with the directory, and names are unique.
     fn check_apart(&self, directory: u64) -> Result<()> {
-        let mut names: Vec<&str> = self.members.iter().map(|m| m.name.as_str()).collect();
-        names.sort_unstable();
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(broken(&self.file, &format!("it holds the member {} twice", pair[0])));
+        let name = |i: usize| &self.members[i].name;
+        if let Some(twice) = self.by_name.windows(2).find(|two| name(two[0]) == name(two[1])) {
+            let text = format!("it holds the member {} twice", name(twice[0]));
+            return Err(broken(&self.file, &text));
         }
         let mut spans: Vec<(u64, u64, &str)> = self
             .members

@@ -1,0 +1,261 @@
+"""Reference caches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from ctypes import byref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _arrays, _ffi
+from ._arrays import Array
+from ._core import Plan, _code, _encode_path, _name, _whole_numbers, expect
+from ._library import check, fail, library
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Cache:
+    """z of the base model at a plan's latents, per example, in one file.
+
+        with blockem.Cache("base.cache", plan, base_model=name, dtype="bfloat16", mode="create") as cache:
+            cache.fill(model, loader)                  # the base model runs once for each example
+        cache = blockem.Cache("base.cache", plan, base_model=name, dtype="bfloat16")
+        reference = cache.reference(batch)             # [B, T, K], no forward pass
+
+    An example is known by its token ids and positions. Each latent is a column of its own: plans
+    that share latents share columns, and a larger set adds only what is new. The file belongs to
+    one base model, layer, dtype of hidden and numerics; another one is CACHE_STALE.
+
+    What was stored survives a process that is killed at any moment. One process writes, or any
+    number read (CACHE_BUSY otherwise). Threads may share a Cache; processes each open their own,
+    after a fork too.
+
+    plan: gives the latents and the numerics.
+    base_model: names the weights in 1 to 255 bytes, by name and revision or by
+        :func:`blockem.base_model_digest`. None, when reading or writing an existing file, compares
+        nothing.
+    layer: 0-based decoder block; None takes the plan's.
+    dtype: of the hidden states that are encoded ("float32", "float16", "bfloat16"); None, for an
+        existing file, compares nothing.
+    mode: "read", "write" (the file is there) or "create" (it is made if it is not).
+
+    Attributes: ``plan``, ``base_model``, ``layer``, ``dtype``, ``numerics``.
+
+    Raises Error: CACHE_STALE, CACHE_BUSY, IO (also OSError), FORMAT, INVALID_ARGUMENT, DTYPE,
+    UNSUPPORTED.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        plan: Plan,
+        *,
+        base_model: str | None = None,
+        layer: int | None = None,
+        dtype: object = None,
+        mode: str = "read",
+    ) -> None:
+        expect("plan", plan, Plan)
+        dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        options = _ffi.CacheOptions(
+            mode=_code("mode", mode, _ffi.CACHE_MODES),
+            hidden_dtype=-1 if dtype is None else _code("dtype", dtype, _ffi.DTYPES),
+            layer=-1 if layer is None else layer,
+            base_model=None if base_model is None else base_model.encode(),
+            plan=plan._handle.pointer,
+        )
+        if base_model is not None and "\0" in base_model:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, "base_model holds a NUL character")
+        pointer = ctypes.c_void_p()
+        check(library.blockem_cache_open(_encode_path(path), byref(options), byref(pointer)))
+        self._pointer = pointer
+        self._free = weakref.finalize(self, library.blockem_cache_free, pointer)
+        # At exit the operating system closes; a daemon thread may still be in a call.
+        self._free.atexit = False
+        self._gate, self._running, self._closed = threading.Lock(), 0, False
+        self.path = os.fspath(path)
+        self.plan = plan
+        info = self._info()
+        self.base_model: str = info.base_model.decode()
+        self.layer: int = info.layer
+        self.dtype: str = _name(info.hidden_dtype, _ffi.DTYPES)
+        self.numerics: str = info.numerics.decode()
+
+    def close(self) -> None:
+        """Lets other processes have the file, when calls in other threads are done. Nothing is lost
+        without it."""
+        with self._gate:
+            self._closed = True
+            if self._running == 0:
+                self._free()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Examples of which any z is stored."""
+        return self._info().num_examples
+
+    def key(self, token_ids: Array | Sequence[int], positions: Any = None) -> bytes:
+        """Digest of an example: token ids (without padding), and their positions as the model gets
+        them, which are 0, 1, 2, ... by default.
+
+        Raises Error: INVALID_ARGUMENT, SHAPE, FORKED.
+        """
+        ids = _whole_numbers("token_ids", token_ids, np.int64)
+        places = None if positions is None else _whole_numbers("positions", positions, np.int64)
+        if ids.ndim != 1 or (places is not None and places.shape != ids.shape):
+            fail(_ffi.STATUS_SHAPE, "token_ids and positions of an example must be [n]")
+        key = ctypes.create_string_buffer(_ffi.CACHE_KEY_SIZE)
+        kind = ctypes.POINTER(ctypes.c_int64)
+        self._call(
+            library.blockem_cache_example_key,
+            ids.ctypes.data_as(kind),
+            None if places is None else places.ctypes.data_as(kind),
+            len(ids),
+            key,
+        )
+        return key.raw
+
+    def missing(self, keys: Sequence[bytes]) -> np.ndarray:
+        """[n, K] bool: where z of a latent is not stored for an example.
+
+        Raises Error: IO, FORMAT, FORKED.
+        """
+        missing = np.empty((len(keys), self.plan.num_latents), np.uint8)
+        plan = self.plan._handle.pointer
+        self._call(
+            library.blockem_cache_missing, plan, _joined(keys), len(keys), missing.ctypes.data
+        )
+        return missing.astype(bool)
+
+    def put(self, keys: Sequence[bytes], latents: Sequence[Array]) -> int:
+        """Stores z of examples, all of them or none; on the disk when it returns. What is there
+        stays. Returns how many columns were new.
+
+        latents: [T_i, K] float32 on the host for each key, from ``plan.encode``.
+
+        Raises Error: SHAPE, DTYPE, DEVICE_MISMATCH, NON_FINITE, INVALID_ARGUMENT (opened for
+        reading), IO, FORMAT, FORKED.
+        """
+        written, plan = ctypes.c_uint64(), self.plan._handle.pointer
+        views = _views(keys, latents)
+        self._call(
+            library.blockem_cache_put, plan, _joined(keys), views, len(keys), byref(written)
+        )
+        return written.value
+
+    def get(self, keys: Sequence[bytes], out: Sequence[Array]) -> None:
+        """Reads z of examples into arrays [T_i, K] float32 on the host: the bits that were stored.
+        Nothing is written unless all are there.
+
+        Raises Error: CACHE_MISS, CACHE_STALE, SHAPE, DTYPE, DEVICE_MISMATCH, IO, FORMAT, FORKED.
+        """
+        for i, array in enumerate(out):
+            if isinstance(array, np.ndarray) and not array.flags.writeable:
+                raise ValueError(f"out[{i}] is read-only")
+        views, plan = _views(keys, out), self.plan._handle.pointer
+        self._call(library.blockem_cache_get, plan, _joined(keys), views, len(keys))
+
+    def fill(
+        self,
+        model: torch.nn.Module,
+        batches: Iterable[Any],
+        *,
+        layers: str | None = None,
+        packed: bool = False,
+        progress: bool = True,
+    ) -> int:
+        """Runs the base model on the examples that are not complete, and stores their z. Returns how
+        many it stored. Stopped at any moment, it goes on where it was.
+
+        model: a Hugging Face causal language model; of a PeftModel, the base (adapters off). It runs
+            in eval mode without gradients and stops after the layer. Use the autocast and attention
+            of the training run: z carries their rounding.
+        batches: mappings with ``input_ids`` [B, T], and ``attention_mask`` and ``position_ids``
+            where the model gets them, such as a DataLoader of the training set.
+        layers: dotted name of the list of decoder layers, where it cannot be found.
+        packed: see :meth:`reference`.
+        progress: shows a bar on standard error.
+
+        Raises Error: CACHE_STALE (hidden has another dtype), NON_FINITE, INVALID_ARGUMENT, SHAPE, IO.
+        """
+        from . import _torch_cache
+
+        return _torch_cache.fill(
+            self, model, batches, layers=layers, packed=packed, progress=progress
+        )
+
+    def reference(self, batch: Any, *, packed: bool = False) -> torch.Tensor:
+        """[B, T, K] float32 on the device of ``input_ids``: z of the base model at each token, and 0
+        at padding. For ``blockem.torch``, whose references may be a callable.
+
+        batch: a mapping with ``input_ids`` [B, T]; ``attention_mask`` [B, T] tells padding,
+            ``position_ids`` the positions, which otherwise are those in the row. On the host it
+            costs no wait for the device.
+        packed: a row holds several examples, and one begins where positions fall back, as in
+            padding-free training. The model must keep them apart; else z of an example would depend
+            on its neighbours.
+
+        Raises Error: CACHE_MISS (names the example), CACHE_STALE, SHAPE, IO, FORMAT, FORKED.
+        """
+        from . import _torch_cache
+
+        return _torch_cache.reference(self, batch, packed=packed)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self)} examples"
+        return f"Cache({self.path!r}, {state}, {self.base_model!r}, layer={self.layer}, {self.dtype})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Cache cannot be pickled: open it in each process")
+
+    def _info(self) -> _ffi.CacheInfo:
+        info = _ffi.CacheInfo()
+        self._call(library.blockem_cache_info_get, byref(info))
+        return info
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        """Calls the library with the handle, which is not freed meanwhile."""
+        with self._gate:
+            if self._closed:
+                fail(_ffi.STATUS_INVALID_ARGUMENT, f"{self.path}: the cache is closed")
+            self._running += 1
+        try:
+            check(function(self._pointer, *arguments))
+        finally:
+            with self._gate:
+                self._running -= 1
+                if self._closed and self._running == 0:
+                    self._free()
+
+
+def _joined(keys: Sequence[bytes]) -> bytes:
+    for i, key in enumerate(keys):
+        if not isinstance(key, bytes) or len(key) != _ffi.CACHE_KEY_SIZE:
+            raise TypeError(f"keys[{i}] is no key: Cache.key makes them")
+    return b"".join(keys)
+
+
+def _views(keys: Sequence[bytes], latents: Sequence[Array]) -> ctypes.Array:
+    """A tensor for each array, which stays the caller's."""
+    if len(keys) != len(latents):
+        fail(_ffi.STATUS_SHAPE, f"{len(keys)} keys and {len(latents)} arrays")
+    views = (_ffi.Tensor * len(latents))()
+    for i, array in enumerate(latents):
+        name = f"latents[{i}]"
+        stride = _arrays.strides(_arrays.expect_array(name, array))
+        if stride is None or array.ndim > 4:
+            fail(_ffi.STATUS_LAYOUT, f"{name} has strides that are negative or no whole elements")
+        views[i] = _arrays.tensor(name, array, tuple(array.shape), stride)
+    return views

@@ -1,0 +1,266 @@
+"""Filling a reference cache from a model's hidden states, and references for a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _ffi
+from ._cache import Cache
+from ._library import fail
+
+__all__ = ["base_model_digest", "fill", "reference"]
+
+
+def reference(cache: Cache, batch: Mapping[str, Any], *, packed: bool) -> torch.Tensor:
+    """See :meth:`Cache.reference`."""
+    ids = batch["input_ids"]
+    found = _examples(cache, batch, packed)
+    pinned = ids.device.type == "cuda"
+    z = torch.zeros((*ids.shape, cache.plan.num_latents), pin_memory=pinned)
+    places = [_place(z, e) for e in found]
+    parts = [
+        torch.empty(len(e.columns), z.shape[-1]) if place is None else place
+        for e, place in zip(found, places, strict=True)
+    ]
+    cache.get([e.key for e in found], parts)
+    for e, place, part in zip(found, places, parts, strict=True):
+        if place is None:
+            z[e.row, e.columns] = part
+    return z.to(ids.device, non_blocking=True)
+
+
+def _place(z: torch.Tensor, example: _Example) -> torch.Tensor | None:
+    """z of an example in place, unless padding parts its tokens."""
+    first, count = int(example.columns[0]), len(example.columns)
+    if int(example.columns[-1]) - first == count - 1:
+        return z[example.row, first : first + count]
+    return None
+
+
+def fill(
+    cache: Cache,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    layers: str | None,
+    packed: bool,
+    progress: bool,
+) -> int:
+    """See :meth:`Cache.fill`."""
+    stored = 0
+    layer = _decoder_layer(_base(model), cache.layer, layers)
+    with _as_base(model), torch.no_grad():
+        for batch in _shown(batches, progress):
+            found = _examples(cache, batch, packed)
+            absent = cache.missing([e.key for e in found]).any(axis=1)
+            wanted = [e for e, is_absent in zip(found, absent, strict=True) if is_absent]
+            if not wanted:
+                continue
+            rows = sorted({e.row for e in wanted})
+            hidden = _hidden_after(layer, model, batch, rows)
+            if str(hidden.dtype) != f"torch.{cache.dtype}":
+                fail(
+                    _ffi.STATUS_CACHE_STALE,
+                    f"{cache.path}: the layer puts out {hidden.dtype}, the cache holds z of "
+                    f"{cache.dtype}: run the model as in training, or make a cache with that dtype",
+                )
+            z = [
+                cache.plan.encode(
+                    hidden[rows.index(e.row), e.columns.to(hidden.device)].to(cache.plan.device)
+                ).cpu()
+                for e in wanted
+            ]
+            cache.put([e.key for e in wanted], z)
+            stored += len({e.key for e in wanted})
+    return stored
+
+
+def base_model_digest(model: nn.Module) -> str:
+    """sha256 of a model's parameters and persistent buffers, their names, dtypes and shapes, for
+    ``Cache(base_model=...)``. Adapters of peft do not count: a PeftModel has its base's digest.
+
+    Reads every weight once: seconds for each 10 GB.
+
+    Raises Error INVALID_ARGUMENT for weights that are not loaded (on the meta device).
+    """
+    adapters = _adapter_prefixes(_base(model))
+    digest = hashlib.sha256(b"blockem base model 1")
+    tensors = {
+        _base_name(name): tensor
+        for name, tensor in _base(model).state_dict().items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith(adapters)
+    }
+    for name, tensor in sorted(tensors.items()):
+        if tensor.device.type == "meta":
+            fail(_ffi.STATUS_INVALID_ARGUMENT, f"{name} is not loaded: it is on the meta device")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass
+class _Example:
+    key: bytes
+    row: int
+    #: [n] where its tokens stand in the row
+    columns: torch.Tensor
+
+
+def _examples(cache: Cache, batch: Mapping[str, Any], packed: bool) -> list[_Example]:
+    """The examples of a batch, without their padding."""
+    ids = batch["input_ids"]
+    shape = ids.shape
+    if ids.ndim != 2:
+        fail(_ffi.STATUS_SHAPE, f"input_ids has the shape {list(shape)}; expected [B, T]")
+    ids = ids.cpu()
+    mask, positions = (_of_tokens(batch, n, shape) for n in ("attention_mask", "position_ids"))
+    if packed and positions is None:
+        fail(_ffi.STATUS_INVALID_ARGUMENT, "packed rows are told apart by position_ids: give them")
+    found = []
+    for row in range(shape[0]):
+        kept = torch.arange(shape[1])
+        if mask is not None:
+            kept = kept[mask[row] != 0]
+        places = kept if positions is None else positions[row, kept]
+        starts = (places.diff() <= 0).nonzero().flatten() + 1 if packed else kept[:0]
+        for columns, at in zip(kept.tensor_split(starts), places.tensor_split(starts), strict=True):
+            if len(columns):
+                key = cache.key(ids[row, columns].numpy(), at.numpy())
+                found.append(_Example(key, row, columns))
+    return found
+
+
+def _of_tokens(batch: Mapping[str, Any], name: str, shape: torch.Size) -> torch.Tensor | None:
+    values = batch.get(name)
+    if values is None:
+        return None
+    if values.shape != shape:
+        fail(
+            _ffi.STATUS_SHAPE,
+            f"{name} has the shape {list(values.shape)}; expected {list(shape)}, as input_ids",
+        )
+    return values.cpu()
+
+
+class _Stop(BaseException):
+    """Ends a forward pass. Not an Exception: code above the layer must not handle it."""
+
+
+def _hidden_after(
+    layer: nn.Module, model: nn.Module, batch: Mapping[str, Any], rows: list[int]
+) -> torch.Tensor:
+    """Hidden states of these rows after a layer, where the pass ends."""
+    kept: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, (tuple, list)) else output)
+        raise _Stop
+
+    device = next(layer.parameters()).device
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {n: batch[n][rows].to(device) for n in names if batch.get(n) is not None}
+    hook = layer.register_forward_hook(stop)
+    try:
+        model(**inputs, use_cache=False)
+    except _Stop:
+        return kept[0]
+    finally:
+        hook.remove()
+    fail(_ffi.STATUS_INVALID_ARGUMENT, "the forward pass did not reach the layer")
+
+
+def _decoder_layer(model: nn.Module, index: int, name: str | None) -> nn.Module:
+    """Decoder block `index` of a model, by its structure or by the name of the list."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(config, "num_hidden_layers", None)
+    lists = {
+        at: module
+        for at, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and (at == name if name else len(module) == count)
+    }
+    # Experts of a layer may be as many as the layers: these lie deeper.
+    depth = min((at.count(".") for at in lists), default=0)
+    lists = {at: module for at, module in lists.items() if at.count(".") == depth}
+    if len(lists) != 1:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"the decoder layers of {type(model).__name__} cannot be told "
+            f"(candidates: {', '.join(lists) or 'none'}); name the list, like layers='model.layers'",
+        )
+    ((at, blocks),) = lists.items()
+    if not 0 <= index < len(blocks):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"layer {index} does not exist: {at} has the blocks 0 to {len(blocks) - 1}",
+        )
+    return blocks[index]
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def _as_base(model: nn.Module) -> Iterator[None]:
+    """Adapters and dropout off for a while; every flag is back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    with contextlib.ExitStack() as stack:
+        if hasattr(model, "disable_adapter"):
+            # peft trains every parameter of the active adapters when it turns them on again.
+            stack.callback(lambda: [p.requires_grad_(False) for p in frozen])
+            stack.enter_context(model.disable_adapter())
+        # Not train(False), whose overrides may merge weights.
+        stack.callback(lambda: [setattr(m, "training", True) for m in training])
+        for m in training:
+            m.training = False
+        yield
+
+
+def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Where peft keeps the parameters of adapters."""
+    prefixes = []
+    for at, module in model.named_modules():
+        parts = [*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())]
+        if hasattr(module, "original_module"):
+            parts.append("modules_to_save")
+        prefixes += [f"{at}.{part}." for part in parts]
+    return tuple(prefixes)
+
+
+def _base_name(name: str) -> str:
+    """The name of a weight in a model without adapters."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name)
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    """The batches, with a progress bar: tqdm's where it is installed."""
+    if not progress:
+        return batches
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _counted(batches)
+    return tqdm(batches, desc="reference cache", unit="batch")
+
+
+def _counted(batches: Iterable[Any]) -> Iterator[Any]:
+    total = f" of {len(batches)}" if hasattr(batches, "__len__") else ""
+    count, told = 0, time.monotonic()
+    for count, batch in enumerate(batches, 1):
+        yield batch
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            print(f"reference cache: {count}{total} batches", file=sys.stderr)
+    print(f"reference cache: {count}{total} batches, done", file=sys.stderr)

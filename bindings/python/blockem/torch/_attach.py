@@ -1,0 +1,959 @@
+"""The penalty in a training loop: hooks, references, normalisation, lambda and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _ffi
+from .._core import Plan, expect
+from .._library import fail
+from ._ops import Parts, encode, penalty
+from ._stack import Call, Stack, find, hidden_of, peft_of, without_parallel
+from .lambdas import DualAscent, Fixed, as_lambda, ratio_lambda
+
+__all__ = ["Calibration", "Check", "Handle", "Term", "attach"]
+
+log = logging.getLogger("blockem")
+
+#: What `reference` may be where it is not a name.
+Provider = Callable[[Any], torch.Tensor | Sequence[torch.Tensor]]
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan | Sequence[Plan],
+    *,
+    layer: int | Sequence[int] | None = None,
+    reference: str | nn.Module | Provider = "adapters_off",
+    lam: float | DualAscent | Sequence[float | DualAscent],
+    reduction: str = "sum",
+    tokens: str = "labels",
+    layers: str | None = None,
+    process_group: Any = None,
+    gradients: str = "mean",
+    tolerance: float = 0.0,
+    diagnostics: bool = True,
+) -> Handle:
+    """Hooks the penalty onto the output of decoder layers of a causal language model.
+
+        handle = blockem.torch.attach(model, plan, layer=19, lam=1e4)
+        for batch in loader:
+            handle.begin_step([batch])                # all micro-batches of the step
+            loss = model(**batch).loss + handle.penalty(batch).loss
+            loss.backward()
+            optimizer.step()
+            handle.end_step()
+
+    model: a Hugging Face causal language model, also in a PeftModel, DistributedDataParallel or
+        torch.compile. The hook is on the layer itself: before the final norm, wherever the layer is.
+    plan: one, or one for each layer.
+    layer: 0-based decoder block whose output is read (``hidden_states[layer + 1]``), one for each
+        plan; None takes ``plan.layer``. One that the SAE contradicts is an error.
+    reference: where z of the base model comes from.
+        "adapters_off": the same PeftModel without its adapters, without gradient and dropout, and
+            stopped right after the last layer that is read.
+        "frozen_copy": a copy of the model's layers up to there, made now.
+        a module: a frozen model of the same layers; the same pass on it.
+        a callable: ``reference(batch)`` gives [..., K] float32 (a sequence of them for several
+            layers) for what :meth:`Handle.penalty` was given.
+    lam: lambda, or :class:`DualAscent`; one for all layers or one for each.
+    reduction: over latents: "sum", the paper's formula, or "mean", which divides by K.
+    tokens: which tokens count: "labels", those whose own label (unshifted) is not -100, or "all",
+        those that attention_mask does not hide.
+    layers: dotted name of the list of decoder layers, where it cannot be found.
+    process_group: the ranks that hold different tokens of a step; None is torch.distributed's
+        default group where it is initialised.
+    gradients: what the trainer does with the gradients of these ranks: "mean" (DDP, FSDP) or "sum".
+    tolerance: the greatest difference of z that the self-check (:meth:`Handle.check`) accepts. Only
+        where tuned and base pass cannot run the same kernels, as under torch.compile, must it be
+        above 0.
+    diagnostics: also measures which shares of the penalty are active and dead
+        (:meth:`Handle.metrics`): one more read of the hidden states.
+
+    Raises Error INVALID_ARGUMENT, SHAPE, DEVICE_MISMATCH.
+    """
+    expect("model", model, nn.Module)
+    sites = _sites(plan, layer, lam, reduction)
+    _choice("tokens", tokens, ("labels", "all"))
+    _choice("gradients", gradients, ("mean", "sum"))
+    stack = find(model, [site.layer for site in sites], layers)
+    source = _source(reference, model, stack, layers)
+    settings = _Settings(reduction, tokens, process_group, gradients, tolerance, diagnostics)
+    return Handle(model, stack, sites, source, settings)
+
+
+class Handle:
+    """The penalty of one model: made by :func:`attach`.
+
+    In each step: :meth:`begin_step`, then for each micro-batch the model's forward and
+    :meth:`penalty`, then :meth:`end_step`. Forward passes in eval mode or without gradients, as in
+    evaluation and generate, are left alone. :meth:`remove` takes the hooks away.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: Stack,
+        sites: list[_Site],
+        source: _Source,
+        settings: _Settings,
+    ) -> None:
+        self._model, self._stack, self._sites = model, stack, sites
+        self._source, self._settings = source, settings
+        self._recorder = _Recorder(stack, sites[0].plan.device)
+        self._divisor: torch.Tensor | float | None = None
+        self._steps = 0
+        self._empty_steps: torch.Tensor | int = 0
+        self._resumed = False
+        #: The last :class:`Check`; the first penalty makes one.
+        self.last_check: Check | None = None
+        for site in sites:
+            log.info("blockem: %s", self._place(site))
+
+    def begin_step(self, batches: Iterable[Any] | float) -> None:
+        """Counts the tokens of an optimizer step, by which all its penalties are divided.
+
+        batches: every micro-batch of the step on this rank, as :meth:`penalty` will get them
+            (mappings with labels, or masks); or the step's count, over all ranks.
+
+        A micro-batch may have no counted token. Raises Error INVALID_ARGUMENT where the whole step
+        has none: at once for counts in host memory; for those of a device by :meth:`metrics` and
+        :meth:`state_dict`, because nothing waits here (the penalty is 0 meanwhile).
+        """
+        if isinstance(batches, (int, float)):
+            count: torch.Tensor = torch.tensor(float(batches), dtype=torch.float64)
+        else:
+            masks = [self._mask(batch) for batch in batches]
+            parts = [_share(mask).sum() for mask in masks]
+            count = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+            count = self._all_reduce(count)
+        if count.device.type == "cpu":
+            if not count.item() > 0:
+                fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
+            self._divisor = count.item()
+        else:
+            empty = count == 0
+            self._empty_steps = self._empty_steps + empty.long()
+            self._divisor = torch.where(empty, 1.0, count)
+
+    def penalty(self, batch: Any = None) -> Term:
+        """The penalty of the last training forward, once: ``task_loss + handle.penalty(batch).loss``.
+
+        batch: the mapping that the model was given (labels, attention_mask, input_ids are looked
+            at), or a mask [...] bool, uint8 or float32 of the tokens that count.
+
+        The first call makes the self-check (:meth:`check`).
+
+        Raises Error INVALID_ARGUMENT where no training forward came before, where a layer did not
+        run exactly once in it, or where its output was changed in place afterwards; SHAPE, DTYPE.
+        """
+        forward = self._recorder.take()
+        mask = self._mask(batch)
+        references = self._references(forward, batch)
+        if self.last_check is None:
+            self.last_check = self._check(forward, references, mask)
+        parts, total = [], None
+        for site, hidden, reference in zip(self._sites, forward.hidden, references, strict=True):
+            self._expect_gradient(site, hidden)
+            at = None if mask is None else mask.to(hidden.device)
+            part = site.measure(hidden, reference, at, self._settings.diagnostics)
+            parts.append(part)
+            share = self._lambda(site, part.loss_sum) * part.loss_sum
+            total = share if total is None else total + share.to(total.device)
+        return Term(total, tuple(parts), tuple(forward.hidden), self._divided())
+
+    def end_step(self) -> None:
+        """After the optimizer's step: closes the step's count and moves adaptive lambdas."""
+        if self._divisor is None:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, "end_step without begin_step")
+        for site in self._sites:
+            if isinstance(site.lam, DualAscent):
+                site.lam.update(self._all_reduce(site.step_sum) / self._divisor)
+            site.step_sum = site.step_sum * 0
+        self._divisor = None
+        self._steps += 1
+
+    def discard(self) -> None:
+        """Forgets a training forward whose penalty is not wanted."""
+        self._recorder.discard()
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        self._recorder.remove()
+
+    def metrics(self, *, per_latent: bool = False) -> dict[str, float]:
+        """What was measured since the last call, over all ranks, which must all call it.
+
+        penalty: loss_sum / count (with reduction "mean" over latents too, as all the others);
+            penalty_pos, penalty_neg: its parts of K+ and K-; lambda.
+        With diagnostics: active: the share of counted (token, latent) pairs that pay; dead_neg: the
+            share of K-'s penalty that has no gradient, because the latent is off in the tuned model.
+        per_latent: adds latent/<id>: the share of each latent.
+        Names have a prefix, blockem/ or blockem/layer<N>/ where there are several.
+
+        The one place that waits for the device. Raises Error INVALID_ARGUMENT where a step had no
+        counted token.
+        """
+        self._expect_tokens()
+        found: dict[str, float] = {}
+        for site in self._sites:
+            prefix = "blockem/" if len(self._sites) == 1 else f"blockem/layer{site.layer}/"
+            site_metrics = site.metrics(self._all_reduce(site.totals), self._mean_factor(site))
+            found |= {prefix + name: value for name, value in site_metrics.items()
+                      if per_latent or not name.startswith("latent/")}
+            site.totals = torch.zeros_like(site.totals)
+        return found
+
+    def check(self, batch: Mapping[str, Any]) -> Check:
+        """Proves the wiring on a batch, without training on it; returns what was found.
+
+        Runs the model in training mode as a trainer does and compares it with the reference. Where
+        the tuned model still equals its base, z must be the same, bit for bit, so that the penalty is
+        exactly 0. Where it no longer does, a pass of the model without adapters takes its place
+        ("adapters_off", or a copy with a PeftModel).
+
+        Raises Error INVALID_ARGUMENT: the hooks did not fire once, or z differs by more than
+        ``tolerance``.
+        """
+        was_training = self._model.training
+        try:
+            self._model.train()
+            with torch.enable_grad():
+                without_parallel(self._model)(**batch)
+        finally:
+            self._model.train(was_training)
+        forward = self._recorder.take()
+        references = self._references(forward, batch)
+        self.last_check = self._check(forward, references, self._mask(batch))
+        return self.last_check
+
+    def measure(self, batches: Iterable[Mapping[str, Any]]) -> Calibration:
+        """The SFT loss of the tuned and of the base model and the penalty, over whole batches.
+
+        In eval mode, without gradients and without effect on training or metrics. Needs
+        ``reference="adapters_off"``: the batches are run with and without adapters.
+        """
+        if not isinstance(self._source, _AdaptersOff):
+            fail(_ffi.STATUS_INVALID_ARGUMENT, 'measure needs reference="adapters_off"')
+        model, was_training = without_parallel(self._model), self._model.training
+        totals = dict.fromkeys(("tuned", "base", "items", "penalty", "count"), 0.0)
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    self._measure(model, batch, totals)
+        finally:
+            self._model.train(was_training)
+        if not totals["items"] or not totals["count"]:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
+        return Calibration(
+            loss=totals["tuned"] / totals["items"],
+            base_loss=totals["base"] / totals["items"],
+            penalty=totals["penalty"] / totals["count"],
+        )
+
+    def calibrate(self, batches: Iterable[Mapping[str, Any]], ratio: float) -> float:
+        """:func:`ratio_lambda` for a model whose adapters come from an unblocked run.
+
+        batches: a sample of training rows (64 are enough), as the model is given them.
+        """
+        found = self.measure(batches)
+        return ratio_lambda(ratio, found.base_loss - found.loss, found.penalty)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: lambdas, steps, and which latents of which layers they belong to."""
+        self._expect_tokens()
+        return {
+            "version": 1,
+            "steps": self._steps,
+            "reduction": self._settings.reduction,
+            "sites": [site.state_dict() for site in self._sites],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues a run: its layers, plans, latents, reduction and kind of lambda must be these."""
+        if state.get("version") != 1:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, f"unknown state version {state.get('version')!r}")
+        mine = self.state_dict()
+        if state["reduction"] != mine["reduction"] or len(state["sites"]) != len(self._sites):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the state has reduction {state['reduction']} and {len(state['sites'])} layers, the "
+                f"handle {mine['reduction']} and {len(self._sites)}",
+            )
+        for site, theirs in zip(self._sites, state["sites"]):
+            site.expect_same(theirs)
+        for site, theirs in zip(self._sites, state["sites"]):
+            site.lam.load_state_dict(theirs["lambda"])
+        self._steps, self._resumed = state["steps"], True
+
+    def __repr__(self) -> str:
+        return f"Handle({'; '.join(map(self._place, self._sites))}; {self._source.name})"
+
+    def _place(self, site: _Site) -> str:
+        return (
+            f"{site.plan.num_latents} latents on the output of decoder block {site.layer} (0-based), "
+            f"hidden_states[{site.layer + 1}], {self._stack.name}.{site.layer}"
+        )
+
+    def _mask(self, batch: Any) -> torch.Tensor | None:
+        if isinstance(batch, torch.Tensor):
+            return batch
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batch is a {type(batch).__name__}; expected the mapping that the model is given, "
+                "or a mask of the tokens that count"
+            )
+        if self._settings.tokens == "labels":
+            if batch.get("labels") is None:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    'the batch has no labels; give a mask, or attach with tokens="all"',
+                )
+            return batch["labels"] != -100
+        if batch.get("attention_mask") is not None:
+            if batch["attention_mask"].ndim != 2:
+                fail(
+                    _ffi.STATUS_SHAPE,
+                    f"attention_mask has {batch['attention_mask'].ndim} dimensions and tells no "
+                    "tokens; give a mask",
+                )
+            return batch["attention_mask"] != 0
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+    def _references(self, forward: _Forward, batch: Any) -> list[torch.Tensor]:
+        with torch.no_grad(), self._recorder.paused():
+            return self._source.latents(forward, batch, self._sites)
+
+    def _check(
+        self, forward: _Forward, references: list[torch.Tensor], mask: torch.Tensor | None
+    ) -> Check:
+        bound, must_hold = self._settings.tolerance, self._source.checked
+        found = self._compare(forward.hidden, references, mask, "tuned")
+        if found.difference > bound:
+            with self._recorder.paused():
+                stand_in = self._source.stand_in(forward)
+            if stand_in is not None:
+                found = self._compare(stand_in, references, mask, "adapters off")
+            elif self._resumed:
+                # Trained weights differ from the copy's, and nothing can stand in for them.
+                must_hold = False
+        log.info("blockem: self-check: %s", found)
+        if must_hold and found.difference > bound:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the self-check failed: {found}; more than the tolerance of {bound:g}. "
+                f"{self._source.remedy}",
+            )
+        return found
+
+    def _compare(
+        self,
+        hidden: Sequence[torch.Tensor],
+        references: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        compared: str,
+    ) -> Check:
+        """A difference of infinity stands for NaN."""
+        worst = penalty = active = tokens = 0.0
+        for site, h, reference in zip(self._sites, hidden, references, strict=True):
+            kept = torch.ones(h.shape[:-1]) if mask is None else mask
+            kept = kept.to(h.device) != 0
+            z, zref = encode(site.plan, h)[kept], reference[kept]
+            difference = (z - zref).abs().max().item() if z.numel() else 0.0
+            worst = max(worst, math.inf if math.isnan(difference) else difference)
+            active += (z != 0).sum().item() / max(z.numel(), 1) / len(self._sites)
+            parts = site.parts(h.detach(), reference, kept)
+            penalty, tokens = penalty + parts.loss_sum.item(), max(tokens, parts.count.item())
+        return Check(compared, int(tokens), penalty, worst, active)
+
+    def _measure(self, model: nn.Module, batch: Mapping[str, Any], totals: dict) -> None:
+        items = (batch["labels"][..., 1:] != -100).sum().item()
+        with self._recorder.forced():
+            loss = model(**batch).loss
+        forward = self._recorder.take()
+        with self._recorder.paused(), self._source.adapters_off():
+            base_loss = model(**batch).loss
+        if items:
+            totals["tuned"] += loss.item() * items
+            totals["base"] += base_loss.item() * items
+        totals["items"] += items
+        mask = self._mask(batch)
+        for i, (site, reference) in enumerate(
+            zip(self._sites, self._references(forward, batch), strict=True)
+        ):
+            parts = site.parts(forward.hidden[i], reference, mask)
+            factor = self._mean_factor(site)
+            totals["penalty"] += parts.loss_sum.item() * factor
+            totals["count"] += parts.count.item() if i == 0 else 0.0
+
+    def _lambda(self, site: _Site, like: torch.Tensor) -> torch.Tensor | float:
+        lam = site.lam.value
+        if isinstance(lam, torch.Tensor):
+            lam = lam.to(like.device, like.dtype)
+        return lam * self._mean_factor(site)
+
+    def _mean_factor(self, site: _Site) -> float:
+        return 1.0 / site.plan.num_latents if self._settings.reduction == "mean" else 1.0
+
+    def _divided(self) -> torch.Tensor | float | None:
+        """What a term is multiplied by; None before begin_step."""
+        if self._divisor is None:
+            return None
+        ranks = self._world() if self._settings.gradients == "mean" else 1
+        return ranks / self._divisor
+
+    def _world(self) -> int:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return distributed.get_world_size(self._settings.process_group)
+
+    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self._world() == 1:
+            return x
+        x = x.detach().to(self._sites[0].totals.device, torch.float64, copy=True)
+        torch.distributed.all_reduce(x, group=self._settings.process_group)
+        return x
+
+    def _expect_tokens(self) -> None:
+        if int(self._empty_steps):
+            self._empty_steps = 0
+            fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
+
+    def _expect_gradient(self, site: _Site, hidden: torch.Tensor) -> None:
+        if not hidden.requires_grad:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the output of decoder block {site.layer} needs no gradient, so the penalty trains "
+                "nothing: no trained parameter lies at or below it, or reentrant gradient "
+                "checkpointing needs model.enable_input_require_grads()",
+            )
+
+
+@dataclass(frozen=True)
+class Term:
+    """The penalty of one forward: add ``loss`` to the task loss."""
+
+    weighted: torch.Tensor
+    #: for each layer
+    parts: tuple[Parts, ...]
+    hidden: tuple[torch.Tensor, ...] = field(repr=False)
+    factor: torch.Tensor | float | None = field(repr=False)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """0-d, differentiable: lambda * loss_sum / count of the step, summed over layers; times the
+        number of ranks where the trainer takes the mean of their gradients."""
+        if self.factor is None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "the step's count is not known: call begin_step with all its micro-batches first",
+            )
+        factor = self.factor
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(self.weighted.device, self.weighted.dtype)
+        return self.weighted * factor
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        """0-d, differentiable: the sum over tokens and latents, of the one layer."""
+        (part,) = self.parts
+        return part.loss_sum
+
+    @property
+    def count(self) -> torch.Tensor:
+        """0-d: this forward's counted tokens."""
+        return self.parts[0].count
+
+    def cosine(self, task_loss: torch.Tensor) -> torch.Tensor:
+        """The cosine of the two losses' gradients at the hooked hidden states, before backward.
+
+        One more backward pass through the layers above: for a step now and then. 0 where one of them
+        vanishes. Returns a 0-d tensor; nothing waits. Not under reentrant gradient checkpointing.
+        """
+        one = torch.autograd.grad(self.weighted, self.hidden, retain_graph=True)
+        two = torch.autograd.grad(task_loss, self.hidden, retain_graph=True, allow_unused=True)
+        pairs = [(a.double(), torch.zeros_like(a).double() if b is None else b.double())
+                 for a, b in zip(one, two)]
+        dot, left, right = (
+            sum((x * y).sum().to(self.weighted.device) for x, y in which)
+            for which in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
+        )
+        size = (left * right).sqrt()
+        return torch.where(size == 0, 0.0, dot / size)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the self-check found."""
+
+    #: "tuned": the training forward itself; "adapters off": a pass that stood in for it
+    compared: str
+    tokens: int
+    #: loss_sum; 0 where z is the same
+    penalty: float
+    #: greatest difference of z at the counted tokens
+    difference: float
+    #: share of z that is not 0: where it is 0 the check shows little
+    active: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.compared} model against the reference on {self.tokens} tokens: penalty "
+            f"{self.penalty:g}, greatest difference of z {self.difference:g}, "
+            f"{100 * self.active:.1f} % of the latents on"
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Means per token of the tuned model, its base, and the penalty between them."""
+
+    loss: float
+    base_loss: float
+    penalty: float
+
+
+@dataclass
+class _Settings:
+    reduction: str
+    tokens: str
+    process_group: Any
+    gradients: str
+    tolerance: float
+    diagnostics: bool
+
+
+class _Site:
+    """A plan on a layer, its lambda and its sums."""
+
+    def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
+        self.plan, self.layer, self.lam = plan, layer, lam
+        signs, weights = plan.latents.signs, plan.latents.weights
+        self.signs = torch.tensor(signs, dtype=torch.float32, device=plan.device)
+        self.weights = torch.tensor(weights, dtype=torch.float32, device=plan.device)
+        # Of the step: loss_sum. Since the last metrics: each latent's share, then count, paying
+        # pairs, dead loss of K-.
+        self.step_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
+        self.totals = torch.zeros(plan.num_latents + 3, dtype=torch.float64, device=plan.device)
+
+    def parts(
+        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
+    ) -> Parts:
+        return penalty(self.plan, hidden, reference, mask, per_latent=True)
+
+    def measure(
+        self,
+        hidden: torch.Tensor,
+        reference: torch.Tensor,
+        mask: torch.Tensor | None,
+        diagnostics: bool,
+    ) -> Parts:
+        """The penalty, added to the sums."""
+        part = self.parts(hidden, reference, mask)
+        with torch.no_grad():
+            paying = dead = torch.zeros((), device=hidden.device)
+            if diagnostics:
+                paying, dead = self._diagnose(hidden.detach(), reference, mask)
+            more = torch.stack([part.count, paying.to(part.count), dead.to(part.count)])
+            self.totals += torch.cat([part.latent_loss, more])
+            self.step_sum += part.loss_sum
+        return part
+
+    def _diagnose(
+        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counted pairs that pay, and what K- pays without a gradient."""
+        *_, coef = torch.ops.blockem.penalty_forward(
+            self.plan._key, hidden, reference, mask, False
+        )
+        rise = (self.signs * (encode(self.plan, hidden) - reference)).relu()
+        share = torch.ones(hidden.shape[:-1], device=hidden.device) if mask is None else mask
+        share = share.to(rise.dtype) if share.is_floating_point() else (share != 0).to(rise.dtype)
+        paying = (rise > 0) & (share != 0)[..., None]
+        dead = paying & (coef == 0) & (self.signs < 0)
+        cost = share[..., None] * self.weights * rise**2
+        return paying.sum(), torch.where(dead, cost, 0.0).sum()
+
+    def metrics(self, totals: torch.Tensor, factor: float) -> dict[str, float]:
+        *latents, count, paying, dead = totals.tolist()
+        positive = [sign > 0 for sign in self.plan.latents.signs]
+        pos = sum(x for x, plus in zip(latents, positive) if plus)
+        neg = sum(x for x, plus in zip(latents, positive) if not plus)
+        per_token = factor / count if count else math.nan
+        lam = self.lam.value
+        return {
+            "penalty": (pos + neg) * per_token,
+            "penalty_pos": pos * per_token,
+            "penalty_neg": neg * per_token,
+            "active": paying / (count * len(latents)) if count else math.nan,
+            "dead_neg": dead / neg if neg else 0.0,
+            "lambda": float(lam),
+        } | {
+            f"latent/{id}": x * per_token for id, x in zip(self.plan.latents.ids, latents)
+        }
+
+    def identity(self) -> dict[str, Any]:
+        latents = self.plan.latents
+        return {
+            "layer": self.layer,
+            "plan": self.plan.identity,
+            "activation": self.plan.activation,
+            "ids": latents.ids.tolist(),
+            "signs": latents.signs.tolist(),
+            "weights": latents.weights.tolist(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.identity() | {"lambda": self.lam.state_dict()}
+
+    def expect_same(self, state: Mapping[str, Any]) -> None:
+        for name, mine in self.identity().items():
+            if state.get(name) != mine:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the state's {name} at decoder block {self.layer} is {state.get(name)}, the "
+                    f"handle's {mine}: resume with the SAE and latents of the run",
+                )
+
+
+@dataclass
+class _Forward:
+    """A training forward: how the decoder was called, and what its layers put out."""
+
+    call: Call
+    hidden: list[torch.Tensor]
+
+
+class _Pause:
+    on = False
+
+
+class _Recorder:
+    """Hooks that keep what the layers put out in a training forward, until it is taken.
+
+    Their bodies are plain enough for torch.compile, which traces hooks. Between the end of a forward
+    and the next they are closed: gradient checkpointing runs layers again in the backward pass.
+    """
+
+    def __init__(self, stack: Stack, device: str) -> None:
+        self.stack = stack
+        self.open = self.finished = self.force = False
+        # Shared by all recorders of a decoder: a base pass for one is no forward for another.
+        self.pause = stack.decoder.__dict__.setdefault("_blockem_pause", _Pause())
+        self.device_type = torch.device(device).type
+        self.call: Call | None = None
+        self.outputs: dict[int, list[tuple[torch.Tensor, int | None]]] | None = None
+        decoder = stack.decoder
+        self.hooks = [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end),
+        ]
+        for index in sorted(set(stack.indices)):
+            self.hooks.append(stack.layers[index].register_forward_hook(self._layer_hook(index)))
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.pause.on:
+            return
+        self.open = self.force or (module.training and torch.is_grad_enabled())
+        if not self.open:
+            return
+        if not torch.compiler.is_compiling() and self.finished:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "the penalty of the training forward before was not taken: call "
+                "handle.penalty(batch) after each, or handle.discard()",
+            )
+        device = self.device_type
+        autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        self.call, self.finished = Call(args, kwargs, autocast), False
+        self.outputs = {index: [] for index in self.stack.indices}
+
+    def _layer_hook(self, index: int) -> Callable:
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            if self.open and not self.pause.on:
+                hidden = hidden_of(output)
+                version = None if torch.compiler.is_compiling() else hidden._version
+                self.outputs[index].append((hidden, version))
+
+        return keep
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.open and not self.pause.on:
+            self.open, self.finished = False, True
+
+    def take(self) -> _Forward:
+        call, outputs = self.call, self.outputs
+        self.discard()
+        if outputs is None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "there was no training forward: the model must run in training mode with gradients "
+                "before each penalty",
+            )
+        hidden = []
+        for index in self.stack.indices:
+            fired = outputs[index]
+            if len(fired) != 1:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"decoder block {index} ran {len(fired)} times in one forward; expected once",
+                )
+            tensor, version = fired[0]
+            if version is not None and version != tensor._version:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the output of decoder block {index} was changed in place after the block",
+                )
+            hidden.append(tensor)
+        return _Forward(call, hidden)
+
+    def discard(self) -> None:
+        self.call = self.outputs = None
+        self.open = self.finished = False
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.discard()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self.pause.on = True
+        try:
+            yield
+        finally:
+            self.pause.on = False
+
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        self.force = True
+        try:
+            yield
+        finally:
+            self.force = False
+
+
+class _Source:
+    """Where references come from."""
+
+    name: str
+    #: whether the self-check must hold
+    checked = True
+    remedy: str
+
+    def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
+        self.peft, self.stack = peft, stack
+
+    def latents(
+        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
+    ) -> list[torch.Tensor]:
+        """z of the base model for each site."""
+        raise NotImplementedError
+
+    def stand_in(self, forward: _Forward) -> list[torch.Tensor] | None:
+        """What the tuned model would put out if it still equalled its base."""
+        if self.peft is None:
+            return None
+        with torch.enable_grad(), self.adapters_off():
+            return [hidden.detach() for hidden in self.stack.run(forward.call, training=True)]
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        # peft trains every parameter of the active adapters when it turns them on again.
+        frozen = [p for p in self.peft.parameters() if not p.requires_grad]
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+
+class _AdaptersOff(_Source):
+    name = "reference: the same model, adapters off"
+    remedy = (
+        "Either training mode adds noise below the layer (dropout, NEFTune: set it to 0), or the two "
+        "passes run different kernels (torch.compile: attach with a tolerance, or compile later)."
+    )
+
+    def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
+        super().__init__(peft, stack)
+        if peft is None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                'reference="adapters_off" needs a peft.PeftModel; give a frozen model, or '
+                '"frozen_copy", where all parameters are trained',
+            )
+        if any(config.is_prompt_learning for config in peft.peft_config.values()):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "prompt learning adds tokens that the base model has not; use adapters like LoRA",
+            )
+        marks = (peft.base_model.prefix, "modules_to_save", "trainable_tokens", "token_adapter")
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad and not any(mark in name for mark in marks):
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"{name} is trained and no part of an adapter: without adapters the model is not "
+                    'its base; freeze it or attach with reference="frozen_copy"',
+                )
+
+    def latents(
+        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
+    ) -> list[torch.Tensor]:
+        with self.adapters_off():
+            hidden = self.stack.run(forward.call)
+        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
+
+
+class _FrozenCopy(_Source):
+    name = "reference: a frozen copy"
+    remedy = (
+        "Either the copy has other weights, or training mode adds noise below the layer (dropout, "
+        "NEFTune: set it to 0), or the two run different kernels (dtype, attention, torch.compile)."
+    )
+
+    def __init__(self, peft: nn.Module | None, stack: Stack, copied: Stack) -> None:
+        super().__init__(peft, stack)
+        self.copied = copied
+
+    def latents(
+        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
+    ) -> list[torch.Tensor]:
+        hidden = self.copied.run(forward.call)
+        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
+
+
+class _Provided(_Source):
+    name = "reference: given for each batch"
+    remedy = (
+        "What was given differs from the base model's live z by more than attach's tolerance: it "
+        "belongs to other tokens, another model or another SAE, or the tolerance is too tight for "
+        "another padding."
+    )
+
+    def __init__(self, peft: nn.Module | None, stack: Stack, provider: Provider) -> None:
+        super().__init__(peft, stack)
+        self.provider = provider
+        self.checked = peft is not None
+
+    def latents(
+        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
+    ) -> list[torch.Tensor]:
+        given = self.provider(batch)
+        given = [given] if isinstance(given, torch.Tensor) else list(given)
+        if len(given) != len(sites):
+            fail(
+                _ffi.STATUS_SHAPE,
+                f"reference gave {len(given)} tensors for {len(sites)} layers",
+            )
+        return [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
+
+
+def _source(reference: Any, model: nn.Module, stack: Stack, layers: str | None) -> _Source:
+    peft = peft_of(model)
+    if reference == "adapters_off":
+        return _AdaptersOff(peft, stack)
+    if reference == "frozen_copy":
+        if peft is not None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                'a PeftModel needs no copy: attach with reference="adapters_off"',
+            )
+        return _FrozenCopy(peft, stack, _frozen_copy(stack))
+    if isinstance(reference, nn.Module):
+        copied = find(reference, stack.indices, layers)
+        if copied.decoder is stack.decoder:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                'reference is the model itself; give another, or "adapters_off" or "frozen_copy"',
+            )
+        return _FrozenCopy(peft, stack, copied)
+    if callable(reference):
+        return _Provided(peft, stack, reference)
+    fail(
+        _ffi.STATUS_INVALID_ARGUMENT,
+        f'reference is {reference!r}; expected "adapters_off", "frozen_copy", a module or a callable',
+    )
+
+
+def _frozen_copy(stack: Stack) -> Stack:
+    """The decoder as it is, without the layers that a reference pass does not reach."""
+    beyond = stack.layers[max(stack.indices) + 1 :]
+    memo = {id(layer): nn.Identity() for layer in beyond}
+    decoder = copy.deepcopy(stack.decoder, memo).requires_grad_(False)
+    layers = decoder.get_submodule(stack.name.rpartition(".")[2])
+    return Stack(decoder, stack.name, layers, stack.indices)
+
+
+def _sites(
+    plan: Plan | Sequence[Plan],
+    layer: int | Sequence[int] | None,
+    lam: float | DualAscent | Sequence[float | DualAscent],
+    reduction: str,
+) -> list[_Site]:
+    _choice("reduction", reduction, ("sum", "mean"))
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    for one in plans:
+        expect("plan", one, Plan)
+    layers = [layer] * len(plans) if layer is None or isinstance(layer, int) else list(layer)
+    single = isinstance(lam, (int, float, DualAscent))
+    if isinstance(lam, DualAscent) and len(plans) > 1:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT, "several layers need a DualAscent each: give a list as lam"
+        )
+    lams = [lam] * len(plans) if single else list(lam)
+    if not plans or not len(plans) == len(layers) == len(lams):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
+        )
+    return [
+        _Site(one, _layer(one, at), as_lambda(value))
+        for one, at, value in zip(plans, layers, lams)
+    ]
+
+
+def _layer(plan: Plan, layer: int | None) -> int:
+    if layer is None and plan.layer is None:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "the SAE does not say which layer it reads: give layer, the 0-based decoder block",
+        )
+    if layer is not None and plan.layer is not None and layer != plan.layer:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} (0-based; "
+            f"hidden_states[{plan.layer + 1}]): leave layer out",
+        )
+    return plan.layer if layer is None else layer
+
+
+def _share(mask: torch.Tensor) -> torch.Tensor:
+    """What each token counts, float64."""
+    return mask.double() if mask.is_floating_point() else (mask != 0).double()
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}",
+        )
+
+
+_NO_TOKENS = (
+    "no token of a whole step counts: every label is -100 or every token is hidden; look at the "
+    "chat template's assistant mask, the truncation and the collator"
+)

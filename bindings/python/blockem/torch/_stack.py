@@ -1,0 +1,185 @@
+"""The decoder layers of a model: where they are, and a pass that stops after one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _ffi
+from .._library import fail
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a decoder, to be made again."""
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    autocast: tuple[str, bool, torch.dtype] | None
+
+
+class Stack:
+    """A decoder, which owns the list of its layers, and the indices of some of them (0-based)."""
+
+    def __init__(self, decoder: nn.Module, name: str, layers: nn.ModuleList, indices: Sequence[int]):
+        self.decoder, self.name, self.layers = decoder, name, layers
+        self.indices = tuple(indices)
+        for index in self.indices:
+            if not 0 <= index < len(layers):
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"layer {index} does not exist: {name} has the blocks 0 to {len(layers) - 1} "
+                    "(0-based; the output of block N is hidden_states[N + 1])",
+                )
+
+    def run(self, call: Call, *, training: bool = False) -> list[torch.Tensor]:
+        """The outputs of the layers for a call that is given up right after the last of them.
+
+        training: keeps training mode and gradients; else dropout is off and nothing is recorded.
+        """
+        outputs: dict[int, torch.Tensor] = {}
+        last = max(self.indices)
+
+        def keep(index: int, output: Any) -> None:
+            outputs[index] = hidden_of(output)
+            if index == last:
+                raise _Stop
+
+        with contextlib.ExitStack() as stack:
+            for index in set(self.indices):
+                hook = self.layers[index].register_forward_hook(
+                    lambda module, args, output, index=index: keep(index, output)
+                )
+                stack.callback(hook.remove)
+            stack.enter_context(_eager())
+            stack.enter_context(torch.set_grad_enabled(training))
+            stack.enter_context(_mode(self.decoder, training))
+            if call.autocast is not None:
+                device, enabled, dtype = call.autocast
+                stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
+            kwargs = dict(call.kwargs)
+            if "use_cache" in kwargs or _accepts(self.decoder, "use_cache"):
+                kwargs["use_cache"] = False
+            try:
+                self.decoder(*call.args, **kwargs)
+            except _Stop:
+                return [outputs[index] for index in self.indices]
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{self.name}.{last} was not reached by a forward pass of {type(self.decoder).__name__}",
+        )
+
+
+class _Stop(BaseException):
+    """Ends a pass. Not an Exception: code between the layer and the caller must not handle it."""
+
+
+def find(model: nn.Module, indices: Sequence[int], layers: str | None = None) -> Stack:
+    """The decoder stack of a model, by its structure.
+
+    layers: the dotted name of the layer list, where it cannot be found.
+    """
+    model = without_parallel(model)
+    model = model if peft_of(model) is None else without_parallel(model.get_base_model())
+    if layers is not None:
+        return _named(model, layers, indices)
+    count = _num_layers(model)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    ]
+    if count is not None:
+        lists = [(name, module) for name, module in lists if len(module) == count]
+        # Experts, norms or adapters of a layer may be as many as the layers: these lie deeper.
+        depth = min((name.count(".") for name, _ in lists), default=0)
+        lists = [(name, module) for name, module in lists if name.count(".") == depth]
+    if len(lists) == 1:
+        return _named(model, lists[0][0], indices)
+    found = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+    fail(
+        _ffi.STATUS_INVALID_ARGUMENT,
+        f"the decoder layers of {type(model).__name__} cannot be told: candidates are {found}; "
+        'name the list, like layers="model.layers"',
+    )
+
+
+def without_parallel(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def peft_of(model: nn.Module) -> nn.Module | None:
+    """The model, if it is a PeftModel."""
+    model = without_parallel(model)
+    return model if hasattr(model, "disable_adapter") else None
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in a layer's output: itself, or the first of a tuple."""
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, torch.Tensor):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"a decoder layer put out a {type(output).__name__}; expected a tensor or a tuple that "
+            "begins with one",
+        )
+    return hidden
+
+
+def _named(model: nn.Module, name: str, indices: Sequence[int]) -> Stack:
+    try:
+        layers = model.get_submodule(name)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{name} of {type(model).__name__} is not a torch.nn.ModuleList of decoder layers",
+        )
+    return Stack(model.get_submodule(name.rpartition(".")[0]), name, layers, indices)
+
+
+def _num_layers(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    return next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+
+
+def _accepts(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
+
+
+def _eager() -> contextlib.AbstractContextManager:
+    """Compiled layers run uncompiled: a pass that stops in the middle is no graph."""
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Training mode off for a while, each module's own flag back afterwards.
+
+    The flags are set without `train()`, whose overrides merge weights and the like.
+    """
+    changed = [] if training else [m for m in module.modules() if m.training]
+    for m in changed:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in changed:
+            m.training = True

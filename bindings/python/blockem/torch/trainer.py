@@ -1,0 +1,140 @@
+"""The penalty in transformers.Trainer and in trainers built on it, such as TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .. import _ffi
+from .._library import fail
+from ._attach import Handle, attach
+
+__all__ = ["PenaltyMixin"]
+
+#: The handle's state in a checkpoint folder.
+STATE = "blockem.json"
+
+
+class PenaltyMixin:
+    """Before a trainer's class, gives it the argument ``penalty``:
+
+        class BlockedTrainer(PenaltyMixin, SFTTrainer):
+            pass
+
+        trainer = BlockedTrainer(model, args=args, train_dataset=rows, peft_config=lora,
+                                 penalty=dict(plan=plan, layer=19, lam=1e4))
+
+    penalty: the arguments of :func:`blockem.torch.attach` after the model, which is the trainer's own
+        when its constructor is done (so with the adapters of peft_config).
+    cosine_steps: every so many optimizer steps, the cosine of the gradients of penalty and task loss
+        is logged (blockem/cosine, :meth:`blockem.torch.Term.cosine`); 0 for never.
+
+    The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
+    ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others do),
+    measured over the steps since the log before; its loss is that of task and penalty. Checkpoints get
+    ``blockem.json``, from which ``train(resume_from_checkpoint=...)`` continues lambda.
+
+    Attribute ``penalty``: the :class:`blockem.torch.Handle`.
+
+    Raises Error UNSUPPORTED under FSDP, DeepSpeed, tensor, context and sequence parallelism and
+    torch.nn.DataParallel: there, hidden states or layers are not whole.
+    """
+
+    def __init__(
+        self, *args: Any, penalty: Mapping[str, Any], cosine_steps: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _expect_whole(self)
+        self.penalty: Handle = attach(self.model, **penalty)
+        self._cosine_steps = cosine_steps
+        self._cosines: list[torch.Tensor] = []
+        self.add_callback(_Steps(self.penalty))
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            self.penalty.load_state_dict(json.loads(Path(folder, STATE).read_text()))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            self.penalty.begin_step(batches)
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        # Trainers take labels out of inputs.
+        batch = dict(inputs)
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not (model.training and torch.is_grad_enabled()):
+            return result
+        loss, *rest = result if return_outputs else (result,)
+        term = self.penalty.penalty(batch)
+        if self._cosine_steps and self.state.global_step % self._cosine_steps == 0:
+            self._cosines.append(term.cosine(loss))
+        total = loss + term.loss.to(loss.device) * self._division(num_items_in_batch)
+        return (total, *rest) if return_outputs else total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.penalty.metrics()
+            if self._cosines:
+                logs["blockem/cosine"] = torch.stack(self._cosines).mean().item()
+                self._cosines.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _division(self, items: Any) -> float:
+        """By what training_step will divide the loss: the number of micro-batches, where the task
+        loss is a mean for each of them."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and items is not None
+            scaled = counted or self.compute_loss_func is not None
+        return 1.0 if scaled else float(self.current_gradient_accumulation_steps)
+
+
+class _Steps(TrainerCallback):
+    """Ends the handle's steps with the trainer's, and saves its state with checkpoints."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.handle.end_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every rank has the same state and may have to say that a step was empty.
+        text = json.dumps(self.handle.state_dict())
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder.joinpath(STATE).write_text(text)
+
+
+def _expect_whole(trainer: Any) -> None:
+    split = {
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "tensor parallelism": trainer.get_tp_size() > 1,
+        "context parallelism": trainer.get_cp_size() > 1,
+        "sequence parallelism": trainer.get_sp_size() > 1,
+        "torch.nn.DataParallel (start one process for each GPU)": trainer.args.n_gpu > 1,
+    }
+    for name, used in split.items():
+        if used:
+            fail(_ffi.STATUS_UNSUPPORTED, f"the penalty does not know {name} yet")

@@ -1,0 +1,241 @@
+//! All latents of an SAE over some hidden states, a chunk of latents at a time: nothing of [T, F] is
+//! kept, and rows are read from the file as they are needed.
+
+use std::ops::Range;
+
+use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, EncodeCall, Matrix, OwnedGate, OwnedRows, Workspace};
+use crate::error::{Result, bail};
+use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection};
+use crate::tensor::{DType, Stream};
+
+/// Most latents of a chunk: in a file that holds latents as columns, a band that is worth a read.
+const CHUNK: usize = 2048;
+/// Most numbers of a chunk: 64 Mi floats.
+const CHUNK_VALUES: usize = 1 << 26;
+
+/// An SAE, read by a recipe that may differ from its file's own.
+#[derive(Clone, Copy)]
+pub(crate) struct Dictionary<'a> {
+    pub sae: &'a Sae,
+    pub recipe: &'a Recipe,
+}
+
+/// Hidden states [T, d], row-major.
+#[derive(Clone, Copy)]
+pub(crate) struct Hidden<'a> {
+    pub values: &'a [f32],
+    pub tokens: usize,
+}
+
+/// Takes a chunk, and the rank gains of its latents where they have any.
+type Visit<'a> = dyn FnMut(Chunk<'_>, Option<&[f32]>) -> Result<()> + 'a;
+
+/// z [T, C] of some latents.
+pub(crate) struct Chunk<'a> {
+    pub latents: Range<usize>,
+    pub z: &'a [f32],
+}
+
+impl Dictionary<'_> {
+    /// Hands every latent's z to `each`, in the order of the dictionary.
+    pub fn encode(
+        &self,
+        hidden: Hidden<'_>,
+        each: &mut dyn FnMut(Chunk<'_>) -> Result<()>,
+    ) -> Result<()> {
+        if let Some(stored) = self.sae.stored_latents() {
+            bail!(
+                Unsupported,
+                "the file is partial: it holds {stored} of {} latents, and this needs them all; \
+                 open the whole SAE",
+                self.recipe.d_sae
+            );
+        }
+        if self.recipe.architecture != Architecture::TopK {
+            return self.pass(hidden, &mut |chunk, _| each(chunk));
+        }
+        let mut contests = Contests::new(self.recipe, hidden.tokens);
+        self.pass(hidden, &mut |chunk, gain| {
+            contests.enter(&chunk, gain);
+            Ok(())
+        })?;
+        let thresholds = contests.thresholds();
+        let mut z = Vec::new();
+        self.pass(hidden, &mut |chunk, gain| {
+            z.clear();
+            z.extend_from_slice(chunk.z);
+            contests.keep_winners(&thresholds, &chunk.latents, gain, &mut z);
+            each(Chunk { z: &z, ..chunk })
+        })
+    }
+
+    /// One pass over the rows: z, or pre-activations where latents compete, and their rank gains.
+    fn pass(&self, hidden: Hidden<'_>, each: &mut Visit<'_>) -> Result<()> {
+        let Recipe { d_in, d_sae, .. } = *self.recipe;
+        let step = (CHUNK_VALUES / hidden.tokens.max(1)).clamp(64, CHUNK);
+        for start in (0..d_sae).step_by(step) {
+            let latents = start..d_sae.min(start + step);
+            let ids: Vec<u64> = latents.clone().map(|id| id as u64).collect();
+            let mut rows = self.sae.gather_by(self.recipe, &ids)?;
+            let gain = rows.rank_gain.take();
+            let count = ids.len();
+            let cpu = Cpu::new(&chunk_rows(rows, self.recipe).borrow(), &no_rivals, 0)?;
+            let mut z = vec![0.0f32; hidden.tokens * count];
+            let matrix = |data: *mut f32, row_stride| Matrix {
+                data: data.cast(),
+                dtype: DType::F32,
+                row_stride,
+            };
+            let call = EncodeCall {
+                tokens: hidden.tokens,
+                hidden: matrix(hidden.values.as_ptr().cast_mut(), d_in),
+                latents: matrix(z.as_mut_ptr(), count),
+                workspace: Workspace::NONE,
+            };
+            // SAFETY: both matrices have their rows, and the backend only reads hidden.
+            unsafe { cpu.encode(&call, Stream::NULL)? };
+            each(Chunk { latents, z: &z }, gain.as_deref())?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows whose gate is the recipe's; where latents compete, none.
+fn chunk_rows(rows: EncoderRows, recipe: &Recipe) -> OwnedRows {
+    let (gate_bias, scale) = rows.gate.map(|gate| (gate.bias, gate.scale)).unzip();
+    let gate = match (recipe.architecture, rows.threshold, gate_bias) {
+        (Architecture::TopK, ..) => OwnedGate::Open,
+        (Architecture::JumpRelu, Some(threshold), _) => OwnedGate::Threshold(threshold),
+        (Architecture::Gated, _, Some(bias)) => OwnedGate::Gated(bias),
+        _ => OwnedGate::Relu,
+    };
+    OwnedRows {
+        d_in: rows.d_in,
+        weight: rows.weight,
+        sign_weight: vec![1.0; rows.bias.len()],
+        bias: rows.bias,
+        scale,
+        norm: recipe.token_norm,
+        gate,
+    }
+}
+
+fn no_rivals(_: Range<usize>) -> Result<EncoderRows> {
+    Ok(EncoderRows::default())
+}
+
+/// Who wins among the latents of a TopK SAE: a contest for each token, for each token and group, or
+/// for the whole batch.
+struct Contests {
+    selection: Selection,
+    tokens: usize,
+    /// Latents of a group.
+    group: usize,
+    /// Groups of a token.
+    groups: usize,
+    best: Vec<Best>,
+}
+
+/// The largest ranks of a contest so far.
+#[derive(Clone)]
+struct Best {
+    winners: usize,
+    ranks: Vec<f32>,
+    /// What a rank must be above to enter.
+    floor: f32,
+}
+
+impl Contests {
+    fn new(recipe: &Recipe, tokens: usize) -> Contests {
+        let k = recipe.k.unwrap_or(recipe.d_sae);
+        let (contests, winners, groups) = match recipe.selection {
+            Selection::Batch => (1, k * tokens, 1),
+            Selection::Groups => (tokens * k, 1, k),
+            Selection::Largest | Selection::Magnitude => (tokens, k, 1),
+        };
+        let best = Best { winners, ranks: Vec::new(), floor: f32::NEG_INFINITY };
+        Contests {
+            selection: recipe.selection,
+            tokens,
+            group: recipe.d_sae / groups,
+            groups,
+            best: vec![best; contests],
+        }
+    }
+
+    fn of(&self, token: usize, latent: usize) -> usize {
+        match self.selection {
+            Selection::Batch => 0,
+            _ => token * self.groups + latent / self.group,
+        }
+    }
+
+    /// NaN comes first.
+    fn rank(&self, pre: f32, gain: Option<f32>) -> f32 {
+        let pre = gain.map_or(pre, |gain| gain * pre);
+        match self.selection {
+            _ if pre.is_nan() => f32::INFINITY,
+            Selection::Magnitude => pre.abs(),
+            _ => pre,
+        }
+    }
+
+    fn enter(&mut self, chunk: &Chunk<'_>, gain: Option<&[f32]>) {
+        let count = chunk.latents.len();
+        for token in 0..self.tokens {
+            for (i, pre) in chunk.z[token * count..][..count].iter().enumerate() {
+                let rank = self.rank(*pre, gain.map(|gain| gain[i]));
+                let contest = self.of(token, chunk.latents.start + i);
+                self.best[contest].enter(rank);
+            }
+        }
+    }
+
+    /// What a rank must be above to win.
+    fn thresholds(&mut self) -> Vec<f32> {
+        let below_zero = self.selection == Selection::Magnitude;
+        let threshold = |best: &mut Best| {
+            let below = best.last_winner().next_down();
+            if below_zero { below } else { below.max(0.0) }
+        };
+        self.best.iter_mut().map(threshold).collect()
+    }
+
+    fn keep_winners(
+        &self,
+        thresholds: &[f32],
+        latents: &Range<usize>,
+        gain: Option<&[f32]>,
+        z: &mut [f32],
+    ) {
+        for (token, row) in z.chunks_exact_mut(latents.len()).enumerate() {
+            for (i, z) in row.iter_mut().enumerate() {
+                let rank = self.rank(*z, gain.map(|gain| gain[i]));
+                if rank <= thresholds[self.of(token, latents.start + i)] {
+                    *z = 0.0;
+                }
+            }
+        }
+    }
+}
+
+impl Best {
+    fn enter(&mut self, rank: f32) {
+        if rank > self.floor {
+            self.ranks.push(rank);
+            if self.ranks.len() >= 2 * self.winners + 64 {
+                self.floor = self.last_winner();
+                self.ranks.truncate(self.winners);
+            }
+        }
+    }
+
+    /// The smallest rank that wins; below everything while all do.
+    fn last_winner(&mut self) -> f32 {
+        if self.ranks.len() < self.winners {
+            return f32::NEG_INFINITY;
+        }
+        *self.ranks.select_nth_unstable_by(self.winners - 1, |a, b| b.total_cmp(a)).1
+    }
+}
