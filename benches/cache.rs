@@ -57,10 +57,10 @@ pub fn group(c: &mut Criterion) {
     let hidden = vec![bf16::from_f32(0.5); BATCH * TOKENS * D_IN];
     group.bench_function(format!("encode again, d={D_IN} bf16"), |b| {
         b.iter(|| {
-            plan.encode(&mut EncodeArgs {
-                hidden: Tensor::from_slice(&hidden, &[BATCH * TOKENS, D_IN]).unwrap(),
-                latents: TensorMut::from_slice(&mut z, &[BATCH * TOKENS, LATENTS]).unwrap(),
-            })
+            plan.encode(&mut EncodeArgs::new(
+                Tensor::from_slice(&hidden, &[BATCH * TOKENS, D_IN]).unwrap(),
+                TensorMut::from_slice(&mut z, &[BATCH * TOKENS, LATENTS]).unwrap(),
+            ))
             .unwrap()
         })
     });
