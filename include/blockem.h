@@ -892,7 +892,8 @@ typedef struct blockem_plan_info {
    */
   char numerics[64];
   /**
-   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE.
+   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, and on CUDA
+   * SAEs that normalise every token.
    */
   int32_t encode_needs_workspace;
   /**

@@ -192,12 +192,15 @@ DEVICE void split_all(uint32_t (&a)[TILES_M][Out::TERMS][2][4], const Coefs<TILE
 }
 
 // What a norm adds to eight columns of row t: −pull · (h − mean).
+template <typename Out>
 DEVICE void add_pull(const GradientParams &p, Row8 &sum, uint64_t t, uint32_t column) {
-    const float pull = p.pulls[t];
+    const FloatPair pair = reinterpret_cast<const FloatPair *>(p.pulls)[t];
+    const float pull = pair.low, mean = pair.high;
     if (pull == 0.0f || column >= p.d_in) return;
-    const float mean = p.means[t];
+    // A result of sixteen bits has the dtype of h.
+    const uint32_t dtype = Out::DTYPE == DTYPE_F32 ? p.hidden.dtype : Out::DTYPE;
     Row8 h;
-    load_hidden(h, p.hidden, t, column, p.d_in);
+    load_hidden(h, p.hidden, dtype, t, column, p.d_in);
     UNROLL
     for (int i = 0; i < 8; i++) {
         sum.v[i] = add_rn(sum.v[i], -mul_rn(pull, add_rn(h.v[i], -mean)));
@@ -267,7 +270,7 @@ DEVICE void write(const GradientParams &p, const Sums<Out, TILES_M> &sums, const
                 const uint32_t column = place.column + 32 * part;
                 unsigned char *at = rows + row * row_bytes + 32 * part * Out::BYTES;
                 Row8 sum = sums.row(m, half, part);
-                if (p.pulls) add_pull(p, sum, place.token + row, column);
+                if (p.pulls) add_pull<Out>(p, sum, place.token + row, column);
                 if (p.grad_is_aligned && column + 8 <= p.d_in) {
                     if (p.accumulate) {
                         Row8 before;

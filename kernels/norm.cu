@@ -37,7 +37,7 @@ DEVICE double sum_of(const NormParams &p, uint64_t t, double mean) {
     double sums[8] = {};
     for (uint32_t column = thread_index() % 32 * 8; column < p.d_in; column += 32 * 8) {
         Row8 x;
-        load_hidden(x, p.hidden, t, column, p.d_in);
+        load_hidden(x, p.hidden, p.hidden.dtype, t, column, p.d_in);
         UNROLL
         for (uint32_t i = 0; i < 8; i++) {
             if (column + i >= p.d_in) continue;
@@ -108,5 +108,7 @@ KERNEL(blockem_pull, PullParams, THREADS, 1) {
     if (thread_index() % 32 != 0) return;
     const double given = p.scale_tensor ? (double)*p.scale_tensor : 1.0;
     const double factor = (float)mul_rn(p.scale, given);
-    p.pulls[t] = sum == 0.0 ? 0.0f : (float)mul_rn(factor, mul_rn(p.slopes[t], sum));
+    FloatPair pair = {0.0f, p.means[t]};
+    if (sum != 0.0) pair.low = (float)mul_rn(factor, mul_rn(p.slopes[t], sum));
+    reinterpret_cast<FloatPair *>(p.pulls)[t] = pair;
 }

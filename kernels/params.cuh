@@ -114,7 +114,9 @@ struct PullParams {
     float *dots;
     uint64_t dots_stride;
     const float *scales;
+    const float *means;
     const double *slopes;
+    // Pull and mean of each token.
     float *pulls;
     const float *scale_tensor;
     double scale;
@@ -130,9 +132,8 @@ struct GradientParams {
     uint64_t grad_stride;
     const float *scale_tensor;
     double scale;
-    // Null without a norm.
+    // Null without a norm: pull and mean of each token.
     const float *pulls;
-    const float *means;
     HiddenParams hidden;
     uint64_t tokens;
     uint32_t count;

@@ -34,11 +34,12 @@ DEVICE void widen(Row8 &x, const Chunk (&chunks)[CHUNKS_OF_8<DTYPE>]) {
     }
 }
 
-// Columns from `column` on of row t, which has d_in of them; zeros where it ends.
-DEVICE void load_hidden(Row8 &x, const HiddenParams &hidden, uint64_t t, uint32_t column,
-                        uint32_t d_in) {
+// Columns from `column` on of row t, which has d_in of them; zeros where it ends. `dtype` is that of
+// the hidden states, so that a kernel that knows it need not look.
+DEVICE void load_hidden(Row8 &x, const HiddenParams &hidden, uint32_t dtype, uint64_t t,
+                        uint32_t column, uint32_t d_in) {
     const bool whole = hidden.is_aligned && column + 8 <= d_in;
-    if (hidden.dtype == DTYPE_F32) {
+    if (dtype == DTYPE_F32) {
         const unsigned char *at = hidden.data + (t * hidden.stride + column) * 4;
         Chunk chunks[2] = {};
         if (whole) {
@@ -65,7 +66,7 @@ DEVICE void load_hidden(Row8 &x, const HiddenParams &hidden, uint64_t t, uint32_
                 chunks[0].v[i / 2] |= half << i % 2 * 16;
             }
         }
-        if (hidden.dtype == DTYPE_F16) widen<DTYPE_F16>(x, chunks);
+        if (dtype == DTYPE_F16) widen<DTYPE_F16>(x, chunks);
         else widen<DTYPE_BF16>(x, chunks);
     }
 }

@@ -89,6 +89,7 @@ inline void print_layout() {
     FIELD(PullParams, dots);
     FIELD(PullParams, dots_stride);
     FIELD(PullParams, scales);
+    FIELD(PullParams, means);
     FIELD(PullParams, slopes);
     FIELD(PullParams, pulls);
     FIELD(PullParams, scale_tensor);
@@ -104,7 +105,6 @@ inline void print_layout() {
     FIELD(GradientParams, scale_tensor);
     FIELD(GradientParams, scale);
     FIELD(GradientParams, pulls);
-    FIELD(GradientParams, means);
     FIELD(GradientParams, hidden);
     FIELD(GradientParams, tokens);
     FIELD(GradientParams, count);

@@ -309,6 +309,7 @@ params! {
         dots: u64,
         dots_stride: u64,
         scales: u64,
+        means: u64,
         slopes: u64,
         pulls: u64,
         scale_tensor: u64,
@@ -327,7 +328,6 @@ params! {
         scale_tensor: u64,
         scale: f64,
         pulls: u64,
-        means: u64,
         hidden: HiddenParams,
         tokens: u64,
         count: u32,
@@ -813,7 +813,8 @@ impl Work {
     }
 
     fn pull(&self, coef: &Matrix, grad: &Grad) -> Launch {
-        let Sections { dots, token_scales, token_slopes, token_pulls, .. } = self.space;
+        let Sections { dots, token_scales, token_means, token_slopes, token_pulls, .. } =
+            self.space;
         Launch {
             kernel: Kernel::Pull,
             params: Params::Pull(PullParams {
@@ -822,6 +823,7 @@ impl Work {
                 dots: address(dots.data),
                 dots_stride: dots.row_stride as u64,
                 scales: token_scales,
+                means: token_means,
                 slopes: token_slopes,
                 pulls: token_pulls,
                 scale_tensor: scale_tensor(grad),
@@ -866,7 +868,6 @@ impl Work {
                 scale_tensor: scale_tensor(grad),
                 scale: grad.scale,
                 pulls: if normed { self.space.token_pulls } else { 0 },
-                means: if normed { self.space.token_means } else { 0 },
                 hidden: if normed { self.tokens.hidden_params() } else { HiddenParams::default() },
                 tokens: self.tokens.count as u64,
                 count: rows.count as u32,
@@ -916,7 +917,7 @@ impl Work {
 /// The workspace of a call.
 #[derive(Clone, Copy)]
 struct Sections {
-    /// With a norm, of kernels/norm.cu a, mean, q (f64) and pull: f32 [T] each
+    /// With a norm, of kernels/norm.cu: f32 [T] a, f32 [T] mean, f64 [T] q, f32 [T, 2] pull and mean
     token_scales: u64,
     token_means: u64,
     token_slopes: u64,
@@ -965,7 +966,7 @@ fn sections(start: u64, rows: &DeviceRows, tokens: usize) -> (Sections, usize) {
         token_scales: section(4 * normed),
         token_means: section(4 * normed),
         token_slopes: section(8 * normed),
-        token_pulls: section(4 * normed),
+        token_pulls: section(8 * normed),
         live: section(4 * normed),
         dots: matrix(section(4 * normed * row_stride)),
         thresholds: section(4 * tokens * of_gate(|gate| gate.groups)),
@@ -1213,7 +1214,7 @@ mod tests {
                     (s.token_scales, 4 * normed, s.token_means),
                     (s.token_means, 4 * normed, s.token_slopes),
                     (s.token_slopes, 8 * normed, s.token_pulls),
-                    (s.token_pulls, 4 * normed, s.live),
+                    (s.token_pulls, 8 * normed, s.live),
                     (s.live, 4 * normed, matrix(&s.dots)),
                     (matrix(&s.dots), 4 * normed * s.dots.row_stride, s.thresholds),
                     (s.thresholds, 4 * tokens * groups, s.pre),

@@ -1439,8 +1439,8 @@ fn wrong_accesses_and_indices_are_caught() {
         // The gate of TopK: the place of a key, ties, the list, groups, tokens.
         (&one, "topk.cu", "_topk", "bits >> 31 ? bits + 1 : bits - 1", "bits", "z "),
         (&three, "topk.cu", "_topk", "bits >> 31 ? ~bits", "bits >> 31 ? bits", "z "),
-        (&one, "topk.cu", "_topk", "list[i] >= attempt", "list[i] > attempt", "z "),
-        (&one, "topk.cu", "_topk", "list[i] <= kth", "list[i] < kth", "z "),
+        (&one, "topk.cu", "_topk", "i < k; i += THREADS", "i < THREADS; i += THREADS", "z "),
+        (&one, "topk.cu", "_topk", "n < newcomers ? larger[n] : kth", "kth", "z "),
         (&one, "topk.cu", "_topk", "taken += place.all;", "", "z "),
         (
             &three,
