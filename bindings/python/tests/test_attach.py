@@ -193,7 +193,7 @@ def test_wrapped_models() -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("how", ["module", "layers", "outer"])
+@pytest.mark.parametrize("how", ["decoder", "layers", "outer"])
 def test_compiled_models(how: str) -> None:
     torch._dynamo.reset()
     model = moved(tiny.with_lora(tiny.llama())).train()
@@ -201,13 +201,13 @@ def test_compiled_models(how: str) -> None:
     handle = attach(model, DICTIONARY.plan, lam=1.0)
     want = [one_loss(handle, model, b) for b in (batch, other)]
     compiled = model
-    if how == "module":
-        model.compile(backend="aot_eager")
+    if how == "decoder":  # in one graph, with the hooks
+        model.get_base_model().model.compile(backend="aot_eager", fullgraph=True)
     elif how == "layers":
         for layer in model.get_base_model().model.layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
+            layer.compile(backend="eager", fullgraph=True)
     else:
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend="eager")
     for loss, b in zip(want, (batch, other)):
         model.zero_grad()
         loss.backward()
@@ -361,10 +361,11 @@ def test_the_base_pass_leaves_no_trace() -> None:
     torch.random.set_rng_state(state)
     one = torch.rand(1)
     torch.random.set_rng_state(state)
-    handle.discard()
+    model(**batch)
+    forward = handle._recorder.take()
+    torch.random.set_rng_state(state)
     with torch.no_grad():
-        handle._references(blockem.torch._attach._Forward(
-            blockem.torch._stack.Call((), dict(batch, labels=None), None), []), batch)
+        handle._references(forward, batch)
     assert torch.equal(torch.rand(1), one)
 
 
@@ -601,7 +602,8 @@ def test_calibration() -> None:
             paid += DICTIONARY.loss_sum(tiny.hidden_states(model, b), base, b["labels"] != -100)
     assert before > loss + 0.1
     assert lam == pytest.approx(10 * ((before - loss) / (paid / count)).item(), rel=1e-3)
-    assert model.training and not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert model.training
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
     assert math.isnan(handle.metrics()["blockem/penalty"])  # nothing was added to the logs
 
 
