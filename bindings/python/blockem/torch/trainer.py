@@ -44,7 +44,8 @@ class PenaltyMixin:
     Attribute ``penalty``: the :class:`blockem.torch.Handle`.
 
     Raises Error UNSUPPORTED under FSDP, DeepSpeed, tensor, context and sequence parallelism and
-    torch.nn.DataParallel: there, hidden states or layers are not whole.
+    torch.nn.DataParallel: what the trainer does there with hidden states, layers or batches has not
+    been tested with the penalty.
     """
 
     def __init__(
