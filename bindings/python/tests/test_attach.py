@@ -546,6 +546,29 @@ def test_counts() -> None:
         assert term.loss.item() == pytest.approx(term.loss_sum.item() / count)
 
 
+class OnDevice(torch.Tensor):
+    """A host tensor that passes for one of cuda:0."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def test_a_step_without_tokens_on_a_device_is_found_later() -> None:
+    handle = attach(tiny.with_lora(tiny.llama()), DICTIONARY.plan, lam=1.0)
+    mask = torch.tensor([True, False]).as_subclass(OnDevice)
+    handle.begin_step([mask, ~mask])
+    assert handle._divisor == 2
+    handle.metrics()
+    handle.begin_step([mask & ~mask])
+    assert handle._divisor == 1
+    for late in (handle.metrics, handle.state_dict):
+        handle.begin_step([mask & ~mask])
+        with pytest.raises(ValueError, match="no token of a whole step counts"):
+            late()
+    handle.metrics()
+
+
 def test_reduction_lambda_and_several_layers() -> None:
     batch, = tiny.batches(1)
     one, two = Dictionary(0, seed=4), Dictionary(2, seed=5)

@@ -143,7 +143,7 @@ class Handle:
             self._empty_steps = self._empty_steps + empty.long()
             self._divisor = torch.where(empty, 1.0, count)
 
-    def penalty(self, batch: Any = None) -> Term:
+    def penalty(self, batch: Any) -> Term:
         """The penalty of the last training forward, once: add its ``loss`` to the task loss.
 
         batch: the mapping that the model was given (labels, attention_mask, input_ids are looked
@@ -217,7 +217,7 @@ class Handle:
         Runs the model in training mode as a trainer does and compares it with the reference. Where
         the tuned model still equals its base, z must be the same, bit for bit, so that the penalty
         is exactly 0. Where it no longer does, a pass of the model without adapters takes its place
-        ("adapters_off", or a copy with a PeftModel).
+        ("adapters_off", or a copy with a PeftModel). All ranks must call it.
 
         Raises Error INVALID_ARGUMENT: the hooks did not fire once, or z differs by more than
         ``tolerance``.
@@ -329,7 +329,9 @@ class Handle:
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
         found = self._compare(forward.hidden, references, mask, "tuned")
-        if found.difference > bound:
+        # All ranks or none run another pass: layers may be sharded over them.
+        differs = torch.tensor(float(found.difference > bound))
+        if self._all_reduce(differs).item() > 0:
             with self._recorder.paused():
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
