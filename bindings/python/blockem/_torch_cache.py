@@ -18,6 +18,7 @@ from torch import nn
 from . import _ffi
 from ._cache import Cache
 from ._library import fail
+from .torch._stack import Call, Stack, find
 
 __all__ = ["base_model_digest", "fill", "reference"]
 
@@ -61,7 +62,7 @@ def fill(
 ) -> int:
     """See :meth:`Cache.fill`."""
     stored = 0
-    layer = _decoder_layer(_base(model), cache.layer, layers)
+    stack = find(model, [cache.layer], layers)
     with _as_base(model), torch.no_grad():
         for batch in _shown(batches, progress):
             found = _examples(cache, batch, packed)
@@ -70,7 +71,7 @@ def fill(
             if not wanted:
                 continue
             rows = sorted({e.row for e in wanted})
-            hidden = _hidden_after(layer, model, batch, rows)
+            hidden = _hidden_after(stack, batch, rows)
             if str(hidden.dtype) != f"torch.{cache.dtype}":
                 fail(
                     _ffi.STATUS_CACHE_STALE,
@@ -155,59 +156,13 @@ def _of_tokens(batch: Mapping[str, Any], name: str, shape: torch.Size) -> torch.
     return values.cpu()
 
 
-class _Stop(BaseException):
-    """Ends a forward pass. Not an Exception: code above the layer must not handle it."""
-
-
-def _hidden_after(
-    layer: nn.Module, model: nn.Module, batch: Mapping[str, Any], rows: list[int]
-) -> torch.Tensor:
-    """Hidden states of these rows after a layer, where the pass ends."""
-    kept: list[torch.Tensor] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, (tuple, list)) else output)
-        raise _Stop
-
-    device = next(layer.parameters()).device
+def _hidden_after(stack: Stack, batch: Mapping[str, Any], rows: list[int]) -> torch.Tensor:
+    """Hidden states of these rows after the layer, where the pass ends."""
+    device = next(stack.decoder.parameters()).device
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = {n: batch[n][rows].to(device) for n in names if batch.get(n) is not None}
-    hook = layer.register_forward_hook(stop)
-    try:
-        model(**inputs, use_cache=False)
-    except _Stop:
-        return kept[0]
-    finally:
-        hook.remove()
-    fail(_ffi.STATUS_INVALID_ARGUMENT, "the forward pass did not reach the layer")
-
-
-def _decoder_layer(model: nn.Module, index: int, name: str | None) -> nn.Module:
-    """Decoder block `index` of a model, by its structure or by the name of the list."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    count = getattr(config, "num_hidden_layers", None)
-    lists = {
-        at: module
-        for at, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and (at == name if name else len(module) == count)
-    }
-    # Experts of a layer may be as many as the layers: these lie deeper.
-    depth = min((at.count(".") for at in lists), default=0)
-    lists = {at: module for at, module in lists.items() if at.count(".") == depth}
-    if len(lists) != 1:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"the decoder layers of {type(model).__name__} cannot be told "
-            f"(candidates: {', '.join(lists) or 'none'}); name the list, like layers='model.layers'",
-        )
-    ((at, blocks),) = lists.items()
-    if not 0 <= index < len(blocks):
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"layer {index} does not exist: {at} has the blocks 0 to {len(blocks) - 1}",
-        )
-    return blocks[index]
+    (hidden,) = stack.run(Call((), inputs, autocast=None))
+    return hidden
 
 
 def _base(model: nn.Module) -> nn.Module:

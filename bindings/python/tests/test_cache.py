@@ -332,3 +332,43 @@ def test_processes(tmp_path: Path, plan: blockem.Plan) -> None:
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     readers[1].get([bytes(32)], [torch.zeros(2, 3)])
+
+
+def test_training_from_the_cache_follows_training_with_a_base_pass(tmp_path: Path) -> None:
+    """The penalty of every step is that of autograd with a live base, with no base pass at all."""
+    import tiny
+
+    dictionary, lam = tiny.Dictionary(), 0.05
+    steps = [tiny.batches(2, seed=i) for i in range(6)]
+
+    def sgd(parameters: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.3)
+
+    want = tiny.reference_training(
+        tiny.with_lora(tiny.llama()), dictionary, steps, lam, sgd
+    )
+    cache = open_cache(tmp_path, dictionary.plan)
+    assert cache.fill(tiny.llama(), [batch for step in steps for batch in step], progress=False)
+    model = tiny.with_lora(tiny.llama()).train()
+    handle = blockem.torch.attach(
+        model, dictionary.plan, lam=lam, reference=cache.reference, tolerance=1e-4
+    )
+    optimizer = sgd([p for p in model.parameters() if p.requires_grad])
+    found, bases = [], []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: bases.append(1))
+    for step in steps:
+        handle.begin_step(step)
+        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
+        for batch in step:
+            loss = model(**batch, num_items_in_batch=items).loss
+            (loss + handle.penalty(batch).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.end_step()
+        found.append(handle.metrics()["blockem/penalty"])
+    assert max(want) > 1e-4
+    assert found == pytest.approx(want, rel=1e-3, abs=1e-7)
+    # Each batch once, and the self-check's pass.
+    assert len(bases) <= 2 * len(steps) + 1
+    handle.remove()
+    cache.close()

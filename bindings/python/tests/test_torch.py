@@ -309,7 +309,7 @@ def test_opcheck(small, dtype: torch.dtype, masked: bool, per_latent: bool) -> N
     torch.library.opcheck(forward, (key, x, reference, mask, per_latent))
     loss_sum, _, _, coef = forward(key, x.detach(), reference, mask, per_latent)
     torch.library.opcheck(torch.ops.blockem.penalty_backward,
-                          (key, coef, torch.ones_like(loss_sum), loss_sum, dtype))
+                          (key, coef, torch.ones_like(loss_sum), loss_sum, None, dtype))
     torch.library.opcheck(torch.ops.blockem.encode, (key, x))
 
 
@@ -379,3 +379,37 @@ def test_vmap_and_func_grad(small) -> None:
     assert torch.equal(z.transpose(0, 1), plan.encode(hidden))
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(loss)(hidden, reference, mask)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("norm", ["constant_norm_rescale", "layer_norm"])
+def test_the_gradient_goes_through_a_norm_and_the_latents_that_win(norm: str, compiled: bool) -> None:
+    """The backward pass of an SAE that normalises every token keeps hidden; autograd agrees."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(40, 16), 0.1 * torch.randn(40)
+    sae = blockem.Sae.from_tensors(
+        encoder_weight=weight, encoder_bias=bias, encoder_layout="f_d", architecture="topk", k=9,
+        token_norm=norm,
+    )
+    ids = [3, 0, 21, 39]
+    plan = blockem.Plan(sae, blockem.Latents(ids, [1, 1, 1, 1]))
+    assert plan.encode_needs_workspace and plan.backward_needs_hidden
+    hidden = (torch.randn(2, 30, 16) + 0.4).requires_grad_()
+    call = blockem.torch.penalty
+    call = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    loss_sum, count = call(plan, hidden, torch.zeros(2, 30, 4))
+    (found,) = torch.autograd.grad(2.5 * loss_sum, hidden)
+
+    x = hidden.double()
+    if norm == "layer_norm":
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.std(-1, keepdim=True) + 1e-5)
+    else:
+        x = x * 4 / x.norm(dim=-1, keepdim=True)
+    pre = x @ weight.double().T + bias.double()
+    kth = pre.topk(9, dim=-1).values[..., -1:]
+    z = torch.where(pre >= kth, pre.relu(), 0)[..., ids]
+    want_sum = (z**2).sum()
+    (want,) = torch.autograd.grad(2.5 * want_sum, hidden)
+    assert loss_sum.item() == pytest.approx(want_sum.item(), rel=1e-5) and count == 60
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
