@@ -1028,8 +1028,8 @@ typedef struct blockem_cache_options {
    */
   const char *base_model;
   /**
-   * Gives the numerics; with READ at least one of its latents must be there. NULL expects
-   * nothing.
+   * Gives the numerics; with READ a cache that has z only of other latents is stale, too. NULL
+   * expects nothing.
    */
   const struct blockem_plan *plan;
 } blockem_cache_options;
@@ -1439,7 +1439,7 @@ blockem_status blockem_cache_put(const struct blockem_cache *cache,
  * example's tokens. Nothing is written unless all are there and sound.
  * Errors: NULL_POINTER, SHAPE, DTYPE, DEVICE_MISMATCH, CACHE_MISS (the message names the first
  * example that is not there, or its missing latents), CACHE_STALE (the plan's layer or numerics are
- * not the cache's, or it has none of the plan's latents), IO, FORMAT (damaged), FORKED. Thread-safe.
+ * not the cache's, or it has only others than the plan's latents), IO, FORMAT (damaged), FORKED. Thread-safe.
  */
 BLOCKEM_API
 blockem_status blockem_cache_get(const struct blockem_cache *cache,

@@ -3,7 +3,7 @@
 //   dot[t, k] = a_t · Σ_i W[k, i] · h[t, i],   a_t = 1 unless a norm gives it
 //   pre = scale_k · dot + bias_k,   z = off ? 0 : pre
 //   off: never | pre <= 0 | pre <= threshold_k | dot + gate_bias_k <= 0 or pre <= 0
-//        | rank(pre) <= threshold[t, group_k], rank as in topk.cu   (NaN: on)
+//        | rank(gain_k · pre) <= threshold[t, group_k], rank as in topk.cu   (NaN: on)
 //   r = s_k · (z − reference) <= 0 ? 0 : s_k · (z − reference)
 //   coef[t, k] = off ? 0 : mask_t · 2 · s_k · w_k · r · scale_k
 //   loss[k] = Σ_t mask_t · w_k · r²
@@ -112,7 +112,11 @@ struct Latent {
         if (p.rows.gate == GATE_OPEN) return false;
         if (p.rows.gate == GATE_GATED) return (add_rn(dot, gate_value) <= 0.0f) | (pre <= 0.0f);
         if (p.rows.gate == GATE_TOPK) {
-            const float rank = p.rows.by_magnitude ? fabsf(pre) : pre;
+            // With a gain, in the order in which the rivals' own was computed.
+            const float placed = p.rows.gate_values
+                                     ? add_rn(mul_rn(dot, gate_value), mul_rn(gate_value, bias))
+                                     : pre;
+            const float rank = p.rows.by_magnitude ? fabsf(placed) : placed;
             return rank <= p.thresholds[t * p.rows.groups + group];
         }
         return pre <= gate_value;

@@ -108,7 +108,7 @@ impl Cache {
         let identity = store.read(|transaction| {
             let meta = transaction.open_table(META)?;
             match meta.get(IDENTITY)? {
-                Some(sealed) => Identity::from_json(unseal(IDENTITY.as_bytes(), sealed.value())?),
+                Some(sealed) => Identity::from_json(unseal(IDENTITY, sealed.value())?),
                 None => bail!(Format, "not a reference cache: it has no identity"),
             }
         })?;
@@ -212,21 +212,21 @@ impl Cache {
                 }
                 let members: Vec<u8> = new.iter().flat_map(|k| columns[*k].digest).collect();
                 let group: Key = Sha256::digest(&members).into();
-                if groups.get(&group)?.is_none() {
-                    groups.insert(&group, seal(&group, members).as_slice())?;
+                if groups.get(group.as_slice())?.is_none() {
+                    groups.insert(group.as_slice(), seal(&group, members).as_slice())?;
                 }
                 let name = joined(key, &group);
                 let elements = new.iter().flat_map(|k| (0..tokens).map(|t| element(z, t, *k)));
                 let record = seal(&name, elements.flat_map(f32::to_le_bytes));
-                values.insert(&name, record.as_slice())?;
+                values.insert(name.as_slice(), record.as_slice())?;
                 example.groups.push(group);
-                examples.insert(key, example.to_record(key).as_slice())?;
+                examples.insert(key.as_slice(), example.to_record(key).as_slice())?;
                 written += new.len() as u64;
             }
             for column in columns.iter().filter(|_| written > 0) {
-                if known.get(&column.digest)?.is_none() {
+                if known.get(column.digest.as_slice())?.is_none() {
                     let id = seal(&column.digest, column.id.to_le_bytes());
-                    known.insert(&column.digest, id.as_slice())?;
+                    known.insert(column.digest.as_slice(), id.as_slice())?;
                 }
             }
             Ok(written)
@@ -258,7 +258,7 @@ impl Cache {
                         continue;
                     }
                     let name = joined(key, &digest);
-                    let Some(sealed) = values.get(&name)? else {
+                    let Some(sealed) = values.get(name.as_slice())? else {
                         bail!(Format, "damaged: a record of example {} is lost", hexadecimal(key));
                     };
                     let bytes = unseal(&name, sealed.value())?.len();
@@ -363,7 +363,7 @@ impl Cache {
                 return Ok(true);
             }
             for column in columns(plan) {
-                if known.get(&column.digest)?.is_some() {
+                if known.get(column.digest.as_slice())?.is_some() {
                     return Ok(true);
                 }
             }
@@ -385,7 +385,7 @@ impl Cache {
     }
 }
 
-const IDENTITY: &str = "identity";
+const IDENTITY: &[u8] = b"identity";
 
 /// The version of the tables, keys and records.
 const FORMAT: u64 = 1;
@@ -399,7 +399,7 @@ impl Identity {
             "dtype": self.dtype.name(),
             "numerics": self.numerics,
         });
-        seal(IDENTITY.as_bytes(), text.to_string().into_bytes())
+        seal(IDENTITY, text.to_string().into_bytes())
     }
 
     fn from_json(text: &[u8]) -> Result<Identity> {
@@ -513,7 +513,7 @@ struct Example {
 
 impl Example {
     fn read(table: &impl Table, key: &Key) -> Result<Option<Example>> {
-        let Some(sealed) = table.get(key)? else { return Ok(None) };
+        let Some(sealed) = table.get(key.as_slice())? else { return Ok(None) };
         let record = unseal(key, sealed.value())?;
         let Some((tokens, groups)) = record.split_first_chunk() else {
             bail!(Format, "damaged: example {} has no length", hexadecimal(key));
@@ -540,7 +540,7 @@ struct Group {
 
 impl Group {
     fn read(table: &impl Table, digest: &Key, columns: &[Column]) -> Result<Group> {
-        let Some(sealed) = table.get(digest)? else {
+        let Some(sealed) = table.get(digest.as_slice())? else {
             bail!(Format, "damaged: the latents of a record are lost");
         };
         let members: Vec<&[u8]> = unseal(digest, sealed.value())?.chunks_exact(32).collect();
@@ -571,8 +571,8 @@ impl<'a, T: Table> Groups<'a, T> {
 }
 
 /// A table of records by digest.
-trait Table: ReadableTable<&'static Key, &'static [u8]> {}
-impl<T: ReadableTable<&'static Key, &'static [u8]>> Table for T {}
+trait Table: ReadableTable<&'static [u8], &'static [u8]> {}
+impl<T: ReadableTable<&'static [u8], &'static [u8]>> Table for T {}
 
 fn check_tokens(example: usize, latents: &Tensor, stored: u64) -> Result<()> {
     if latents.shape()[0] as u64 != stored {

@@ -11,19 +11,22 @@ use redb::{
     TableDefinition, WriteTransaction,
 };
 
-use super::{IDENTITY, Key};
+use super::IDENTITY;
 use crate::error::{Error, Result, Status, bail};
 
+/// One type of key for all tables: redb's code is compiled for each.
+type Records = TableDefinition<'static, &'static [u8], &'static [u8]>;
+
 /// "identity" → the JSON of an Identity.
-pub const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+pub const META: Records = TableDefinition::new("meta");
 /// Example → its number of tokens, u64, and its groups.
-pub const EXAMPLES: TableDefinition<&Key, &[u8]> = TableDefinition::new("examples");
+pub const EXAMPLES: Records = TableDefinition::new("examples");
 /// Latent → its id in the dictionary, u64.
-pub const COLUMNS: TableDefinition<&Key, &[u8]> = TableDefinition::new("columns");
+pub const COLUMNS: Records = TableDefinition::new("columns");
 /// Group → its latents, in the order of their columns.
-pub const GROUPS: TableDefinition<&Key, &[u8]> = TableDefinition::new("groups");
+pub const GROUPS: Records = TableDefinition::new("groups");
 /// Example and group → z of its tokens, f32, one column after the other.
-pub const VALUES: TableDefinition<&[u8; 64], &[u8]> = TableDefinition::new("values");
+pub const VALUES: Records = TableDefinition::new("values");
 
 /// Pages that one open file keeps in memory; the system's page cache has the rest.
 const PAGE_CACHE: usize = 64 << 20;

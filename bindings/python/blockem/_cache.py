@@ -15,7 +15,7 @@ import numpy as np
 from . import _arrays, _ffi
 from ._arrays import Array
 from ._core import Plan, _code, _encode_path, _name, _whole_numbers, expect
-from ._library import check, fail, library
+from ._library import Error, check, fail, library
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,12 @@ class Cache:
         self._gate, self._running, self._closed = threading.Lock(), 0, False
         self.path = os.fspath(path)
         self.plan = plan
-        info = self._info()
+        try:
+            info = self._info()
+        except Error:
+            # The exception may keep this object for long, and with it the file's lock.
+            self.close()
+            raise
         self.base_model: str = info.base_model.decode()
         self.layer: int = info.layer
         self.dtype: str = _name(info.hidden_dtype, _ffi.DTYPES)

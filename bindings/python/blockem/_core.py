@@ -399,8 +399,8 @@ class Penalty:
     coef: Array | None
 
 
-#: The living plans by `Plan._key`: operators of torch cannot take a Python object. The identity in a
-#: key keeps graphs that were compiled for another plan, in another process too, apart.
+#: The living plans by `Plan._key`: operators of torch cannot take a Python object. The identity in
+#: a key keeps graphs apart that were compiled for another plan, in another process too.
 plans: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
 _serials = itertools.count()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,8 +26,10 @@ def reference(cache: Cache, batch: Mapping[str, Any], *, packed: bool) -> torch.
     """See :meth:`Cache.reference`."""
     ids = batch["input_ids"]
     found = _examples(cache, batch, packed)
-    pinned = ids.device.type == "cuda"
-    z = torch.zeros((*ids.shape, cache.plan.num_latents), pin_memory=pinned)
+    # torch.zeros would wake torch's threads for a few kilobytes.
+    z = torch.from_numpy(np.zeros((*ids.shape, cache.plan.num_latents), np.float32))
+    if ids.device.type == "cuda":
+        z = z.pin_memory()
     places = [_place(z, e) for e in found]
     parts = [
         torch.empty(len(e.columns), z.shape[-1]) if place is None else place

@@ -11,6 +11,7 @@ from pathlib import Path
 import tiny
 import torch
 from tiny import Dictionary
+from torch.distributed.fsdp import fully_shard
 
 from blockem.torch import DualAscent, attach
 
@@ -50,22 +51,32 @@ def train(mine: list[dict], net: torch.nn.Module, ranks: int, items: int) -> dic
         net.zero_grad()
         handle.begin_step(mine)
         for i, batch in enumerate(mine):
-            sync = i == len(mine) - 1 or ranks == 1
-            with torch.enable_grad() if sync else net.no_sync():
+            parallel = isinstance(net, torch.nn.parallel.DistributedDataParallel)
+            with net.no_sync() if parallel and i < len(mine) - 1 else torch.enable_grad():
                 task = ranks * net(**batch, num_items_in_batch=items).loss
                 (task + handle.penalty(batch).loss).backward()
         handle.end_step()
-    inner = net.module if ranks > 1 else net
     return {
-        "grads": {n: p.grad for n, p in inner.named_parameters() if p.grad is not None},
+        "grads": {
+            name.removeprefix("module."): getattr(p.grad, "full_tensor", lambda: p.grad)()
+            for name, p in net.named_parameters() if p.grad is not None
+        },
         "metrics": handle.metrics(per_latent=True),
         "lambda": lam.value.item(),
     }
 
 
-def plain(rank: int, ranks: int, folder: Path) -> dict:
+def ddp(rank: int, ranks: int, folder: Path) -> dict:
     net = torch.nn.parallel.DistributedDataParallel(model())
     return train(shards(ranks)[rank], net, ranks, items(ranks))
+
+
+def fsdp2(rank: int, ranks: int, folder: Path) -> dict:
+    """Every layer and the rest sharded: the base pass stops between them."""
+    net, mesh = model(), torch.distributed.init_device_mesh("cpu", (ranks,))
+    for layer in net.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    return train(shards(ranks)[rank], fully_shard(net, mesh=mesh), ranks, items(ranks))
 
 
 def hugging_face(rank: int, ranks: int, folder: Path) -> dict:
@@ -82,9 +93,10 @@ def hugging_face(rank: int, ranks: int, folder: Path) -> dict:
 def work(case: str, rank: int, ranks: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if case == "plain":
+    if case != "hugging_face":
         torch.distributed.init_process_group("gloo")
-    found = {"plain": plain, "hugging_face": hugging_face}[case](rank, ranks, folder)
+    cases = {"ddp": ddp, "fsdp2": fsdp2, "hugging_face": hugging_face}
+    found = cases[case](rank, ranks, folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     torch.distributed.destroy_process_group()

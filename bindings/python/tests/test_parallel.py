@@ -26,8 +26,9 @@ def run(case: str, ranks: int, folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_are_one_process(ranks: int, tmp_path: Path) -> None:
-    found = run("plain", ranks, tmp_path)
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_ranks_are_one_process(case: str, ranks: int, tmp_path: Path) -> None:
+    found = run(case, ranks, tmp_path)
     batches = [batch for mine in parallel.shards(ranks) for batch in mine]
     want = parallel.train(batches, parallel.model(), 1, parallel.items(ranks))
     grads = {n: g for n, g in want["grads"].items() if g.abs().max() > 0}

@@ -376,7 +376,7 @@ pub(crate) struct DeviceRows {
     pub bias: u64,
     /// f32 [K] or absent
     pub scale: u64,
-    /// f32 [K]: thresholds, or biases of the gate
+    /// f32 [K]: thresholds, biases of the gate, or rank gains
     pub gate_values: u64,
     /// f32 [K]
     pub sign_weight: u64,
@@ -396,8 +396,10 @@ pub(crate) struct DeviceTopK {
     pub group: u64,
     /// Rivals in parts of `at_once`, each packed for itself.
     pub packed: u64,
-    /// f32 [rivals]
+    /// f32 [rivals], times the gain
     pub bias: u64,
+    /// f32 [rivals] or absent: what places a rival is its pre-activation times this.
+    pub gain: u64,
     /// [`RIVALS_AT_ONCE`] and [`TOKENS_AT_ONCE`]; tests have smaller parts, of eight rivals at least.
     pub at_once: usize,
     pub tokens_at_once: usize,
@@ -422,6 +424,7 @@ impl DeviceTopK {
             count: self.at_once.min(self.rivals() - first),
             packed: self.packed + before as u64,
             bias: self.bias + (first * size_of::<f32>()) as u64,
+            scale: if self.gain == 0 { 0 } else { self.gain + (first * size_of::<f32>()) as u64 },
             ..DeviceRows::default()
         }
     }
@@ -1103,6 +1106,7 @@ mod tests {
         by_magnitude: false,
         group: 0x6000,
         packed: 0x100_0000,
+        gain: 0,
         bias: 0x7000,
         at_once: RIVALS_AT_ONCE,
         tokens_at_once: TOKENS_AT_ONCE,

@@ -181,23 +181,31 @@ impl Loader<'_> {
             group: 0,
             packed: 0,
             bias: 0,
+            gain: 0,
             at_once: RIVALS_AT_ONCE,
             tokens_at_once: TOKENS_AT_ONCE,
         };
         let mut parts = Parts::default();
         let packed = parts.reserve(topk.packed_bytes(d_in));
         let bias = parts.reserve(gate.rivals() * size_of::<f32>());
+        let gain = gate.gain.as_ref().map(|_| parts.reserve(gate.rivals() * size_of::<f32>()));
         let group = parts.add(as_bytes(&gate.group));
         let memory = self.memory(parts.bytes).map_err(|e| with_remedy(e, gate.rivals(), d_in))?;
         let at = |offset: usize| memory.address() + offset as u64;
         (topk.packed, topk.bias, topk.group) = (at(packed), at(bias), at(group));
+        topk.gain = gain.map_or(0, at);
         self.copy(&memory, &parts)?;
         let most = gate.rivals().min(RIVALS_AT_ONCE);
         let weight = self.memory(most * d_in * size_of::<f32>())?;
         for start in (0..gate.rivals()).step_by(RIVALS_AT_ONCE) {
             let part = topk.part(start, d_in);
-            let rows = read(start..start + part.count)?;
-            // SAFETY: the part's own memory; the slice outlives the wait in `pack`.
+            let mut rows = read(start..start + part.count)?;
+            if let Some(gain) = &rows.rank_gain {
+                rows.bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
+                // SAFETY: the part's own memory; the slice outlives the wait in `pack`.
+                unsafe { self.stream.copy_in(part.scale, as_bytes(gain))? };
+            }
+            // SAFETY: as above.
             unsafe { self.stream.copy_in(part.bias, as_bytes(&rows.bias))? };
             self.pack(&weight, &rows.weight, d_in, &part)?;
         }
@@ -585,7 +593,8 @@ impl GateKind {
 
 fn gate_values<'a>(gate: &Gate<'a>) -> Option<&'a [f32]> {
     match gate {
-        Gate::Open | Gate::Relu | Gate::TopK(_) => None,
+        Gate::Open | Gate::Relu => None,
+        Gate::TopK(gate) => gate.gain.as_deref(),
         Gate::Threshold(values) | Gate::Gated(values) => Some(values),
     }
 }

@@ -325,8 +325,11 @@ struct Dictionary {
     by_magnitude: bool,
     /// [K]
     group: Vec<u32>,
+    /// [K]: where each blocked latent is among the rivals.
+    rival: Vec<usize>,
     weight: Vec<f32>,
     bias: Vec<f32>,
+    gain: Option<Vec<f32>>,
 }
 
 /// Rows of norm about 1, centred where layer norm needs it.
@@ -342,34 +345,54 @@ fn random_rows(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) 
     rows
 }
 
+/// Blocked latents are the last of their groups.
+fn last_rivals(group: &[u32], group_size: usize) -> Vec<usize> {
+    let rival = |k: usize| {
+        let before = group[..k].iter().filter(|g| **g == group[k]).count();
+        (group[k] as usize + 1) * group_size - 1 - before
+    };
+    (0..group.len()).map(rival).collect()
+}
+
+fn random_gains(random: &mut Random, count: usize) -> Vec<f32> {
+    random.normals(count).iter().map(|x| x.abs() + 0.1).collect()
+}
+
 impl Dictionary {
     fn random(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) -> Dictionary {
         let groups = random.pick(&[1, 1, 2, 3]);
         let group_size = count.div_ceil(groups) + random.pick(&[0, 1, 70, 150]);
         let rivals = groups * group_size;
+        let has_gain = random.below(3) == 0;
+        let gain = has_gain.then(|| random_gains(random, rivals));
+        let group: Vec<u32> = (0..count).map(|k| (k % groups) as u32).collect();
         Dictionary {
+            gain,
+            rival: last_rivals(&group, group_size),
+            group,
             k: 1 + random.below(group_size.min(140)),
             groups,
             group_size,
             by_magnitude: random.below(2) == 0,
-            group: (0..count).map(|k| (k % groups) as u32).collect(),
             weight: random_rows(random, rivals, d_in, norm),
             bias: random.normals(rivals).iter().map(|b| 0.2 * b).collect(),
         }
     }
 
-    /// Where latent k is among the rivals: the last but so many of its group.
-    fn rival(&self, k: usize) -> usize {
-        let group = self.group[k] as usize;
-        let before = self.group[..k].iter().filter(|g| **g as usize == group).count();
-        (group + 1) * self.group_size - 1 - before
-    }
-
     /// Rows and biases of the blocked latents.
     fn blocked(&self, d_in: usize) -> (Vec<f32>, Vec<f32>) {
-        let rivals = (0..self.group.len()).map(|k| self.rival(k));
-        let row = |rival: usize| self.weight[rival * d_in..][..d_in].to_vec();
-        (rivals.clone().flat_map(row).collect(), rivals.map(|rival| self.bias[rival]).collect())
+        let row = |rival: &usize| self.weight[rival * d_in..][..d_in].to_vec();
+        let rivals = self.rival.iter();
+        (rivals.clone().flat_map(row).collect(), rivals.map(|rival| self.bias[*rival]).collect())
+    }
+
+    fn blocked_gains(&self) -> Option<Vec<f32>> {
+        let of = |gain: &Vec<f32>| self.rival.iter().map(|rival| gain[*rival]).collect();
+        self.gain.as_ref().map(of)
+    }
+
+    fn gain(&self, rival: usize) -> f64 {
+        self.gain.as_ref().map_or(1.0, |gain| gain[rival] as f64)
     }
 
     fn rank(&self, pre: f64) -> f64 {
@@ -556,7 +579,11 @@ impl Job {
             bias: arena.vector(&p.bias).address,
             scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
             gate_values: match p.gate {
-                GateKind::Open | GateKind::Relu | GateKind::TopK => 0,
+                GateKind::Open | GateKind::Relu => 0,
+                GateKind::TopK => {
+                    let gains = p.dictionary.blocked_gains();
+                    gains.map_or(0, |gains| arena.vector(&gains).address)
+                }
                 _ => arena.vector(&p.gate_values).address,
             },
             sign_weight: arena.vector(&p.sign_weight).address,
@@ -699,7 +726,12 @@ fn rivals(
     packs: &mut Vec<Launch>,
     scratch: &mut Vec<Buffer>,
 ) -> DeviceTopK {
-    let Dictionary { k, groups, group_size, by_magnitude, group, weight, bias } = &p.dictionary;
+    let Dictionary { k, groups, group_size, by_magnitude, group, weight, .. } = &p.dictionary;
+    let gains = p.dictionary.gain.as_deref();
+    let bias: Vec<f32> = match gains {
+        Some(gains) => p.dictionary.bias.iter().zip(gains).map(|(b, gain)| b * gain).collect(),
+        None => p.dictionary.bias.clone(),
+    };
     let [at_once, tokens_at_once] = p.at_once;
     let group: Vec<f32> = group.iter().map(|g| f32::from_bits(*g)).collect();
     let mut gate = DeviceTopK {
@@ -709,7 +741,8 @@ fn rivals(
         by_magnitude: *by_magnitude,
         group: arena.vector(&group).address,
         packed: 0,
-        bias: arena.vector(bias).address,
+        bias: arena.vector(&bias).address,
+        gain: gains.map_or(0, |gains| arena.vector(gains).address),
         at_once,
         tokens_at_once,
     };
@@ -830,8 +863,10 @@ impl Token {
         let mut ranks = Vec::new();
         for rival in rivals {
             let (dot, size) = self.dot(&weight[rival * p.d_in..][..p.d_in]);
-            ranks.push(p.dictionary.rank(dot + bias[rival] as f64));
-            self.rank_slack = self.rank_slack.max(slack(size + bias[rival].abs() as f64));
+            let gain = p.dictionary.gain(rival);
+            ranks.push(p.dictionary.rank(gain * (dot + bias[rival] as f64)));
+            let size = gain.max(1.0) * (size + bias[rival].abs() as f64);
+            self.rank_slack = self.rank_slack.max(slack(size));
         }
         ranks.sort_by(|x, y| y.total_cmp(x));
         self.ranks.push(ranks);
@@ -880,7 +915,7 @@ impl Exact {
     fn place(p: &Problem, k: usize, pre: f64, token: &Token) -> f64 {
         let ranks = &token.ranks[p.dictionary.group[k] as usize];
         let next = ranks.get(p.dictionary.k).copied().unwrap_or(f64::NEG_INFINITY);
-        let own = p.dictionary.rank(pre);
+        let own = p.dictionary.rank(p.dictionary.gain(p.dictionary.rival[k]) * pre);
         let place = if own > next { own - next } else { own - ranks[p.dictionary.k - 1] };
         if p.dictionary.by_magnitude { place } else { place.min(pre) }
     }
@@ -987,6 +1022,7 @@ fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -
         gate_values: of_latents(&p.gate_values),
         dictionary: Dictionary {
             group: latents.iter().map(|k| p.dictionary.group[*k]).collect(),
+            rival: latents.iter().map(|k| p.dictionary.rival[*k]).collect(),
             ..p.dictionary.clone()
         },
         sign_weight: of_latents(&p.sign_weight),
@@ -1111,13 +1147,16 @@ fn latents_that_share_the_kth_place_are_on() {
             0 => random.normal(),
             _ => random.pick(values),
         };
+        let group: Vec<u32> = (0..count).map(|k| (k % groups) as u32).collect();
         p.dictionary = Dictionary {
             k: 1 + random.below(group_size),
             groups,
             group_size,
             by_magnitude: random.below(2) == 0,
-            group: (0..count).map(|k| (k % groups) as u32).collect(),
+            rival: last_rivals(&group, group_size),
+            group,
             weight: vec![0.0; rivals],
+            gain: None,
             bias: (0..rivals).map(|_| among(&mut random)).collect(),
         };
         (p.weight, p.bias) = p.dictionary.blocked(1);
@@ -1290,14 +1329,17 @@ fn topk_fault_problem(groups: usize) -> Problem {
     let mut random = Random(0x5eed);
     let (gate, norm) = (GateKind::TopK, TokenNorm::Layer);
     let mut p = Problem::of(&mut random, DType::F32, [20, 100, 30], gate, norm);
+    let group: Vec<u32> = (0..p.count).map(|k| (k % groups) as u32).collect();
     p.dictionary = Dictionary {
         k: if groups == 1 { 150 } else { 9 },
         groups,
         group_size: 420 / groups,
         by_magnitude: groups == 1,
-        group: (0..p.count).map(|k| (k % groups) as u32).collect(),
+        rival: last_rivals(&group, 420 / groups),
+        group,
         weight: random_rows(&mut random, 420, p.d_in, norm),
         bias: random.normals(420),
+        gain: None,
     };
     (p.weight, p.bias) = p.dictionary.blocked(p.d_in);
     p.hidden.iter_mut().for_each(|h| *h += 1.0);

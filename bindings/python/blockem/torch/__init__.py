@@ -1,5 +1,5 @@
-"""The penalty in torch: differentiable functions that torch.compile keeps in its graph, and hooks that
-put it into a training loop."""
+"""The penalty in torch: differentiable functions that torch.compile keeps in its graph, and hooks
+that put it into a training loop."""
 
 from ._attach import Calibration, Check, Handle, Term, attach
 from ._ops import Parts, encode, penalty

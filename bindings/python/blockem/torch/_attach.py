@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +14,16 @@ from torch import nn
 from .. import _ffi
 from .._core import Plan, expect
 from .._library import fail
-from ._ops import Parts, encode, penalty
-from ._stack import Call, Stack, find, hidden_of, peft_of, without_parallel
-from .lambdas import DualAscent, Fixed, as_lambda, ratio_lambda
+from ._ops import Parts, encode
+from ._recorder import Forward, Recorder
+from ._references import AdaptersOff, Provider, Source, references_of
+from ._site import Site
+from ._stack import Stack, find, restored_modes, without_parallel
+from .lambdas import DualAscent, as_lambda, ratio_lambda
 
 __all__ = ["Calibration", "Check", "Handle", "Term", "attach"]
 
 log = logging.getLogger("blockem")
-
-#: What `reference` may be where it is not a name.
-Provider = Callable[[Any], torch.Tensor | Sequence[torch.Tensor]]
 
 
 def attach(
@@ -54,7 +52,7 @@ def attach(
             handle.end_step()
 
     model: a Hugging Face causal language model, also in a PeftModel, DistributedDataParallel or
-        torch.compile. The hook is on the layer itself: before the final norm, wherever the layer is.
+        torch.compile. The hook is on the layer itself: always before the final norm.
     plan: one, or one for each layer.
     layer: 0-based decoder block whose output is read (``hidden_states[layer + 1]``), one for each
         plan; None takes ``plan.layer``. One that the SAE contradicts is an error.
@@ -86,7 +84,7 @@ def attach(
     _choice("tokens", tokens, ("labels", "all"))
     _choice("gradients", gradients, ("mean", "sum"))
     stack = find(model, [site.layer for site in sites], layers)
-    source = _source(reference, model, stack, layers)
+    source = references_of(reference, model, stack, layers)
     settings = _Settings(reduction, tokens, process_group, gradients, tolerance, diagnostics)
     return Handle(model, stack, sites, source, settings)
 
@@ -103,13 +101,13 @@ class Handle:
         self,
         model: nn.Module,
         stack: Stack,
-        sites: list[_Site],
-        source: _Source,
+        sites: list[Site],
+        source: Source,
         settings: _Settings,
     ) -> None:
         self._model, self._stack, self._sites = model, stack, sites
         self._source, self._settings = source, settings
-        self._recorder = _Recorder(stack, sites[0].plan.device)
+        self._recorder = Recorder(stack, sites[0].plan.device)
         self._divisor: torch.Tensor | float | None = None
         self._steps = 0
         self._empty_steps: torch.Tensor | int = 0
@@ -145,8 +143,8 @@ class Handle:
             self._empty_steps = self._empty_steps + empty.long()
             self._divisor = torch.where(empty, 1.0, count)
 
-    def penalty(self, batch: Any = None) -> Term:
-        """The penalty of the last training forward, once: ``task_loss + handle.penalty(batch).loss``.
+    def penalty(self, batch: Any) -> Term:
+        """The penalty of the last training forward, once: add its ``loss`` to the task loss.
 
         batch: the mapping that the model was given (labels, attention_mask, input_ids are looked
             at), or a mask [...] bool, uint8 or float32 of the tokens that count.
@@ -196,7 +194,7 @@ class Handle:
         penalty: loss_sum / count (with reduction "mean" over latents too, as all the others);
             penalty_pos, penalty_neg: its parts of K+ and K-; lambda.
         With diagnostics: active: the share of counted (token, latent) pairs that pay; dead_neg: the
-            share of K-'s penalty that has no gradient, because the latent is off in the tuned model.
+            share of K-'s penalty without a gradient, because the latent is off in the tuned model.
         per_latent: adds latent/<id>: the share of each latent.
         Names have a prefix, blockem/ or blockem/layer<N>/ where there are several.
 
@@ -217,20 +215,16 @@ class Handle:
         """Proves the wiring on a batch, without training on it; returns what was found.
 
         Runs the model in training mode as a trainer does and compares it with the reference. Where
-        the tuned model still equals its base, z must be the same, bit for bit, so that the penalty is
-        exactly 0. Where it no longer does, a pass of the model without adapters takes its place
-        ("adapters_off", or a copy with a PeftModel).
+        the tuned model still equals its base, z must be the same, bit for bit, so that the penalty
+        is exactly 0. Where it no longer does, a pass of the model without adapters takes its place
+        ("adapters_off", or a copy with a PeftModel). All ranks must call it.
 
         Raises Error INVALID_ARGUMENT: the hooks did not fire once, or z differs by more than
         ``tolerance``.
         """
-        was_training = self._model.training
-        try:
+        with restored_modes(self._model), torch.enable_grad():
             self._model.train()
-            with torch.enable_grad():
-                without_parallel(self._model)(**batch)
-        finally:
-            self._model.train(was_training)
+            without_parallel(self._model)(**batch)
         forward = self._recorder.take()
         references = self._references(forward, batch)
         self.last_check = self._check(forward, references, self._mask(batch))
@@ -242,17 +236,13 @@ class Handle:
         In eval mode, without gradients and without effect on training or metrics. Needs
         ``reference="adapters_off"``: the batches are run with and without adapters.
         """
-        if not isinstance(self._source, _AdaptersOff):
+        if not isinstance(self._source, AdaptersOff):
             fail(_ffi.STATUS_INVALID_ARGUMENT, 'measure needs reference="adapters_off"')
-        model, was_training = without_parallel(self._model), self._model.training
         totals = dict.fromkeys(("tuned", "base", "items", "penalty", "count"), 0.0)
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    self._measure(model, batch, totals)
-        finally:
-            self._model.train(was_training)
+        with restored_modes(self._model), torch.no_grad():
+            self._model.eval()
+            for batch in batches:
+                self._measure(without_parallel(self._model), batch, totals)
         if not totals["items"] or not totals["count"]:
             fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
         return Calibration(
@@ -270,7 +260,7 @@ class Handle:
         return ratio_lambda(ratio, found.base_loss - found.loss, found.penalty)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: lambdas, steps, and which latents of which layers they belong to."""
+        """What a resumed run needs: lambdas, steps, and the identity of latents and layers."""
         self._expect_tokens()
         return {
             "version": 1,
@@ -280,15 +270,15 @@ class Handle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues a run: its layers, plans, latents, reduction and kind of lambda must be these."""
+        """Continues a run of the same layers, plans, latents, reduction and kind of lambda."""
         if state.get("version") != 1:
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"unknown state version {state.get('version')!r}")
         mine = self.state_dict()
         if state["reduction"] != mine["reduction"] or len(state["sites"]) != len(self._sites):
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"the state has reduction {state['reduction']} and {len(state['sites'])} layers, the "
-                f"handle {mine['reduction']} and {len(self._sites)}",
+                f"the state has reduction {state['reduction']} and {len(state['sites'])} layers, "
+                f"the handle {mine['reduction']} and {len(self._sites)}",
             )
         for site, theirs in zip(self._sites, state["sites"]):
             site.expect_same(theirs)
@@ -299,10 +289,10 @@ class Handle:
     def __repr__(self) -> str:
         return f"Handle({'; '.join(map(self._place, self._sites))}; {self._source.name})"
 
-    def _place(self, site: _Site) -> str:
+    def _place(self, site: Site) -> str:
         return (
-            f"{site.plan.num_latents} latents on the output of decoder block {site.layer} (0-based), "
-            f"hidden_states[{site.layer + 1}], {self._stack.name}.{site.layer}"
+            f"{site.plan.num_latents} latents on the output of decoder block {site.layer} "
+            f"(0-based), hidden_states[{site.layer + 1}], {self._stack.name}.{site.layer}"
         )
 
     def _mask(self, batch: Any) -> torch.Tensor | None:
@@ -330,16 +320,18 @@ class Handle:
             return batch["attention_mask"] != 0
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
-    def _references(self, forward: _Forward, batch: Any) -> list[torch.Tensor]:
+    def _references(self, forward: Forward, batch: Any) -> list[torch.Tensor]:
         with torch.no_grad(), self._recorder.paused():
             return self._source.latents(forward, batch, self._sites)
 
     def _check(
-        self, forward: _Forward, references: list[torch.Tensor], mask: torch.Tensor | None
+        self, forward: Forward, references: list[torch.Tensor], mask: torch.Tensor | None
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
         found = self._compare(forward.hidden, references, mask, "tuned")
-        if found.difference > bound:
+        # All ranks or none run another pass: layers may be sharded over them.
+        differs = torch.tensor(float(found.difference > bound))
+        if self._all_reduce(differs).item() > 0:
             with self._recorder.paused():
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
@@ -396,13 +388,13 @@ class Handle:
             totals["penalty"] += parts.loss_sum.item() * factor
             totals["count"] += parts.count.item() if i == 0 else 0.0
 
-    def _lambda(self, site: _Site, like: torch.Tensor) -> torch.Tensor | float:
+    def _lambda(self, site: Site, like: torch.Tensor) -> torch.Tensor | float:
         lam = site.lam.value
         if isinstance(lam, torch.Tensor):
             lam = lam.to(like.device, like.dtype)
         return lam * self._mean_factor(site)
 
-    def _mean_factor(self, site: _Site) -> float:
+    def _mean_factor(self, site: Site) -> float:
         return 1.0 / site.plan.num_latents if self._settings.reduction == "mean" else 1.0
 
     def _divided(self) -> torch.Tensor | float | None:
@@ -430,12 +422,12 @@ class Handle:
             self._empty_steps = 0
             fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
 
-    def _expect_gradient(self, site: _Site, hidden: torch.Tensor) -> None:
+    def _expect_gradient(self, site: Site, hidden: torch.Tensor) -> None:
         if not hidden.requires_grad:
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"the output of decoder block {site.layer} needs no gradient, so the penalty trains "
-                "nothing: no trained parameter lies at or below it, or reentrant gradient "
+                f"the output of decoder block {site.layer} needs no gradient, so the penalty "
+                "trains nothing: no trained parameter lies at or below it, or reentrant gradient "
                 "checkpointing needs model.enable_input_require_grads()",
             )
 
@@ -478,8 +470,8 @@ class Term:
     def cosine(self, task_loss: torch.Tensor) -> torch.Tensor:
         """The cosine of the two losses' gradients at the hooked hidden states, before backward.
 
-        One more backward pass through the layers above: for a step now and then. 0 where one of them
-        vanishes. Returns a 0-d tensor; nothing waits. Not under reentrant gradient checkpointing.
+        One more backward pass through the layers above: for a step now and then. 0 where one of
+        them vanishes. Returns a 0-d tensor; nothing waits. Not under reentrant checkpointing.
         """
         one = torch.autograd.grad(self.weighted, self.hidden, retain_graph=True)
         two = torch.autograd.grad(task_loss, self.hidden, retain_graph=True, allow_unused=True)
@@ -534,375 +526,12 @@ class _Settings:
     diagnostics: bool
 
 
-class _Site:
-    """A plan on a layer, its lambda and its sums."""
-
-    def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
-        self.plan, self.layer, self.lam = plan, layer, lam
-        signs, weights = plan.latents.signs, plan.latents.weights
-        self.signs = torch.tensor(signs, dtype=torch.float32, device=plan.device)
-        self.weights = torch.tensor(weights, dtype=torch.float32, device=plan.device)
-        # Of the step: loss_sum. Since the last metrics: each latent's share, then count, paying
-        # pairs, dead loss of K-.
-        self.step_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
-        self.totals = torch.zeros(plan.num_latents + 3, dtype=torch.float64, device=plan.device)
-
-    def parts(
-        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
-    ) -> Parts:
-        return penalty(self.plan, hidden, reference, mask, per_latent=True)
-
-    def measure(
-        self,
-        hidden: torch.Tensor,
-        reference: torch.Tensor,
-        mask: torch.Tensor | None,
-        diagnostics: bool,
-    ) -> Parts:
-        """The penalty, added to the sums."""
-        part = self.parts(hidden, reference, mask)
-        with torch.no_grad():
-            paying = dead = torch.zeros((), device=hidden.device)
-            if diagnostics:
-                paying, dead = self._diagnose(hidden.detach(), reference, mask)
-            more = torch.stack([part.count, paying.to(part.count), dead.to(part.count)])
-            self.totals += torch.cat([part.latent_loss, more])
-            self.step_sum += part.loss_sum
-        return part
-
-    def _diagnose(
-        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counted pairs that pay, and what K- pays without a gradient."""
-        *_, coef = torch.ops.blockem.penalty_forward(
-            self.plan._key, hidden, reference, mask, False
-        )
-        rise = (self.signs * (encode(self.plan, hidden) - reference)).relu()
-        share = torch.ones(hidden.shape[:-1], device=hidden.device) if mask is None else mask
-        share = share.to(rise.dtype) if share.is_floating_point() else (share != 0).to(rise.dtype)
-        paying = (rise > 0) & (share != 0)[..., None]
-        dead = paying & (coef == 0) & (self.signs < 0)
-        cost = share[..., None] * self.weights * rise**2
-        return paying.sum(), torch.where(dead, cost, 0.0).sum()
-
-    def metrics(self, totals: torch.Tensor, factor: float) -> dict[str, float]:
-        *latents, count, paying, dead = totals.tolist()
-        positive = [sign > 0 for sign in self.plan.latents.signs]
-        pos = sum(x for x, plus in zip(latents, positive) if plus)
-        neg = sum(x for x, plus in zip(latents, positive) if not plus)
-        per_token = factor / count if count else math.nan
-        lam = self.lam.value
-        return {
-            "penalty": (pos + neg) * per_token,
-            "penalty_pos": pos * per_token,
-            "penalty_neg": neg * per_token,
-            "active": paying / (count * len(latents)) if count else math.nan,
-            "dead_neg": dead / neg if neg else 0.0,
-            "lambda": float(lam),
-        } | {
-            f"latent/{id}": x * per_token for id, x in zip(self.plan.latents.ids, latents)
-        }
-
-    def identity(self) -> dict[str, Any]:
-        latents = self.plan.latents
-        return {
-            "layer": self.layer,
-            "plan": self.plan.identity,
-            "activation": self.plan.activation,
-            "ids": latents.ids.tolist(),
-            "signs": latents.signs.tolist(),
-            "weights": latents.weights.tolist(),
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.identity() | {"lambda": self.lam.state_dict()}
-
-    def expect_same(self, state: Mapping[str, Any]) -> None:
-        for name, mine in self.identity().items():
-            if state.get(name) != mine:
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"the state's {name} at decoder block {self.layer} is {state.get(name)}, the "
-                    f"handle's {mine}: resume with the SAE and latents of the run",
-                )
-
-
-@dataclass
-class _Forward:
-    """A training forward: how the decoder was called, and what its layers put out."""
-
-    call: Call
-    hidden: list[torch.Tensor]
-
-
-class _Pause:
-    on = False
-
-
-class _Recorder:
-    """Hooks that keep what the layers put out in a training forward, until it is taken.
-
-    Their bodies are plain enough for torch.compile, which traces hooks. Between the end of a forward
-    and the next they are closed: gradient checkpointing runs layers again in the backward pass.
-    """
-
-    def __init__(self, stack: Stack, device: str) -> None:
-        self.stack = stack
-        self.open = self.finished = self.force = False
-        # Shared by all recorders of a decoder: a base pass for one is no forward for another.
-        self.pause = stack.decoder.__dict__.setdefault("_blockem_pause", _Pause())
-        self.device_type = torch.device(device).type
-        self.call: Call | None = None
-        self.outputs: dict[int, list[tuple[torch.Tensor, int | None]]] | None = None
-        decoder = stack.decoder
-        self.hooks = [
-            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_hook(self._end),
-        ]
-        for index in sorted(set(stack.indices)):
-            self.hooks.append(stack.layers[index].register_forward_hook(self._layer_hook(index)))
-
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.pause.on:
-            return
-        self.open = self.force or (module.training and torch.is_grad_enabled())
-        if not self.open:
-            return
-        if not torch.compiler.is_compiling() and self.finished:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                "the penalty of the training forward before was not taken: call "
-                "handle.penalty(batch) after each, or handle.discard()",
-            )
-        device = self.device_type
-        autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        self.call, self.finished = Call(args, kwargs, autocast), False
-        self.outputs = {index: [] for index in self.stack.indices}
-
-    def _layer_hook(self, index: int) -> Callable:
-        def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            if self.open and not self.pause.on:
-                hidden = hidden_of(output)
-                version = None if torch.compiler.is_compiling() else hidden._version
-                self.outputs[index].append((hidden, version))
-
-        return keep
-
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.open and not self.pause.on:
-            self.open, self.finished = False, True
-
-    def take(self) -> _Forward:
-        call, outputs = self.call, self.outputs
-        self.discard()
-        if outputs is None:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                "there was no training forward: the model must run in training mode with gradients "
-                "before each penalty",
-            )
-        hidden = []
-        for index in self.stack.indices:
-            fired = outputs[index]
-            if len(fired) != 1:
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"decoder block {index} ran {len(fired)} times in one forward; expected once",
-                )
-            tensor, version = fired[0]
-            if version is not None and version != tensor._version:
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"the output of decoder block {index} was changed in place after the block",
-                )
-            hidden.append(tensor)
-        return _Forward(call, hidden)
-
-    def discard(self) -> None:
-        self.call = self.outputs = None
-        self.open = self.finished = False
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.discard()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self.pause.on = True
-        try:
-            yield
-        finally:
-            self.pause.on = False
-
-    @contextlib.contextmanager
-    def forced(self) -> Iterator[None]:
-        self.force = True
-        try:
-            yield
-        finally:
-            self.force = False
-
-
-class _Source:
-    """Where references come from."""
-
-    name: str
-    #: whether the self-check must hold
-    checked = True
-    remedy: str
-
-    def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
-        self.peft, self.stack = peft, stack
-
-    def latents(
-        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
-    ) -> list[torch.Tensor]:
-        """z of the base model for each site."""
-        raise NotImplementedError
-
-    def stand_in(self, forward: _Forward) -> list[torch.Tensor] | None:
-        """What the tuned model would put out if it still equalled its base."""
-        if self.peft is None:
-            return None
-        with torch.enable_grad(), self.adapters_off():
-            return [hidden.detach() for hidden in self.stack.run(forward.call, training=True)]
-
-    @contextlib.contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        # peft trains every parameter of the active adapters when it turns them on again.
-        frozen = [p for p in self.peft.parameters() if not p.requires_grad]
-        try:
-            with self.peft.disable_adapter():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-
-
-class _AdaptersOff(_Source):
-    name = "reference: the same model, adapters off"
-    remedy = (
-        "Either training mode adds noise below the layer (dropout, NEFTune: set it to 0), or the two "
-        "passes run different kernels (torch.compile: attach with a tolerance, or compile later)."
-    )
-
-    def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
-        super().__init__(peft, stack)
-        if peft is None:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                'reference="adapters_off" needs a peft.PeftModel; give a frozen model, or '
-                '"frozen_copy", where all parameters are trained',
-            )
-        if any(config.is_prompt_learning for config in peft.peft_config.values()):
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                "prompt learning adds tokens that the base model has not; use adapters like LoRA",
-            )
-        marks = (peft.base_model.prefix, "modules_to_save", "trainable_tokens", "token_adapter")
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad and not any(mark in name for mark in marks):
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"{name} is trained and no part of an adapter: without adapters the model is not "
-                    'its base; freeze it or attach with reference="frozen_copy"',
-                )
-
-    def latents(
-        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
-    ) -> list[torch.Tensor]:
-        with self.adapters_off():
-            hidden = self.stack.run(forward.call)
-        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
-
-
-class _FrozenCopy(_Source):
-    name = "reference: a frozen copy"
-    remedy = (
-        "Either the copy has other weights, or training mode adds noise below the layer (dropout, "
-        "NEFTune: set it to 0), or the two run different kernels (dtype, attention, torch.compile)."
-    )
-
-    def __init__(self, peft: nn.Module | None, stack: Stack, copied: Stack) -> None:
-        super().__init__(peft, stack)
-        self.copied = copied
-
-    def latents(
-        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
-    ) -> list[torch.Tensor]:
-        hidden = self.copied.run(forward.call)
-        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
-
-
-class _Provided(_Source):
-    name = "reference: given for each batch"
-    remedy = (
-        "What was given differs from the base model's live z by more than attach's tolerance: it "
-        "belongs to other tokens, another model or another SAE, or the tolerance is too tight for "
-        "another padding."
-    )
-
-    def __init__(self, peft: nn.Module | None, stack: Stack, provider: Provider) -> None:
-        super().__init__(peft, stack)
-        self.provider = provider
-        self.checked = peft is not None
-
-    def latents(
-        self, forward: _Forward, batch: Any, sites: Sequence[_Site]
-    ) -> list[torch.Tensor]:
-        given = self.provider(batch)
-        given = [given] if isinstance(given, torch.Tensor) else list(given)
-        if len(given) != len(sites):
-            fail(
-                _ffi.STATUS_SHAPE,
-                f"reference gave {len(given)} tensors for {len(sites)} layers",
-            )
-        return [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
-
-
-def _source(reference: Any, model: nn.Module, stack: Stack, layers: str | None) -> _Source:
-    peft = peft_of(model)
-    if reference == "adapters_off":
-        return _AdaptersOff(peft, stack)
-    if reference == "frozen_copy":
-        if peft is not None:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                'a PeftModel needs no copy: attach with reference="adapters_off"',
-            )
-        return _FrozenCopy(peft, stack, _frozen_copy(stack))
-    if isinstance(reference, nn.Module):
-        copied = find(reference, stack.indices, layers)
-        if copied.decoder is stack.decoder:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                'reference is the model itself; give another, or "adapters_off" or "frozen_copy"',
-            )
-        return _FrozenCopy(peft, stack, copied)
-    if callable(reference):
-        return _Provided(peft, stack, reference)
-    fail(
-        _ffi.STATUS_INVALID_ARGUMENT,
-        f'reference is {reference!r}; expected "adapters_off", "frozen_copy", a module or a callable',
-    )
-
-
-def _frozen_copy(stack: Stack) -> Stack:
-    """The decoder as it is, without the layers that a reference pass does not reach."""
-    beyond = stack.layers[max(stack.indices) + 1 :]
-    memo = {id(layer): nn.Identity() for layer in beyond}
-    decoder = copy.deepcopy(stack.decoder, memo).requires_grad_(False)
-    layers = decoder.get_submodule(stack.name.rpartition(".")[2])
-    return Stack(decoder, stack.name, layers, stack.indices)
-
-
 def _sites(
     plan: Plan | Sequence[Plan],
     layer: int | Sequence[int] | None,
     lam: float | DualAscent | Sequence[float | DualAscent],
     reduction: str,
-) -> list[_Site]:
+) -> list[Site]:
     _choice("reduction", reduction, ("sum", "mean"))
     plans = [plan] if isinstance(plan, Plan) else list(plan)
     for one in plans:
@@ -911,7 +540,8 @@ def _sites(
     single = isinstance(lam, (int, float, DualAscent))
     if isinstance(lam, DualAscent) and len(plans) > 1:
         fail(
-            _ffi.STATUS_INVALID_ARGUMENT, "several layers need a DualAscent each: give a list as lam"
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "several layers need a DualAscent each: give a list as lam",
         )
     lams = [lam] * len(plans) if single else list(lam)
     if not plans or not len(plans) == len(layers) == len(lams):
@@ -920,7 +550,7 @@ def _sites(
             f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
         )
     return [
-        _Site(one, _layer(one, at), as_lambda(value))
+        Site(one, _layer(one, at), as_lambda(value))
         for one, at, value in zip(plans, layers, lams)
     ]
 
@@ -934,8 +564,8 @@ def _layer(plan: Plan, layer: int | None) -> int:
     if layer is not None and plan.layer is not None and layer != plan.layer:
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
-            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} (0-based; "
-            f"hidden_states[{plan.layer + 1}]): leave layer out",
+            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} "
+            f"(0-based; hidden_states[{plan.layer + 1}]): leave layer out",
         )
     return plan.layer if layer is None else layer
 

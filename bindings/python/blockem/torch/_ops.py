@@ -48,7 +48,7 @@ def penalty(
         gradient.
     mask: [...] bool or uint8 (not 0 counts once), float32 (the token's share), or None. A token
         with mask 0 contributes nothing, even if its hidden is NaN.
-    per_latent: returns :class:`Parts`, which has the share of each latent too; nothing waits for it.
+    per_latent: returns :class:`Parts`, with the share of each latent too; nothing waits.
 
     Returns loss_sum, differentiable once with respect to hidden, and count: 0-d float32 tensors
     (float64 for float64) on hidden's device. The backward pass keeps [..., K] coefficients, not
@@ -57,9 +57,9 @@ def penalty(
     nothing waits for it, so a training step can be captured into a graph.
 
     One operator of torch does it, ``torch.ops.blockem.penalty_forward``: torch.compile keeps it in
-    its graph, with fullgraph=True and dynamic=True too, and torch.vmap loops over it; torch.func.grad
-    refuses torch's custom operators. Autocast leaves it alone: hidden is read in the dtype that it
-    has. A compiled function must not outlive its plan.
+    its graph, with fullgraph=True and dynamic=True too, and torch.vmap loops over it;
+    torch.func.grad refuses torch's custom operators. Autocast leaves it alone: hidden is read in
+    the dtype that it has. A compiled function must not outlive its plan.
 
     Raises Error: SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH; TypeError for other objects.
     """

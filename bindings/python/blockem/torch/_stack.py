@@ -27,7 +27,9 @@ class Call:
 class Stack:
     """A decoder, which owns the list of its layers, and the indices of some of them (0-based)."""
 
-    def __init__(self, decoder: nn.Module, name: str, layers: nn.ModuleList, indices: Sequence[int]):
+    def __init__(
+        self, decoder: nn.Module, name: str, layers: nn.ModuleList, indices: Sequence[int]
+    ) -> None:
         self.decoder, self.name, self.layers = decoder, name, layers
         self.indices = tuple(indices)
         for index in self.indices:
@@ -72,7 +74,7 @@ class Stack:
                 return [outputs[index] for index in self.indices]
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
-            f"{self.name}.{last} was not reached by a forward pass of {type(self.decoder).__name__}",
+            f"{self.name}.{last} was not reached by a forward of {type(self.decoder).__name__}",
         )
 
 
@@ -127,6 +129,17 @@ def peft_of(model: nn.Module) -> nn.Module | None:
     return model if hasattr(model, "disable_adapter") else None
 
 
+@contextlib.contextmanager
+def restored_modes(module: nn.Module) -> Iterator[None]:
+    """Each submodule has its own training flag again afterwards."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in a layer's output: itself, or the first of a tuple."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
@@ -171,15 +184,11 @@ def _eager() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training mode off for a while, each module's own flag back afterwards.
+    """Training mode off for a while, unless it is wanted.
 
     The flags are set without `train()`, whose overrides merge weights and the like.
     """
-    changed = [] if training else [m for m in module.modules() if m.training]
-    for m in changed:
-        m.training = False
-    try:
+    with restored_modes(module):
+        for m in () if training else module.modules():
+            m.training = False
         yield
-    finally:
-        for m in changed:
-            m.training = True

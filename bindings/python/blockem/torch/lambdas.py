@@ -34,8 +34,9 @@ def ratio_lambda(ratio: float, loss_removed: float, penalty: float) -> float:
 class DualAscent:
     """lambda as the multiplier of the constraint penalty <= target.
 
-    After every step: lambda = min(max(lambda + rate * (penalty - target), 0), maximum), where penalty
-    is loss_sum / count of the whole step, over all micro-batches and ranks. It stays on the device.
+    After every step: lambda = min(max(lambda + rate * (penalty - target), 0), maximum), where
+    penalty is loss_sum / count of the whole step, over all micro-batches and ranks. It stays on the
+    device.
 
     target: the penalty that is allowed, in units of loss_sum / count.
     rate: step size; a rate of r changes lambda by r for each unit by which the target is missed.

@@ -30,20 +30,22 @@ class PenaltyMixin:
         trainer = BlockedTrainer(model, args=args, train_dataset=rows, peft_config=lora,
                                  penalty=dict(plan=plan, layer=19, lam=1e4))
 
-    penalty: the arguments of :func:`blockem.torch.attach` after the model, which is the trainer's own
-        when its constructor is done (so with the adapters of peft_config).
-    cosine_steps: every so many optimizer steps, the cosine of the gradients of penalty and task loss
-        is logged (blockem/cosine, :meth:`blockem.torch.Term.cosine`); 0 for never.
+    penalty: the arguments of :func:`blockem.torch.attach` after the model, which is the trainer's
+        own when its constructor is done (so with the adapters of peft_config).
+    cosine_steps: every so many optimizer steps, the cosine of the gradients of penalty and task
+        loss is logged (blockem/cosine, :meth:`blockem.torch.Term.cosine`); 0 for never.
 
     The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
-    ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others do),
-    measured over the steps since the log before; its loss is that of task and penalty. Checkpoints get
-    ``blockem.json``, from which ``train(resume_from_checkpoint=...)`` continues lambda.
+    ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others
+    do), measured over the steps since the log before; its loss is that of task and penalty.
+    Checkpoints get ``blockem.json``, from which ``train(resume_from_checkpoint=...)`` continues
+    lambda.
 
     Attribute ``penalty``: the :class:`blockem.torch.Handle`.
 
     Raises Error UNSUPPORTED under FSDP, DeepSpeed, tensor, context and sequence parallelism and
-    torch.nn.DataParallel: there, hidden states or layers are not whole.
+    torch.nn.DataParallel: what the trainer does there with hidden states, layers or batches has not
+    been tested with the penalty.
     """
 
     def __init__(

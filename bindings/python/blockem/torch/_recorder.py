@@ -1,0 +1,133 @@
+"""What the hooked layers put out in a training forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _ffi
+from .._library import fail
+from ._stack import Call, Stack, hidden_of
+
+
+@dataclass
+class Forward:
+    """A training forward: how the decoder was called, and what its layers put out."""
+
+    call: Call
+    hidden: list[torch.Tensor]
+
+
+class Pause:
+    on = False
+
+
+class Recorder:
+    """Hooks that keep what the layers put out in a training forward, until it is taken.
+
+    Their bodies are plain enough for torch.compile, which traces hooks. Between the end of a
+    forward and the next they are closed: gradient checkpointing runs layers again in the backward
+    pass.
+    """
+
+    def __init__(self, stack: Stack, device: str) -> None:
+        self.stack = stack
+        self.open = self.finished = self.force = False
+        # Shared by all recorders of a decoder: a base pass for one is no forward for another.
+        self.pause = stack.decoder.__dict__.setdefault("_blockem_pause", Pause())
+        self.device_type = torch.device(device).type
+        self.call: Call | None = None
+        self.outputs: dict[int, list[tuple[torch.Tensor, int | None]]] | None = None
+        decoder = stack.decoder
+        self.hooks = [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end),
+        ]
+        for index in sorted(set(stack.indices)):
+            self.hooks.append(stack.layers[index].register_forward_hook(self._layer_hook(index)))
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.pause.on:
+            return
+        self.open = self.force or (module.training and torch.is_grad_enabled())
+        if not self.open:
+            return
+        if not torch.compiler.is_compiling() and self.finished:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "the penalty of the training forward before was not taken: call "
+                "handle.penalty(batch) after each, or handle.discard()",
+            )
+        device = self.device_type
+        autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        self.call, self.finished = Call(args, kwargs, autocast), False
+        self.outputs = {index: [] for index in self.stack.indices}
+
+    def _layer_hook(self, index: int) -> Callable:
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            if self.open and not self.pause.on:
+                hidden = hidden_of(output)
+                version = None if torch.compiler.is_compiling() else hidden._version
+                self.outputs[index].append((hidden, version))
+
+        return keep
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.open and not self.pause.on:
+            self.open, self.finished = False, True
+
+    def take(self) -> Forward:
+        call, outputs = self.call, self.outputs
+        self.discard()
+        if outputs is None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "there was no training forward: the model must run in training mode with gradients "
+                "before each penalty",
+            )
+        hidden = []
+        for index in self.stack.indices:
+            fired = outputs[index]
+            if len(fired) != 1:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"decoder block {index} ran {len(fired)} times in one forward; expected once",
+                )
+            tensor, version = fired[0]
+            if version is not None and version != tensor._version:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the output of decoder block {index} was changed in place after the block",
+                )
+            hidden.append(tensor)
+        return Forward(call, hidden)
+
+    def discard(self) -> None:
+        self.call = self.outputs = None
+        self.open = self.finished = False
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.discard()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self.pause.on = True
+        try:
+            yield
+        finally:
+            self.pause.on = False
+
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        self.force = True
+        try:
+            yield
+        finally:
+            self.force = False

@@ -1,0 +1,175 @@
+"""Where z of the base model comes from: adapters off, a frozen copy, or the caller."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _ffi
+from .._library import fail
+from ._ops import encode
+from ._recorder import Forward
+from ._site import Site
+from ._stack import Stack, find, peft_of
+
+#: Given a batch, z of the base model for each site.
+Provider = Callable[[Any], torch.Tensor | Sequence[torch.Tensor]]
+
+
+def references_of(reference: Any, model: nn.Module, stack: Stack, layers: str | None) -> Source:
+    peft = peft_of(model)
+    if reference == "adapters_off":
+        return AdaptersOff(peft, stack)
+    if reference == "frozen_copy":
+        if peft is not None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                'a PeftModel needs no copy: attach with reference="adapters_off"',
+            )
+        return FrozenCopy(peft, stack, _frozen_copy(stack))
+    if isinstance(reference, nn.Module):
+        copied = find(reference, stack.indices, layers)
+        if copied.decoder is stack.decoder:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                'reference is the model itself; give another, or "adapters_off" or "frozen_copy"',
+            )
+        return FrozenCopy(peft, stack, copied)
+    if callable(reference):
+        return Provided(peft, stack, reference)
+    fail(
+        _ffi.STATUS_INVALID_ARGUMENT,
+        f'reference is {reference!r}; expected "adapters_off", "frozen_copy", a module or a '
+        "callable",
+    )
+
+
+class Source:
+    """Where references come from."""
+
+    name: str
+    #: whether the self-check must hold
+    checked = True
+    remedy: str
+
+    def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
+        self.peft, self.stack = peft, stack
+
+    def latents(
+        self, forward: Forward, batch: Any, sites: Sequence[Site]
+    ) -> list[torch.Tensor]:
+        """z of the base model for each site."""
+        raise NotImplementedError
+
+    def stand_in(self, forward: Forward) -> list[torch.Tensor] | None:
+        """What the tuned model would put out if it still equalled its base."""
+        if self.peft is None:
+            return None
+        with torch.enable_grad(), self.adapters_off():
+            return [hidden.detach() for hidden in self.stack.run(forward.call, training=True)]
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        # peft trains every parameter of the active adapters when it turns them on again.
+        frozen = [p for p in self.peft.parameters() if not p.requires_grad]
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+
+class AdaptersOff(Source):
+    name = "reference: the same model, adapters off"
+    remedy = (
+        "Either training mode adds noise below the layer (dropout, NEFTune: set it to 0), or the "
+        "two passes run different kernels (torch.compile: attach with a tolerance)."
+    )
+
+    def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
+        super().__init__(peft, stack)
+        if peft is None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                'reference="adapters_off" needs a peft.PeftModel; give a frozen model, or '
+                '"frozen_copy", where all parameters are trained',
+            )
+        if any(config.is_prompt_learning for config in peft.peft_config.values()):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "prompt learning adds tokens that the base model has not; use adapters like LoRA",
+            )
+        marks = (peft.base_model.prefix, "modules_to_save", "trainable_tokens", "token_adapter")
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad and not any(mark in name for mark in marks):
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"{name} is trained and no part of an adapter: without adapters the model is "
+                    'not its base; freeze it or attach with reference="frozen_copy"',
+                )
+
+    def latents(
+        self, forward: Forward, batch: Any, sites: Sequence[Site]
+    ) -> list[torch.Tensor]:
+        with self.adapters_off():
+            hidden = self.stack.run(forward.call)
+        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
+
+
+class FrozenCopy(Source):
+    name = "reference: a frozen copy"
+    remedy = (
+        "Either the copy has other weights, or training mode adds noise below the layer (dropout, "
+        "NEFTune: set it to 0), or the two run different kernels (dtype, attention, torch.compile)."
+    )
+
+    def __init__(self, peft: nn.Module | None, stack: Stack, copied: Stack) -> None:
+        super().__init__(peft, stack)
+        self.copied = copied
+
+    def latents(
+        self, forward: Forward, batch: Any, sites: Sequence[Site]
+    ) -> list[torch.Tensor]:
+        hidden = self.copied.run(forward.call)
+        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
+
+
+class Provided(Source):
+    name = "reference: given for each batch"
+    remedy = (
+        "What was given differs from the base model's live z by more than attach's tolerance: it "
+        "belongs to other tokens, another model or another SAE, or the tolerance is too tight for "
+        "another padding."
+    )
+
+    def __init__(self, peft: nn.Module | None, stack: Stack, provider: Provider) -> None:
+        super().__init__(peft, stack)
+        self.provider = provider
+        self.checked = peft is not None
+
+    def latents(
+        self, forward: Forward, batch: Any, sites: Sequence[Site]
+    ) -> list[torch.Tensor]:
+        given = self.provider(batch)
+        given = [given] if isinstance(given, torch.Tensor) else list(given)
+        if len(given) != len(sites):
+            fail(
+                _ffi.STATUS_SHAPE,
+                f"reference gave {len(given)} tensors for {len(sites)} layers",
+            )
+        return [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
+
+
+def _frozen_copy(stack: Stack) -> Stack:
+    """The decoder as it is, without the layers that a reference pass does not reach."""
+    beyond = stack.layers[max(stack.indices) + 1 :]
+    memo = {id(layer): nn.Identity() for layer in beyond}
+    decoder = copy.deepcopy(stack.decoder, memo).requires_grad_(False)
+    layers = decoder.get_submodule(stack.name.rpartition(".")[2])
+    return Stack(decoder, stack.name, layers, stack.indices)

@@ -1,0 +1,108 @@
+"""A plan on a layer: its penalty, its lambda, and the sums for logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import _ffi
+from .._core import Plan
+from .._library import fail
+from ._ops import Parts, encode, penalty
+from .lambdas import DualAscent, Fixed
+
+
+class Site:
+    """A plan on a layer, its lambda and its sums."""
+
+    def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
+        self.plan, self.layer, self.lam = plan, layer, lam
+        signs, weights = plan.latents.signs, plan.latents.weights
+        self.signs = torch.tensor(signs, dtype=torch.float32, device=plan.device)
+        self.weights = torch.tensor(weights, dtype=torch.float32, device=plan.device)
+        # Of the step: loss_sum. Since the last metrics: each latent's share, then count, paying
+        # pairs, dead loss of K-.
+        self.step_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
+        self.totals = torch.zeros(plan.num_latents + 3, dtype=torch.float64, device=plan.device)
+
+    def parts(
+        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
+    ) -> Parts:
+        return penalty(self.plan, hidden, reference, mask, per_latent=True)
+
+    def measure(
+        self,
+        hidden: torch.Tensor,
+        reference: torch.Tensor,
+        mask: torch.Tensor | None,
+        diagnostics: bool,
+    ) -> Parts:
+        """The penalty, added to the sums."""
+        part = self.parts(hidden, reference, mask)
+        with torch.no_grad():
+            paying = dead = torch.zeros((), device=hidden.device)
+            if diagnostics:
+                paying, dead = self._diagnose(hidden.detach(), reference, mask)
+            more = torch.stack([part.count, paying.to(part.count), dead.to(part.count)])
+            self.totals += torch.cat([part.latent_loss, more])
+            self.step_sum += part.loss_sum
+        return part
+
+    def _diagnose(
+        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counted pairs that pay, and what K- pays without a gradient."""
+        *_, coef = torch.ops.blockem.penalty_forward(
+            self.plan._key, hidden, reference, mask, False
+        )
+        rise = (self.signs * (encode(self.plan, hidden) - reference)).relu()
+        share = torch.ones(hidden.shape[:-1], device=hidden.device) if mask is None else mask
+        share = share.to(rise.dtype) if share.is_floating_point() else (share != 0).to(rise.dtype)
+        paying = (rise > 0) & (share != 0)[..., None]
+        dead = paying & (coef == 0) & (self.signs < 0)
+        cost = share[..., None] * self.weights * rise**2
+        return paying.sum(), torch.where(dead, cost, 0.0).sum()
+
+    def metrics(self, totals: torch.Tensor, factor: float) -> dict[str, float]:
+        *latents, count, paying, dead = totals.tolist()
+        positive = [sign > 0 for sign in self.plan.latents.signs]
+        pos = sum(x for x, plus in zip(latents, positive) if plus)
+        neg = sum(x for x, plus in zip(latents, positive) if not plus)
+        per_token = factor / count if count else math.nan
+        lam = self.lam.value
+        return {
+            "penalty": (pos + neg) * per_token,
+            "penalty_pos": pos * per_token,
+            "penalty_neg": neg * per_token,
+            "active": paying / (count * len(latents)) if count else math.nan,
+            "dead_neg": dead / neg if neg else 0.0,
+            "lambda": float(lam),
+        } | {
+            f"latent/{id}": x * per_token for id, x in zip(self.plan.latents.ids, latents)
+        }
+
+    def identity(self) -> dict[str, Any]:
+        latents = self.plan.latents
+        return {
+            "layer": self.layer,
+            "plan": self.plan.identity,
+            "activation": self.plan.activation,
+            "ids": latents.ids.tolist(),
+            "signs": latents.signs.tolist(),
+            "weights": latents.weights.tolist(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.identity() | {"lambda": self.lam.state_dict()}
+
+    def expect_same(self, state: Mapping[str, Any]) -> None:
+        for name, mine in self.identity().items():
+            if state.get(name) != mine:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the state's {name} at decoder block {self.layer} is {state.get(name)}, the "
+                    f"handle's {mine}: resume with the SAE and latents of the run",
+                )
