@@ -1,7 +1,7 @@
 // dH from the penalty's coefficients.
 //
 //   dH[t, :] (+)= Σ_k factor · coef[t, k] · W[k, :] − pull[t] · (h[t, :] − mean[t])
-//   factor = scale · scale_tensor; a coefficient or a pull of zero takes no part, whatever the rest.
+//   factor = scale · scale_tensor; a coefficient or a pull of zero takes no part, whatever h is.
 //   Only a norm pulls; norm.cu has multiplied the coefficients, too.
 //
 // Parallelisation: a CTA of eight warps takes tiles of tokens × 128 columns. Coefficients go from

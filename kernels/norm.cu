@@ -1,14 +1,15 @@
 // What normalises every token, and what that adds to dH.
 //
 //   constant: a = √(d / Σ h²), mean = 0, q = 1 / Σ h²
-//   layer:    mean = Σ h / d, σ = √(Σ (h − mean)² / (d − 1)), a = 1 / (σ + 1e-5), q = a / ((d − 1) σ)
+//   layer:    mean = Σ h / d, σ = √(Σ (h − mean)² / (d − 1)), a = 1 / (σ + 1e-5),
+//             q = a / ((d − 1) σ)
 //   dot[t, k] = a · (W[k, :] · h[t, :]),   d(dot)/dh = a W − q dot (h − mean)
 //   pull[t] = factor · q · Σ_k coef[t, k] · dot[t, k],   and coef[t, k] · a for gradient.cu
 //
 // Parallelisation: a warp for each token, eight adjacent columns for each lane at a time.
 // Bytes moved: blockem_norm h once (layer: twice, the second time cached); blockem_pull reads the
-// coefficients and the products, 8 · T · K, and writes 4 · T · K. Tokens that the mask leaves out, or
-// that have no coefficient where these are given, cost nothing.
+// coefficients and the products, 8 · T · K, and writes 4 · T · K. Of tokens that the mask leaves
+// out, or that have no coefficient where these are given, h is not read.
 // Determinism: sums are in f64, along a tree that only d or K decides.
 #include "device.cuh"
 #include "params.cuh"

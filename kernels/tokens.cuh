@@ -34,8 +34,8 @@ DEVICE void widen(Row8 &x, const Chunk (&chunks)[CHUNKS_OF_8<DTYPE>]) {
     }
 }
 
-// Columns from `column` on of row t, which has d_in of them; zeros where it ends. `dtype` is that of
-// the hidden states, so that a kernel that knows it need not look.
+// Columns from `column` on of row t, which has d_in of them; zeros where it ends. `dtype` is that
+// of the hidden states, so that a kernel that knows it need not look.
 DEVICE void load_hidden(Row8 &x, const HiddenParams &hidden, uint32_t dtype, uint64_t t,
                         uint32_t column, uint32_t d_in) {
     const bool whole = hidden.is_aligned && column + 8 <= d_in;

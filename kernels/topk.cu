@@ -1,19 +1,19 @@
-// The gate of TopK SAEs: each token's k-th largest rank among its rivals, one part of them at a time.
+// The gate of TopK SAEs: each token's k-th largest rank among its rivals, a part of them at a time.
 //
 //   rank = pre, or |pre| by magnitude; NaN ranks as infinity   (pre: times the gain, if there is one)
 //   threshold[t, g] = the number just below the k-th largest rank of group g, and 0 at least unless
 //   by magnitude: a latent is off if its rank is not above it.
 //
-// Parallelisation: a CTA of four warps merges a part of the rivals' pre-activations into one token's
-// k largest so far. A thread keeps sixteen of the part in registers and every 128th of the list.
-// Most parts of a long dictionary end after one look, since none of their ranks is above the floor,
-// the least of the list. Otherwise the k-th largest of both is found bit by bit: 32 counts at most,
-// and none for bits that the floor decides. A part may end groups and begin others; groups that
-// begin and end in one part need no list.
-// Bytes moved: 4 · T · F read, the list (4 · T · k) read and written where a part has a larger rank.
-// Masked tokens cost nothing.
-// Determinism: the k-th largest of a set does not depend on its order or its parts. Counts are whole
-// numbers.
+// Parallelisation: a CTA of four warps merges a part of the rivals' pre-activations into one
+// token's k largest so far. A thread keeps sixteen of the part in registers, and of the list every
+// 128th. A part ends after one look where none of its ranks is above the floor, the least of the
+// list. Otherwise the k-th largest of both is found bit by bit: 32 counts at most, and none for
+// bits that the floor decides. A part may end groups and begin others; groups that begin and end in
+// one part need no list.
+// Bytes moved: 4 · T · F read, the list (4 · T · k) read and written where a part has a larger
+// rank. Of masked tokens nothing is read.
+// Determinism: the k-th largest of a set does not depend on its order or its parts. Counts are
+// whole numbers.
 #include "device.cuh"
 #include "params.cuh"
 #include "tokens.cuh"
