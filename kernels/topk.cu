@@ -1,6 +1,6 @@
 // The gate of TopK SAEs: each token's k-th largest rank among its rivals, a part of them at a time.
 //
-//   rank = pre, or |pre| by magnitude; NaN ranks as infinity   (pre: times the gain, if there is one)
+//   rank = pre, or |pre| by magnitude; NaN ranks as infinity (with a gain: of gain · pre)
 //   threshold[t, g] = the number just below the k-th largest rank of group g, and 0 at least unless
 //   by magnitude: a latent is off if its rank is not above it.
 //
