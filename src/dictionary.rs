@@ -4,7 +4,9 @@
 use std::ops::Range;
 
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, EncodeCall, Matrix, OwnedGate, OwnedRows, Workspace};
+use crate::backend::{
+    Backend, EncodeCall, Matrix, OwnedGate, OwnedRows, Workspace, kth_largest, rank_threshold,
+};
 use crate::error::{Result, bail};
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection};
 use crate::tensor::{DType, Stream};
@@ -194,10 +196,9 @@ impl Contests {
 
     /// What a rank must be above to win.
     fn thresholds(&mut self) -> Vec<f32> {
-        let below_zero = self.selection == Selection::Magnitude;
+        let by_magnitude = self.selection == Selection::Magnitude;
         let threshold = |best: &mut Best| {
-            let below = best.last_winner().next_down();
-            if below_zero { below } else { below.max(0.0) }
+            rank_threshold(kth_largest(&mut best.ranks, best.winners), by_magnitude)
         };
         self.best.iter_mut().map(threshold).collect()
     }
@@ -225,17 +226,9 @@ impl Best {
         if rank > self.floor {
             self.ranks.push(rank);
             if self.ranks.len() >= 2 * self.winners + 64 {
-                self.floor = self.last_winner();
+                self.floor = kth_largest(&mut self.ranks, self.winners);
                 self.ranks.truncate(self.winners);
             }
         }
-    }
-
-    /// The smallest rank that wins; below everything while all do.
-    fn last_winner(&mut self) -> f32 {
-        if self.ranks.len() < self.winners {
-            return f32::NEG_INFINITY;
-        }
-        *self.ranks.select_nth_unstable_by(self.winners - 1, |a, b| b.total_cmp(a)).1
     }
 }

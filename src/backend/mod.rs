@@ -121,6 +121,21 @@ impl TopK {
     }
 }
 
+/// The k-th largest rank; below everything where there are fewer. Puts the k largest first.
+pub(crate) fn kth_largest(ranks: &mut [f32], k: usize) -> f32 {
+    if ranks.len() < k {
+        return f32::NEG_INFINITY;
+    }
+    *ranks.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// What a rank must be above: just below the k-th largest, and not below 0 where latents are
+/// rectified.
+pub(crate) fn rank_threshold(kth: f32, by_magnitude: bool) -> f32 {
+    let below = kth.next_down();
+    if by_magnitude { below } else { below.max(0.0) }
+}
+
 /// Folded rows of a range of [`TopK`]'s rivals. A backend reads each once, in order.
 pub(crate) type ReadRivals<'a> = &'a dyn Fn(Range<usize>) -> Result<EncoderRows>;
 

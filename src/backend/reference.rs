@@ -11,9 +11,6 @@ use crate::error::Result;
 use crate::sae::{EncoderRows, TokenNorm};
 use crate::tensor::{DType, Stream};
 
-/// What SAELens adds to a token's standard deviation before it divides by it.
-const LAYER_NORM_EPS: f64 = 1e-5;
-
 pub(crate) struct Reference {
     rows: OwnedRows,
     /// Of a TopK gate: all rivals.
@@ -124,7 +121,7 @@ impl Formulas<'_> {
             TokenNorm::Layer => {
                 token.mean = token.hidden.iter().sum::<f64>() / d;
                 let deviation = (centre(&token.hidden, token.mean) / (d - 1.0)).sqrt();
-                token.scale = 1.0 / (deviation + LAYER_NORM_EPS);
+                token.scale = 1.0 / (deviation + TokenNorm::EPS);
                 token.pull = token.scale / ((d - 1.0) * deviation);
             }
         }

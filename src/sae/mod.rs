@@ -121,6 +121,9 @@ pub enum TokenNorm {
 }
 
 impl TokenNorm {
+    /// What SAELens adds to a token's standard deviation before it divides by it.
+    pub const EPS: f64 = 1e-5;
+
     /// SAELens' name.
     pub fn name(self) -> &'static str {
         match self {

@@ -6,9 +6,6 @@ use super::lanes::{Element, Isa, LANES, Lanes, Work, with_element, with_lanes};
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
 
-/// What SAELens adds to a token's standard deviation before it divides by it.
-const LAYER_NORM_EPS: f64 = 1e-5;
-
 /// dot = a · (W · h), whose gradient is a W − q dot (h − mean).
 #[derive(Clone, Copy)]
 pub(super) struct TokenScale {
@@ -50,7 +47,7 @@ impl TokenScale {
             TokenNorm::Layer => {
                 let mean = squares(0.0).sum / d;
                 let deviation = (squares(mean).squares / (d - 1.0)).sqrt();
-                let scale = 1.0 / (deviation + LAYER_NORM_EPS);
+                let scale = 1.0 / (deviation + TokenNorm::EPS);
                 let pull = scale / ((d - 1.0) * deviation);
                 TokenScale { scale: scale as f32, mean: mean as f32, pull }
             }

@@ -14,7 +14,10 @@ use super::norm::TokenScale;
 use super::pack::{PANEL, Panels, f32_lines, pack_f32};
 use super::slab::Kernels;
 use super::threads::Threads;
-use crate::backend::{Gate, Mask, Matrix, RIVALS_AT_ONCE, ReadRivals, Rows, TopK, Workspace};
+use crate::backend::{
+    Gate, Mask, Matrix, RIVALS_AT_ONCE, ReadRivals, Rows, TopK, Workspace, kth_largest,
+    rank_threshold,
+};
 use crate::error::{Result, bail};
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
@@ -290,26 +293,11 @@ impl Block<'_> {
                 let (_, list) = self.space.scratch(self.worker, i);
                 let kth = kth_largest(&mut list[..state.len], self.gate.k);
                 let out = self.space.thresholds.add(state.token * self.space.groups + group);
-                *out = threshold(kth, self.gate.by_magnitude);
+                *out = rank_threshold(kth, self.gate.by_magnitude);
             }
             (state.len, state.floor) = (0, f32::NEG_INFINITY);
         }
     }
-}
-
-/// The k-th largest; below everything where there are fewer. Puts the k largest first.
-fn kth_largest(list: &mut [f32], k: usize) -> f32 {
-    if list.len() < k {
-        return f32::NEG_INFINITY;
-    }
-    *list.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
-}
-
-/// What a rank must be above: just below the k-th largest, and not below 0 where latents are
-/// rectified.
-fn threshold(kth: f32, by_magnitude: bool) -> f32 {
-    let below = kth.next_down();
-    if by_magnitude { below } else { below.max(0.0) }
 }
 
 /// Turns dot products into what places a latent in its group, in place; NaN comes first.
