@@ -2,6 +2,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::sae::TokenNorm;
+
 /// xorshift64*; every run starts elsewhere and failures print where.
 #[derive(Clone, Copy, Debug)]
 pub struct Random(pub u64);
@@ -35,5 +37,18 @@ impl Random {
 
     pub fn normals(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.normal()).collect()
+    }
+
+    /// Encoder rows of norm about 1, `stride` apart, centred where layer norm needs it.
+    pub fn rows(&mut self, count: usize, d_in: usize, stride: usize, norm: TokenNorm) -> Vec<f32> {
+        let size = 1.0 / (d_in as f32).sqrt();
+        let mut rows: Vec<f32> = self.normals(count * stride).iter().map(|w| w * size).collect();
+        if norm == TokenNorm::Layer {
+            for row in rows.chunks_mut(stride) {
+                let mean = row[..d_in].iter().map(|w| *w as f64).sum::<f64>() / d_in as f64;
+                row.iter_mut().for_each(|w| *w = (*w as f64 - mean) as f32);
+            }
+        }
+        rows
     }
 }

@@ -62,19 +62,8 @@ def test_plain_loop_follows_autograd(checkpointing: bool | None, accumulation: i
     if checkpointing is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    optimizer = SGD([p for p in model.parameters() if p.requires_grad])
     handle = attach(model, DICTIONARY.plan, lam=LAM)
-    found = []
-    for step in steps:
-        handle.begin_step(step)
-        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
-        for batch in step:
-            loss = model(**batch, num_items_in_batch=items).loss
-            (loss + handle.penalty(batch).loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        handle.end_step()
-        found.append(handle.metrics()["blockem/penalty"])
+    found = tiny.attached_training(model, handle, steps, SGD)
     assert want[0] == found[0] == 0.0 and max(want) > 1e-3
     assert found == pytest.approx(want, rel=2e-4, abs=1e-7)
 

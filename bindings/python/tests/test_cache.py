@@ -353,19 +353,9 @@ def test_training_from_the_cache_follows_training_with_a_base_pass(tmp_path: Pat
     handle = blockem.torch.attach(
         model, dictionary.plan, lam=lam, reference=cache.reference, tolerance=1e-4
     )
-    optimizer = sgd([p for p in model.parameters() if p.requires_grad])
-    found, bases = [], []
+    bases = []
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: bases.append(1))
-    for step in steps:
-        handle.begin_step(step)
-        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
-        for batch in step:
-            loss = model(**batch, num_items_in_batch=items).loss
-            (loss + handle.penalty(batch).loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        handle.end_step()
-        found.append(handle.metrics()["blockem/penalty"])
+    found = tiny.attached_training(model, handle, steps, sgd)
     assert max(want) > 1e-4
     assert found == pytest.approx(want, rel=1e-3, abs=1e-7)
     # Each batch once, and the self-check's pass.

@@ -119,3 +119,25 @@ def reference_training(
         optimizer.zero_grad()
         trajectory.append(total / count.item())
     return trajectory
+
+
+def attached_training(
+    model: torch.nn.Module,
+    handle: blockem.torch.Handle,
+    steps: list[list[dict]],
+    optimizer: Callable,
+) -> list[float]:
+    """The same with a handle of blockem.torch.attach."""
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    trajectory = []
+    for step in steps:
+        handle.begin_step(step)
+        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
+        for batch in step:
+            loss = model(**batch, num_items_in_batch=items).loss
+            (loss + handle.penalty(batch).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.end_step()
+        trajectory.append(handle.metrics()["blockem/penalty"])
+    return trajectory

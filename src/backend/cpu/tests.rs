@@ -159,7 +159,7 @@ impl Problem {
         hidden.fill(random);
         reference.fill(random);
         let weight_stride = d_in + random.pick(&[0, 3]);
-        let mut weight = random_rows(random, count, d_in, weight_stride, norm);
+        let mut weight = random.rows(count, d_in, weight_stride, norm);
         let mut bias: Vec<f32> = random.normals(count).iter().map(|b| 0.1 * b).collect();
         let dictionary = Dictionary::random(random, count, d_in, norm);
         if let GateKind::TopK = gate {
@@ -309,25 +309,6 @@ impl Problem {
     }
 }
 
-/// Rows of norm about 1, centred where layer norm needs it.
-fn random_rows(
-    random: &mut Random,
-    count: usize,
-    d_in: usize,
-    stride: usize,
-    norm: TokenNorm,
-) -> Vec<f32> {
-    let size = 1.0 / (d_in as f32).sqrt();
-    let mut rows: Vec<f32> = random.normals(count * stride).iter().map(|w| w * size).collect();
-    if norm == TokenNorm::Layer {
-        for row in rows.chunks_mut(stride) {
-            let mean = row[..d_in].iter().map(|w| *w as f64).sum::<f64>() / d_in as f64;
-            row.iter_mut().for_each(|w| *w = (*w as f64 - mean) as f32);
-        }
-    }
-    rows
-}
-
 impl Dictionary {
     fn random(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) -> Dictionary {
         let groups = random.pick(&[1, 1, 2, 3]);
@@ -344,7 +325,7 @@ impl Dictionary {
         let has_gain = random.below(3) == 0;
         let rows = EncoderRows {
             d_in,
-            weight: random_rows(random, rivals, d_in, d_in, norm),
+            weight: random.rows(rivals, d_in, d_in, norm),
             bias: random.normals(rivals).iter().map(|b| 0.1 * b).collect(),
             rank_gain: has_gain.then(|| random.normals(rivals).iter().map(|x| x.abs()).collect()),
             ..EncoderRows::default()

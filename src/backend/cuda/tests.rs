@@ -332,19 +332,6 @@ struct Dictionary {
     gain: Option<Vec<f32>>,
 }
 
-/// Rows of norm about 1, centred where layer norm needs it.
-fn random_rows(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) -> Vec<f32> {
-    let size = 1.0 / (d_in as f32).sqrt();
-    let mut rows: Vec<f32> = random.normals(count * d_in).iter().map(|w| w * size).collect();
-    if norm == TokenNorm::Layer {
-        for row in rows.chunks_mut(d_in) {
-            let mean = row.iter().map(|w| *w as f64).sum::<f64>() / d_in as f64;
-            row.iter_mut().for_each(|w| *w = (*w as f64 - mean) as f32);
-        }
-    }
-    rows
-}
-
 /// Blocked latents are the last of their groups.
 fn last_rivals(group: &[u32], group_size: usize) -> Vec<usize> {
     let rival = |k: usize| {
@@ -374,7 +361,7 @@ impl Dictionary {
             groups,
             group_size,
             by_magnitude: random.below(2) == 0,
-            weight: random_rows(random, rivals, d_in, norm),
+            weight: random.rows(rivals, d_in, d_in, norm),
             bias: random.normals(rivals).iter().map(|b| 0.2 * b).collect(),
         }
     }
@@ -463,7 +450,7 @@ impl Problem {
         let (weight, bias) = match gate {
             GateKind::TopK => dictionary.blocked(d_in),
             _ => (
-                random_rows(random, count, d_in, norm),
+                random.rows(count, d_in, d_in, norm),
                 random.normals(count).iter().map(|b| 0.2 * b).collect(),
             ),
         };
@@ -1337,7 +1324,7 @@ fn topk_fault_problem(groups: usize) -> Problem {
         by_magnitude: groups == 1,
         rival: last_rivals(&group, 420 / groups),
         group,
-        weight: random_rows(&mut random, 420, p.d_in, norm),
+        weight: random.rows(420, p.d_in, p.d_in, norm),
         bias: random.normals(420),
         gain: None,
     };
