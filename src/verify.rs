@@ -577,24 +577,27 @@ pub fn report_lines(report: &Value) -> String {
     for (key, value) in report.as_object().into_iter().flatten() {
         match (key.as_str(), value) {
             ("flags", Value::Array(flags)) => {
-                lines += &format!("{:22}{}\n", key, if flags.is_empty() { "none" } else { "" });
+                if flags.is_empty() {
+                    lines += &format!("{key:28}none\n");
+                }
                 for flag in flags {
-                    lines += &format!("  {}: {}\n", number(&flag["flag"]), number(&flag["text"]));
+                    lines +=
+                        &format!("flag: {}: {}\n", number(&flag["flag"]), number(&flag["text"]));
                 }
             }
             ("readings", Value::Array(readings)) => {
                 for reading in readings {
                     let name = number(&reading["reading"]);
                     lines += &format!(
-                        "{:22}mean_l0 {}, explained_variance {}\n",
+                        "{:28}mean_l0 {}, explained_variance {}\n",
                         format!("  {name}"),
                         number(&reading["mean_l0"]),
                         number(&reading["explained_variance"])
                     );
                 }
             }
-            (_, Value::Object(_)) => lines += &format!("{key:22}{}\n", object(value)),
-            _ => lines += &format!("{key:22}{}\n", number(value)),
+            (_, Value::Object(_)) => lines += &format!("{key:28}{}\n", object(value)),
+            _ => lines += &format!("{key:28}{}\n", number(value)),
         }
     }
     lines

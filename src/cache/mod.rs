@@ -188,7 +188,8 @@ impl Cache {
             check_finite(i, z)?;
         }
         let columns = columns(plan);
-        self.store.write(|transaction| {
+        let mut stored = Vec::new();
+        let written = self.store.write(|transaction| {
             let mut examples = transaction.open_table(EXAMPLES)?;
             let mut known = transaction.open_table(COLUMNS)?;
             let mut groups = transaction.open_table(GROUPS)?;
@@ -196,9 +197,8 @@ impl Cache {
             let mut written = 0;
             for (i, (key, z)) in keys.iter().zip(latents).enumerate() {
                 let tokens = z.shape()[0];
-                let stored = Example::read(&examples, key)?;
-                let mut example =
-                    stored.unwrap_or(Example { tokens: tokens as u64, groups: Vec::new() });
+                let mut example = Example::read(&examples, key)?
+                    .unwrap_or(Example { tokens: tokens as u64, groups: Vec::new() });
                 check_tokens(i, z, example.tokens)?;
                 let mut absent = vec![true; columns.len()];
                 for group in &example.groups {
@@ -221,6 +221,7 @@ impl Cache {
                 values.insert(name.as_slice(), record.as_slice())?;
                 example.groups.push(group);
                 examples.insert(key.as_slice(), example.to_record(key).as_slice())?;
+                stored.push((*key, group));
                 written += new.len() as u64;
             }
             for column in columns.iter().filter(|_| written > 0) {
@@ -230,6 +231,31 @@ impl Cache {
                 }
             }
             Ok(written)
+        })?;
+        self.expect_stored(&stored)?;
+        Ok(written)
+    }
+
+    /// Reads back what was stored: in a file that was damaged before, the store may have written
+    /// over pages of its own.
+    fn expect_stored(&self, stored: &[(Key, Key)]) -> Result<()> {
+        self.store.read(|transaction| {
+            let examples = transaction.open_table(EXAMPLES)?;
+            let groups = transaction.open_table(GROUPS)?;
+            let values = transaction.open_table(VALUES)?;
+            for (key, group) in stored {
+                let name = joined(key, group);
+                let is_named = Example::read(&examples, key)?
+                    .is_some_and(|example| example.groups.contains(group));
+                let (Some(members), Some(record), true) =
+                    (groups.get(group.as_slice())?, values.get(name.as_slice())?, is_named)
+                else {
+                    bail!(Format, "damaged: example {} was stored and is lost", hexadecimal(key));
+                };
+                unseal(group, members.value())?;
+                unseal(&name, record.value())?;
+            }
+            Ok(())
         })
     }
 

@@ -60,6 +60,6 @@ def test_strict_fails_where_something_is_flagged(tmp_path: Path) -> None:
     save_file({"hidden": torch.randn(64, D)}, tmp_path / "h.safetensors")
     command = [BINARY, "verify", tmp_path / "sae", "--hidden", tmp_path / "h.safetensors"]
     done = subprocess.run([*command, "--strict"], capture_output=True, text=True)
-    assert done.returncode == 1 and "not_sparse" in done.stderr and "flags" in done.stdout
+    assert done.returncode == 1 and "not_sparse" in done.stderr and "flag: not_sparse" in done.stdout
     assert f"of {F} latents" in done.stdout
     assert subprocess.run(command, capture_output=True).returncode == 0
