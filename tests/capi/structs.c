@@ -159,7 +159,7 @@ static void inputs(const char *folder) {
   cache_options.now.base_model = "base";
   cache_options.now.hidden_dtype = BLOCKEM_DTYPE_BF16;
   cache_options.now.plan = plan;
-  CHECK_INPUT(blockem_cache_options, cache_options,
+  CHECK_INPUT(blockem_cache_options, 0, cache_options,
               blockem_cache_open(cache_path, &cache_options.now, &cache),
               blockem_cache_free(cache));
 
@@ -219,7 +219,7 @@ static void outputs(const char *folder) {
   options.hidden_dtype = BLOCKEM_DTYPE_BF16;
   options.plan = plan;
   CHECK_OK(blockem_cache_open(path, &options, &cache));
-  CHECK_OUTPUT(blockem_cache_info, cache_info, blockem_cache_info_get(cache, &cache_info.now));
+  CHECK_OUTPUT(blockem_cache_info, 0, cache_info, blockem_cache_info_get(cache, &cache_info.now));
   CHECK(cache_info.now.num_examples == 0 && cache_info.now.num_columns == 0);
   CHECK(cache_info.now.layer == 3 && cache_info.now.hidden_dtype == BLOCKEM_DTYPE_BF16);
   CHECK(strcmp(cache_info.now.base_model, "base") == 0);
