@@ -62,15 +62,15 @@ test-install: $(VENV)/requirements $(LIB) $(VENV)/tools ## install into a scratc
 test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
 	tests/compile_kernels.sh
 
-# Coverage-guided, from the committed corpus and the fixtures on. An input may take a second, and
-# 4 times its bytes and 64 MiB of memory, which the targets count themselves; there is little unsafe
-# code in the readers, and test-sanitizers has it.
+# Coverage-guided, from the committed corpus and the fixtures on. An input may take a second of the
+# processor, and 4 times its bytes and 64 MiB of memory, which the targets count themselves; what never
+# ends is stopped after a minute. There is little unsafe code in the readers, and test-sanitizers has it.
 FUZZ_SECONDS ?= 900
 FUZZERS := weights pickle folder latents
 FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build --sanitizer none
 FUZZ_CORPUS := $(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
   --target-dir target/fuzz-build --example corpus
-FUZZ_LIMITS := -timeout=1 -rss_limit_mb=2048 -max_len=32768
+FUZZ_LIMITS := -timeout=60 -rss_limit_mb=2048 -max_len=32768
 fuzz: fuzz-seeds ## every reader of files, FUZZ_SECONDS each (900)
 	for target in $(FUZZERS); do \
 	  $(FUZZ) $$target target/fuzz/$$target -- $(FUZZ_LIMITS) \
