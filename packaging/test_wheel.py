@@ -178,7 +178,7 @@ plan = blockem.Plan(sae, blockem.Latents([0, 3, 5], [1, -1, 1]), activation="pre
 base = np.random.RandomState(0).standard_normal((9, sae.d_in)).astype(np.float32)
 reference = plan.encode(base)
 same = plan.penalty(base, reference)
-moved = plan.penalty(base + 0.5, reference)
+moved = plan.penalty(np.roll(base, 1, axis=0), reference)
 assert (same.loss_sum, same.token_count) == (0.0, 9.0) and not same.grad_hidden.any()
 assert moved.loss_sum > 0 and moved.grad_hidden.any()
 try:

@@ -15,5 +15,7 @@ FOLDER=${1:?usage: packaging/wheel.sh FOLDER}
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+# What an earlier build left there would be packed again, modules that are gone now too.
+rm -rf bindings/python/build
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$scratch" ./bindings/python
 PATH="$(dirname "$PYTHON"):$PATH" "$PYTHON" -m auditwheel repair --wheel-dir "$FOLDER" "$scratch"/*.whl
