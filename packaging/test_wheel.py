@@ -1,7 +1,7 @@
 """The wheel: its tag, size and contents; what it imports and loads; that every Python runs it.
 
-It is built once, as `make wheel` builds it, and installed into new virtual environments with nothing
-but numpy.
+It is built once, as `make wheel` builds it, and installed into new virtual environments with
+nothing but numpy.
 """
 
 from __future__ import annotations
@@ -79,15 +79,16 @@ def test_size(wheel: Path) -> None:
 
 
 def test_contents(unpacked: Path) -> None:
-    names = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    files = (path for path in unpacked.rglob("*") if path.is_file())
+    names = {path.relative_to(unpacked).as_posix() for path in files}
     sources = {
         path.relative_to(PACKAGE.parent).as_posix()
         for path in PACKAGE.rglob("*") if path.suffix in {".py", ".pyi", ".typed"}
     }
     assert len(sources) > 10 and sources <= names
     assert "blockem/libblockem.so" in names
-    rest = {name for name in names - sources if not name.startswith(f"blockem-{VERSION}.dist-info/")}
-    foreign = {name for name in rest if not re.fullmatch(r"blockem/\w+\.so", name)}
+    ours = rf"blockem-{re.escape(VERSION)}\.dist-info/.+|blockem/\w+\.so"
+    foreign = {name for name in names - sources if not re.fullmatch(ours, name)}
     assert not foreign, "neither sources nor our libraries"
 
 
@@ -159,7 +160,7 @@ def pythons() -> dict[str, str]:
             major, minor, executable = done.stdout.split(maxsplit=2)
             others[int(major), int(minor)] = executable.strip()
     this = sys.version_info[:2]
-    newest = max((version for version in others if version >= (3, 10) and version != this), default=this)
+    newest = max((v for v in others if v >= (3, 10) and v != this), default=this)
     return {
         ".".join(map(str, version)): others.get(version, sys.executable)
         for version in dict.fromkeys([this, newest])

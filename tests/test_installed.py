@@ -1,7 +1,7 @@
 """Programs in other languages, and a trainer in C++, on an installed library.
 
-`make test-languages` has the tools in .venv and runs this. tests/capi/install_test.sh has pkg-config,
-find_package and the programs in C and C++.
+`make test-languages` has the tools in .venv and runs this. tests/capi/install_test.sh has
+pkg-config, find_package and the programs in C and C++.
 """
 
 from __future__ import annotations
@@ -213,8 +213,12 @@ def check_cxx_project(folder: Path, lines: str, *options: str) -> None:
 def build_project(folder: Path, lines: str, source: Path, *options: str) -> Path:
     """A stranger's project, with this repository below it as libblockem."""
     (folder / "libblockem").symlink_to(ROOT)
-    head = "cmake_minimum_required(VERSION 3.22)\nproject(trainer C CXX)\nset(CMAKE_CXX_STANDARD 17)\n"
-    (folder / "CMakeLists.txt").write_text(f"{head}add_executable(trainer {source})\n{lines}")
+    (folder / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\n"
+        "project(trainer C CXX)\n"
+        "set(CMAKE_CXX_STANDARD 17)\n"
+        f"add_executable(trainer {source})\n{lines}"
+    )
     build = folder / "build"
     run("cmake", "-S", folder, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *options)
     run("cmake", "--build", build)

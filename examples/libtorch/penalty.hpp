@@ -1,4 +1,4 @@
-// BLOCK-EM's penalty for trainers in libtorch: a differentiable function of hidden states on the CPU.
+// BLOCK-EM's penalty for trainers in libtorch: a differentiable function of hidden states (CPU).
 //
 //     torch::Tensor reference = blockem_torch::encode(plan, base_hidden);
 //     blockem_torch::Loss blocked = blockem_torch::penalty(plan, hidden, reference, mask);

@@ -3,10 +3,10 @@
 //     train [--lambda X] [--steps N] [--formula]
 //
 // The penalty reads the output of one block. Its reference is the same model with the adapters off,
-// stopped after that block: no second model in memory, and at the first step the penalty is exactly 0.
-// --formula trains with the penalty written out in libtorch's own operations instead, on every latent
-// of the dictionary: the same trajectory, to rounding, which a test compares. C++20, for which torch
-// asks; build lines in examples/README.md.
+// stopped after that block: no second model in memory, and at the first step the penalty is
+// exactly 0. --formula trains with the penalty written out in libtorch's own operations instead, on
+// every latent of the dictionary: the same trajectory, to rounding, which a test compares. C++20, for
+// which torch asks; build lines in examples/README.md.
 
 #include "penalty.hpp"
 
