@@ -7,7 +7,7 @@
 
 mod frame;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use self::frame::Frame;
@@ -38,7 +38,7 @@ pub fn bind(plan: &Arc<Plan>, name: &str) {
 }
 
 /// Programs name plans; only the process knows where they are.
-static BOUND: Mutex<HashMap<String, Vec<Weak<Plan>>>> = Mutex::new(HashMap::new());
+static BOUND: Mutex<BTreeMap<String, Vec<Weak<Plan>>>> = Mutex::new(BTreeMap::new());
 
 /// What a call computes.
 pub type Work = unsafe fn(&Call<'_>) -> Result<()>;

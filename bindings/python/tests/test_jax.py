@@ -49,7 +49,7 @@ def arrays(case: Case, lead: tuple[int, ...], dtype: str = "float32") -> tuple:
     tokens = int(np.prod(lead))
     hidden = jnp.asarray(case.hidden(tokens)).reshape(*lead, case.d_in).astype(dtype)
     z = case.latent(case.hidden(tokens, seed=8)).z
-    reference = jnp.asarray(z.reshape(*lead, -1), jnp.float32)
+    reference = jnp.asarray(z.reshape(*lead, case.num_latents), jnp.float32)
     rng = np.random.default_rng(5)
     mask = rng.random(lead) * (rng.random(lead) > 0.3)
     return hidden, reference, jnp.asarray(mask, jnp.float32)
