@@ -103,11 +103,11 @@ def encode(plan: Plan | Sequence[Plan], hidden: jax.Array) -> jax.Array:
     hidden = jax.lax.stop_gradient(_hidden(plan, hidden))
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     call = _Call(plan, hidden.dtype.name)
-    outputs = [
+    outputs = (
         ((tokens, plan.num_latents), call.value_dtype),
         call.workspace(tokens if plan.encode_needs_workspace else None),
-    ]
-    latents, _ = call("encode", outputs, hidden.reshape(tokens, plan.d_in))
+    )
+    latents, _ = _run(plan, "encode", outputs, hidden.reshape(tokens, plan.d_in))
     return latents.reshape(*lead, plan.num_latents)
 
 
@@ -133,14 +133,16 @@ def sharded_penalty(
     """
     expect("mesh", mesh, Mesh)
     expect("spec", spec, PartitionSpec)
-    names = [name for axis in spec if axis for name in (axis if isinstance(axis, tuple) else [axis])]
+    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in spec if axis is not None]
+    names = tuple(name for axis in axes for name in axis)
     arrays = [hidden, reference] if mask is None else [hidden, reference, mask]
 
     def local(*shards: jax.Array) -> tuple[jax.Array, jax.Array]:
         loss_sum, count = penalty(plan, *shards)
         return jax.lax.psum(loss_sum, names), jax.lax.psum(count, names)
 
-    return _shard_map(local, mesh, (spec,) * len(arrays), (PartitionSpec(), PartitionSpec()))(*arrays)
+    sums = (PartitionSpec(), PartitionSpec())
+    return _shard_map(local, mesh, (spec,) * len(arrays), sums)(*arrays)
 
 
 # The custom calls. Their arrays are [T, ..]; vmap puts further dimensions before that, which the
@@ -175,10 +177,31 @@ class _Call:
         # The handler begins at a multiple of 64.
         return ((0 if tokens is None else self.plan._workspace_size(tokens) + 64,), "uint8")
 
-    def __call__(self, handler: str, outputs: list[tuple], *inputs: jax.Array) -> list[jax.Array]:
-        results = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
-        call = jax.ffi.ffi_call(f"blockem_{handler}", results, vmap_method="broadcast_all")
-        return call(*inputs, plan=_name(self.plan))
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _run(plan: Plan, handler: str, outputs: tuple, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """A custom call with outputs of these shapes and dtypes."""
+    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+    call = jax.ffi.ffi_call(f"blockem_{handler}", results, vmap_method="broadcast_all")
+    return _varying_as(inputs[0], tuple(call(*inputs, plan=_name(plan))))
+
+
+@_run.defjvp
+def _refuse_to_differentiate(plan: Plan, handler: str, outputs: tuple, *_: tuple) -> tuple:
+    raise NotImplementedError("blockem.jax.penalty is differentiable once, not twice")
+
+
+def _varying_as(x: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """In a shard_map, outputs differ over the axes of the mesh over which x does; JAX takes those of
+    a custom call to be the same everywhere."""
+    aval = jax.typeof(x) if hasattr(jax, "typeof") else None
+    kind = getattr(aval, "manual_axis_type", None)
+    axes = tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
+    if not axes:
+        return outputs
+    if hasattr(jax.lax, "pcast"):
+        return tuple(jax.lax.pcast(output, axes, to="varying") for output in outputs)
+    return tuple(jax.lax.pvary(output, axes) for output in outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -192,43 +215,32 @@ def _forward(
     call: _Call, hidden: jax.Array, reference: jax.Array, mask: jax.Array | None
 ) -> tuple[tuple, tuple]:
     tokens, latents, dtype = hidden.shape[0], call.plan.num_latents, call.value_dtype
-    outputs = [
+    outputs = (
         ((), dtype),
         ((), dtype),
         ((latents if call.per_latent else 0,), dtype),
         ((tokens, latents), dtype),
         call.workspace(tokens),
-    ]
+    )
     inputs = [hidden, reference] if mask is None else [hidden, reference, mask]
-    loss_sum, count, latent_loss, coef, _ = call("penalty_forward", outputs, *inputs)
+    loss_sum, count, latent_loss, coef, _ = _run(call.plan, "penalty_forward", outputs, *inputs)
     kept = hidden if call.plan.backward_needs_hidden else None
     return (loss_sum, count, latent_loss), (coef, kept)
 
 
 def _backward(call: _Call, kept: tuple, upstream: tuple) -> tuple:
     coef, hidden = kept
-    return _gradient(call, coef, upstream[0], hidden), None, None
+    tokens = coef.shape[0]
+    outputs = (
+        ((tokens, call.plan.d_in), call.dtype),
+        call.workspace(None if hidden is None else tokens),
+    )
+    inputs = [coef, upstream[0]] if hidden is None else [coef, upstream[0], hidden]
+    grad, _ = _run(call.plan, "penalty_backward", outputs, *inputs)
+    return grad, None, None
 
 
 _penalty.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradient(
-    call: _Call, coef: jax.Array, upstream: jax.Array, hidden: jax.Array | None
-) -> jax.Array:
-    tokens = coef.shape[0]
-    outputs = [
-        ((tokens, call.plan.d_in), call.dtype),
-        call.workspace(None if hidden is None else tokens),
-    ]
-    inputs = [coef, upstream] if hidden is None else [coef, upstream, hidden]
-    return call("penalty_backward", outputs, *inputs)[0]
-
-
-@_gradient.defjvp
-def _refuse_second_derivative(call: _Call, primals: tuple, tangents: tuple) -> tuple:
-    raise NotImplementedError("blockem.jax.penalty is differentiable once, not twice")
 
 
 # Plans in programs: by a name that the same plan has in every process, so that cached and exported

@@ -135,7 +135,9 @@ def test_float64(small) -> None:
             jax.test_util.check_grads(loss, (hidden,), order=1, modes=["rev"])
             found = jax.grad(lambda h: 3 * loss(h))(hidden)
             want = jax.grad(lambda h: 3 * test_jax.formula(case, h, reference, mask))(hidden)
-            np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
+            # The library folds exp(r_mag) of a gated SAE in float32.
+            near = 1e-6 if architecture == "gated" else 1e-12
+            np.testing.assert_allclose(found, want, rtol=near, atol=near)
         """
     )
 
@@ -177,7 +179,7 @@ def test_per_latent_shares(small) -> None:
     want = plan.penalty(*map(np.asarray, inputs), per_latent=True)
     same_bits(parts[:2], blockem.jax.penalty(plan, *inputs))
     same_bits(parts.latent_loss, want.latent_loss.astype(np.float32))
-    assert parts.latent_loss.sum() == pytest.approx(parts.loss_sum, rel=1e-5) and parts.loss_sum > 0
+    assert parts.latent_loss.sum() == pytest.approx(float(parts.loss_sum), rel=1e-5) and parts.loss_sum > 0
 
 
 @pytest.mark.parametrize("norm", ["constant_norm_rescale", "layer_norm"])
@@ -207,7 +209,7 @@ def test_the_gradient_goes_through_a_norm_and_the_latents_that_win(norm: str) ->
     loss = lambda h: 2.5 * blockem.jax.penalty(plan, h, zero)[0]
     found, grad = jax.jit(jax.value_and_grad(loss))(hidden)
     want, expected = jax.value_and_grad(lambda h: 2.5 * (formula(h) ** 2).sum())(hidden)
-    assert found == pytest.approx(want, rel=1e-5)
+    assert found == pytest.approx(float(want), rel=1e-5)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5 * jnp.abs(expected).max())
     np.testing.assert_allclose(blockem.jax.encode(plan, hidden), formula(hidden), rtol=1e-4, atol=1e-5)
     # vmap: a workspace for each index.
@@ -352,12 +354,13 @@ def test_sharded_gradients_gather_nothing(axes: tuple[int, ...], spec: P) -> Non
     (value, sums), (dw, dx) = together(weight, *spread)
     one = jax.devices()[0]
     (want, expected), (dw1, dx1) = alone(*(jax.device_put(np.asarray(x), one) for x in (weight, *inputs)))
-    assert sums[1] == expected[1] and sums[0] == pytest.approx(expected[0], rel=1e-6)
-    assert value == pytest.approx(want, rel=1e-6) and expected[0] > 0
+    assert dx.sharding.is_equivalent_to(spread[0].sharding, 3)
+    sums, expected, dx, dx1, dw, dw1 = jax.tree.map(np.asarray, (sums, expected, dx, dx1, dw, dw1))
+    assert sums[1] == expected[1] and sums[0] == pytest.approx(float(expected[0]), rel=1e-6)
+    assert value == pytest.approx(float(want), rel=1e-6) and expected[0] > 0
     top = np.abs(dx1).max()
     np.testing.assert_allclose(dx, dx1, rtol=1e-5, atol=1e-6 * top)
     np.testing.assert_allclose(dw, dw1, rtol=1e-5, atol=1e-5 * np.abs(dw1).max())
-    assert dx.sharding.is_equivalent_to(spread[0].sharding, 3)
 
 
 def collectives(program: str) -> dict[str, list[str]]:
@@ -374,7 +377,7 @@ def test_sharded_without_a_mask_and_in_a_shard_map_of_the_caller() -> None:
     mesh = Mesh(np.array(jax.devices()), ("data",))
     found = blockem.jax.sharded_penalty(plan, hidden, reference, mesh=mesh, spec=P("data"))
     want = blockem.jax.penalty(plan, hidden, reference)
-    assert found[1] == want[1] == 48 and found[0] == pytest.approx(want[0], rel=1e-6)
+    assert found[1] == want[1] == 48 and found[0] == pytest.approx(float(want[0]), rel=1e-6)
 
     def local(hidden: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
         def loss(hidden: jax.Array) -> jax.Array:
@@ -419,13 +422,14 @@ def test_training_is_that_of_autograd(lora: object) -> None:
 
     encode = lambda hidden: blockem.jax.encode(plan, hidden)
     penalty = lambda *arrays: blockem.jax.penalty(plan, *arrays)
-    found = lora.finetune(base, batches, encode, penalty, 20.0)
-    want = lora.finetune(base, batches, z, formula, 20.0)
-    assert found.penalties[0] == 0 and found.penalties.max() > 1e-2
-    np.testing.assert_allclose(found.losses, want.losses, rtol=1e-4)
-    np.testing.assert_allclose(found.penalties, want.penalties, rtol=1e-3, atol=1e-6)
+    found = lora.finetune(base, batches, encode, penalty, 1.0)
+    want = lora.finetune(base, batches, z, formula, 1.0)
+    assert found.penalties[0] == 0 and found.penalties.max() > 1e-3
+    np.testing.assert_allclose(found.losses, want.losses, rtol=1e-5)
+    np.testing.assert_allclose(found.penalties, want.penalties, rtol=1e-5, atol=1e-9)
+    # It is not the trajectory of a run without the penalty.
     plain = lora.finetune(base, batches, z, formula, 0.0)
-    assert plain.penalties[-1] > 2 * found.penalties[-1]
+    assert plain.penalties[-1] > 5 * found.penalties[-1]
 
 
 def test_the_example(capsys: pytest.CaptureFixture, lora: object) -> None:
