@@ -347,7 +347,11 @@ def test_sharded_gradients_gather_nothing(axes: tuple[int, ...], spec: P) -> Non
     exchanges = collectives(program)
     assert set(exchanges) == {"all-reduce"}, exchanges
     # The two sums, and the gradient of the weight, which every device has whole.
-    assert all(shape in ("f32[]", "f32[24,24]") for shape in exchanges["all-reduce"]), exchanges
+    allowed = {"f32[]", "f32[24,24]"}
+    if not hasattr(jax, "shard_map") and len(axes) == 2 and spec == P("data"):
+        # Older versions add up copies of x's gradient over the axis that does not split it.
+        allowed.add("f32[4,6,24]")
+    assert set(exchanges["all-reduce"]) <= allowed, exchanges
     # XLA's own way with a custom call that nobody mapped: the check above can fail.
     assert "all-gather" in collectives(alone.lower(weight, *spread).compile().as_text())
 
