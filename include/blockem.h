@@ -1457,9 +1457,9 @@ BLOCKEM_API void blockem_cache_free(struct blockem_cache *cache);
 /**
  * Makes a plan known to the XLA handlers of this process by a name, for as long as it lives.
  * The handlers are custom calls of XLA (JAX's jax.ffi; xla/ffi/api/c_api.h, interface versions
- * 0.1 to 0.3), to be registered under any name for the execute stage, those with _cpu for the platform
- * "Host", those with _cuda for "CUDA". A program states the plan's name as its string attribute
- * "plan"; where it runs on several devices, bind one plan of each to the name.
+ * 0.1 to 0.3), to be registered under any name for the execute stage: those with _cpu for the
+ * platform "Host", those with _cuda for "CUDA". A program states the plan's name as its string
+ * attribute "plan"; where it runs on several devices, bind one plan of each to the name.
  * All arrays are row-major, with any number of leading dimensions [..]: the call is made for each
  * of what they hold, with one result each. The workspace is an output of U8 elements that nobody
  * reads, of 64 bytes more than blockem_plan_workspace_size says for T; it is used where the call

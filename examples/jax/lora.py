@@ -180,7 +180,9 @@ def finetune(
         return encode(jax.vmap(base)(tokens)[1])
 
     @eqx.filter_jit
-    def step(trained: Model, state: optax.OptState, tokens: jax.Array, reference: jax.Array) -> tuple:
+    def step(
+        trained: Model, state: optax.OptState, tokens: jax.Array, reference: jax.Array
+    ) -> tuple:
         def loss(trained: Model) -> tuple[jax.Array, tuple]:
             logits, hidden = jax.vmap(eqx.combine(trained, frozen))(tokens)
             loss_sum, count = penalty(hidden, reference, mask)

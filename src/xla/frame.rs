@@ -1,6 +1,6 @@
 //! What XLA hands to a handler: the C structs of xla/ffi/api/c_api.h as of interface version 0.1
-//! (jaxlib 0.5.0). Up to 0.3 (jaxlib 0.10) what is used here did not change, and structs grow at the
-//! end. tests/capi/xla.c meets these with the headers of the oldest and the newest jaxlib.
+//! (jaxlib 0.5.0). Up to 0.3 (jaxlib 0.10) what is used here did not change, and structs grow at
+//! the end. tests/capi/xla.c meets these with the headers of the oldest and the newest jaxlib.
 
 use std::ffi::{CString, c_char, c_void};
 use std::ptr::null_mut;

@@ -2,8 +2,8 @@
 //!
 //! A program is compiled once and runs on any device, maybe in another process, so it cannot hold a
 //! plan: it carries the plan's name (the attribute "plan"), to which the process has bound one plan
-//! for each of its devices. Arrays may have further leading dimensions, which vmap adds: the call is
-//! then made for each of what they hold.
+//! for each of its devices. Arrays may have further leading dimensions, which vmap adds: the call
+//! is then made for each of what they hold.
 
 mod frame;
 

@@ -11,7 +11,7 @@
 
 enum { B = 3, T = 20, D = SMALL_D, K = SMALL_K };
 
-/* ---- A small XLA ------------------------------------------------------------------------------ */
+/* ---- A small XLA ----------------------------------------------------------------------- */
 
 struct XLA_FFI_Error {
   char message[512];
@@ -65,7 +65,7 @@ static XLA_FFI_Api new_api(void) {
   return api;
 }
 
-/* ---- Calls ------------------------------------------------------------------------------------ */
+/* ---- Calls ----------------------------------------------------------------------------- */
 
 typedef struct {
   XLA_FFI_Buffer buffers[8];
@@ -175,7 +175,7 @@ static void check_question(handler *function, XLA_FFI_Handler_Traits traits) {
   CHECK(metadata.api_version.minor_version == 1);
 }
 
-/* ---- Arrays ------------------------------------------------------------------------------------ */
+/* ---- Arrays ---------------------------------------------------------------------- */
 
 /* Memory of a device of the stub, or of the host. */
 typedef struct {
@@ -269,7 +269,7 @@ static void backward_lists(const arrays *a, list *in, list *out) {
   add(out, XLA_FFI_DataType_U8, NULL, 1, 0, 0, 0);
 }
 
-/* ---- Cases ------------------------------------------------------------------------------------- */
+/* ---- Cases ----------------------------------------------------------------------- */
 
 /* The same calls without XLA. */
 static void check_values(const blockem_plan *plan, const arrays *a) {
@@ -345,7 +345,8 @@ static void cpu(void) {
   CHECK_REFUSED(call(blockem_xla_penalty_forward_cpu, &in, &out, "p", NULL), "SHAPE: loss_sum");
   forward_lists(&a, &in, &out);
   out.dims[4][0] = 10;
-  CHECK_REFUSED(call(blockem_xla_penalty_forward_cpu, &in, &out, "p", NULL), "WORKSPACE_TOO_SMALL");
+  CHECK_REFUSED(call(blockem_xla_penalty_forward_cpu, &in, &out, "p", NULL),
+                "WORKSPACE_TOO_SMALL");
   forward_lists(&a, &in, &out);
   out.size = 4;
   CHECK_REFUSED(call(blockem_xla_penalty_forward_cpu, &in, &out, "p", NULL), "output 4, workspace");
@@ -369,7 +370,7 @@ static void cpu(void) {
   blockem_plan_free(plan);
   CHECK(*call(blockem_xla_encode_cpu, &in, &out, "p", NULL) == '\0');
   blockem_plan_free(twin);
-  CHECK_REFUSED(call(blockem_xla_encode_cpu, &in, &out, "p", NULL), "INVALID_ARGUMENT: this process");
+  CHECK_REFUSED(call(blockem_xla_encode_cpu, &in, &out, "p", NULL), "INVALID_ARGUMENT: this");
   release(&a.memory);
 }
 
@@ -398,13 +399,14 @@ static blockem_plan *plan_on(int32_t device) {
 
 static void cuda(void) {
   blockem_plan *plans[2], *host = small_plan(BLOCKEM_BACKEND_AUTO, 1);
+  const XLA_FFI_Handler_Traits capturable = XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE;
   void *primary, *stream = NULL;
   arrays a;
   list in, out;
   int device;
-  check_question(blockem_xla_encode_cuda, XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE);
-  check_question(blockem_xla_penalty_forward_cuda, XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE);
-  check_question(blockem_xla_penalty_backward_cuda, XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE);
+  check_question(blockem_xla_encode_cuda, capturable);
+  check_question(blockem_xla_penalty_forward_cuda, capturable);
+  check_question(blockem_xla_penalty_backward_cuda, capturable);
   CHECK_OK(blockem_xla_bind(host, "host"));
   for (device = 0; device < 2; device++) {
     plans[device] = plan_on(device);

@@ -192,8 +192,8 @@ def _refuse_to_differentiate(plan: Plan, handler: str, outputs: tuple, *_: tuple
 
 
 def _varying_as(x: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """In a shard_map, outputs differ over the axes of the mesh over which x does; JAX takes those of
-    a custom call to be the same everywhere."""
+    """In a shard_map, outputs differ over the axes of the mesh over which x does; JAX takes those
+    of a custom call to be the same everywhere."""
     aval = jax.typeof(x) if hasattr(jax, "typeof") else None
     kind = getattr(aval, "manual_axis_type", None)
     axes = tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
@@ -302,7 +302,7 @@ def _array(plan: Plan, name: str, x: Any, dtypes: tuple[str, ...]) -> jax.Array:
     if array.dtype != x.dtype:
         fail(
             _ffi.STATUS_DTYPE,
-            f"{name} is {x.dtype.name}, which jax would make {array.dtype.name}: set jax_enable_x64",
+            f"{name} is {x.dtype.name}, which jax made {array.dtype.name}: set jax_enable_x64",
         )
     # Where a traced array will be is not known here: the handler looks.
     if not isinstance(array, jax.core.Tracer):
