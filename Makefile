@@ -14,9 +14,9 @@ LIB := target/release/libblockem.so
 RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo test test-rust test-python test-sanitizers test-install test-languages \
-        test-wheel test-kernels packagers lint header gpu-check fuzz fuzz-corpus fuzz-seeds bench \
-        install wheel clean
+.PHONY: help build demo test test-rust test-python test-jax-oldest test-sanitizers test-install \
+        test-languages test-wheel test-kernels packagers lint header gpu-check fuzz fuzz-corpus \
+        fuzz-seeds bench install wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -41,6 +41,9 @@ test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 test-python: $(VENV)/package ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
 	$(PY) tests/gpu/check.py --device cpu --repeats 20
+
+test-jax-oldest: $(VENV)/package ## blockem.jax with the oldest JAX that it supports
+	PYTHONPATH=$(VENV)/jax-oldest $(PY) -m pytest -q bindings/python/tests/test_jax.py
 
 # Needs a GPU, torch and a built tree; neither cargo nor the network. GPU_PYTHON is the python that has torch.
 GPU_PYTHON ?= python3
@@ -135,11 +138,12 @@ clean: ## everything that was built, made or installed here
 
 include packaging/install.mk
 
-$(VENV)/requirements: requirements.txt requirements-cuda.txt
+$(VENV)/requirements: requirements.txt requirements-cuda.txt requirements-jax-oldest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/cuda -r requirements-cuda.txt
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/jax-oldest -r requirements-jax-oldest.txt
 	@touch build.rs # it looks for nvcc, which is here now
 	@touch $@
 

@@ -20,3 +20,4 @@ pub mod plan;
 pub mod sae;
 pub mod tensor;
 pub mod verify;
+mod xla;

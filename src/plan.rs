@@ -12,7 +12,7 @@ use crate::backend::{Backend, OwnedGate, OwnedRows, TopK};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, TokenNorm};
-use crate::tensor::Device;
+use crate::tensor::{Device, Stream};
 
 /// From pre-activation to latent: the file's rule, or one of the two that BLOCK-EM's users choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -224,6 +224,11 @@ impl Plan {
     /// [`Plan::backward`] needs hidden and a workspace: every token is normalised.
     pub fn backward_needs_hidden(&self) -> bool {
         self.token_norm != TokenNorm::None
+    }
+
+    /// Whether work that is put on a CUDA stream runs on the plan's device, in its context.
+    pub(crate) fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        self.backend.owns_stream(stream)
     }
 
     /// Bytes of scratch that the penalty calls need for so many tokens, and the others where they

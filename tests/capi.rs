@@ -14,6 +14,8 @@ mod header;
 mod stub_cuda;
 #[path = "capi/toolbox.rs"]
 mod toolbox;
+#[path = "capi/xla.rs"]
+mod xla;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -163,7 +165,7 @@ fn check_program(source: &str, dialect: &str) {
 }
 
 fn plain<'a>(sources: &'a [&'a str], dialect: &'a str) -> Program<'a> {
-    Program { sources, dialect, sanitize: false, link: Link::Shared }
+    Program { sources, dialect, sanitize: false, link: Link::Shared, headers: None }
 }
 
 /// A bare safetensors file that states its recipe: d = 4, F = 6.

@@ -332,6 +332,11 @@ pub(crate) trait Backend: Send + Sync {
         false
     }
 
+    /// Whether work that is put on a stream runs where this backend's rows are.
+    fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        Ok(stream == Stream::NULL)
+    }
+
     /// Bytes of scratch that any call needs for this many tokens.
     fn workspace_size(&self, tokens: usize) -> usize;
 

@@ -20,6 +20,7 @@ pub mod sae;
 pub mod status;
 pub mod tensor;
 pub mod version;
+pub mod xla;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

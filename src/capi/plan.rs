@@ -1,4 +1,5 @@
 use std::ffi::c_char;
+use std::sync::Arc;
 
 use super::latents::blockem_latents;
 use super::sae::blockem_sae;
@@ -29,7 +30,7 @@ pub const BLOCKEM_ACTIVATION_PREACTIVATION: i32 = 2;
 
 /// SAE x latent set x device: the blocked rows, gathered and folded. Never changes after creation,
 /// so any number of threads may use it at once.
-pub struct blockem_plan(pub(super) Plan);
+pub struct blockem_plan(pub(super) Arc<Plan>);
 
 /// How a plan is made; all zero is the default.
 #[repr(C)]
@@ -127,7 +128,7 @@ pub unsafe extern "C" fn blockem_plan_create(
         };
         let plan = Plan::new(&sae.0, &latents.0, &options)?;
         // SAFETY: checked above.
-        unsafe { *out = Box::into_raw(Box::new(blockem_plan(plan))) };
+        unsafe { *out = Box::into_raw(Box::new(blockem_plan(Arc::new(plan)))) };
         Ok(())
     })
 }

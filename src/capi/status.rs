@@ -87,6 +87,12 @@ pub(super) fn set_last_error(message: &str) {
     });
 }
 
+pub(super) fn last_error() -> String {
+    let copy =
+        |last: &RefCell<String>| last.try_borrow().map_or_else(|_| String::new(), |s| s.clone());
+    LAST_ERROR.try_with(copy).unwrap_or_default()
+}
+
 /// The name of a status without its prefix, such as "SHAPE"; "UNKNOWN" for a foreign number.
 /// A static string: never free it. Thread-safe.
 #[unsafe(no_mangle)]

@@ -120,6 +120,14 @@ static void plan(void) {
   CHECK_STATUS(blockem_plan_workspace_size(made, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
   CHECK_STATUS(blockem_plan_workspace_size(made, -1, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
   CHECK(bytes == 77);
+  CHECK_STATUS(blockem_xla_bind(NULL, "name"), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_xla_bind(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(blockem_xla_encode_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_encode_cuda(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_forward_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_forward_cuda(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_backward_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_backward_cuda(NULL) == NULL && message_has("frame"));
 
   blockem_plan_free(made);
   blockem_latents_free(set);

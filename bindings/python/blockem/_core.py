@@ -483,13 +483,17 @@ class Plan(Immutable):
         self._key = f"{next(_serials)}-{self.identity[:16]}"
         plans[self._key] = self
 
+    def _workspace_size(self, tokens: int) -> int:
+        """Bytes of workspace that a call for so many tokens needs, if it needs any."""
+        size = ctypes.c_size_t()
+        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
+        return size.value
+
     def _workspace(self, hidden: Rows) -> tuple[int, int, Array]:
         """The address and size of this thread's workspace for a call, and its owner."""
-        size = ctypes.c_size_t()
-        tokens = hidden.tensor.shape[0]
-        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
-        address, owner = _arrays.workspace(size.value, hidden.owner)
-        return address, size.value, owner
+        size = self._workspace_size(hidden.tensor.shape[0])
+        address, owner = _arrays.workspace(size, hidden.owner)
+        return address, size, owner
 
     def encode(self, hidden: Array) -> Array:
         """z[..., k] = act(W_k . h + b_k): references for later calls.

@@ -307,6 +307,13 @@ FUNCTIONS = {
         [c_void_p, c_void_p, c_char_p, POINTER(Tensor), c_size_t],
     ),
     "blockem_cache_free": (None, [c_void_p]),
+    "blockem_xla_bind": (c_int32, [c_void_p, c_char_p]),
+    "blockem_xla_encode_cpu": (c_void_p, [c_void_p]),
+    "blockem_xla_encode_cuda": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_forward_cpu": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_forward_cuda": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_backward_cpu": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_backward_cuda": (c_void_p, [c_void_p]),
 }
 
 

@@ -43,5 +43,5 @@ def test_examples_of_the_project(sae_folder: Path, monkeypatch: pytest.MonkeyPat
         "task_loss": h.sum(), "lam": 1e4, "model": model, "loader": loader, "batch": loader[0],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "name": "tiny llama, seed 0",
     }  # fmt: skip
-    assert run(ROOT, names) == 3
+    assert run(ROOT, names) == 4
     assert h.grad is not None and len(list(folder.glob("base.cache*"))) > 0

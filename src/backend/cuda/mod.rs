@@ -96,6 +96,10 @@ impl Backend for Cuda {
         0
     }
 
+    fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        self.module.context.owns_stream(stream.as_raw())
+    }
+
     fn workspace_size(&self, tokens: usize) -> usize {
         workspace_size(&self.rows, tokens)
     }
