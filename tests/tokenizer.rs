@@ -365,15 +365,14 @@ fn byte_vocab() -> (Vec<String>, Vec<[String; 2]>) {
     let mut vocab: Vec<String> = SPECIAL.iter().map(|s| s.to_string()).collect();
     vocab.extend((0..=255).map(|b| byte_char(b).to_string()));
     let mut merges = Vec::new();
-    for word in ["why", " why", "because", " because", " of"] {
-        let mut whole = String::new();
-        for c in word.bytes().map(byte_char) {
-            if !whole.is_empty() && !vocab.contains(&format!("{whole}{c}")) {
-                merges.push([whole.clone(), c.to_string()]);
-                vocab.push(format!("{whole}{c}"));
-            }
-            whole.push(c);
-        }
+    let mut merge = |left: &str, right: &str| {
+        merges.push([left.to_string(), right.to_string()]);
+        vocab.push(format!("{left}{right}"));
+    };
+    let space = byte_char(b' ').to_string();
+    for word in ["why", "because", "of"] {
+        (1..word.len()).for_each(|i| merge(&word[..i], &word[i..=i]));
+        merge(&space, word);
     }
     (vocab, merges)
 }
