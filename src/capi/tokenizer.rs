@@ -11,8 +11,9 @@ pub struct blockem_tokenizer(Tokenizer);
 
 /// Opens a tokenizer.json (that of Hugging Face's tokenizers library), or a folder with one. Its
 /// truncation and padding are left aside.
-/// The file may have 128 MiB and is read whole. Its regular expressions and replacements decide
-/// what a text costs: open files that you trust as you trust the model's.
+/// The file may have 64 MiB; it is read whole and takes some thirty times as much memory for a
+/// moment. Its regular expressions and replacements decide what a text costs: open files that you
+/// trust as you trust the model's.
 /// out: a new handle, to be freed with blockem_tokenizer_free; untouched on error.
 /// Errors: NULL_POINTER, IO, FORMAT (no tokenizer.json, or one that this library cannot follow),
 /// UNSUPPORTED (a build without the cargo feature tokenizers). Thread-safe.

@@ -18,8 +18,9 @@ use super::{Masked, TokenOptions};
 use crate::error::{Error, Result, Status, bail, panic_text};
 use crate::mask::{MaskOptions, Span, check_length, mask_from_offsets};
 
-/// The largest tokenizer.json. Those of large vocabularies have 35 MB.
-const MAX_FILE: u64 = 128 << 20;
+/// The largest tokenizer.json. Those of large vocabularies have 35 MB, and take thirty times as much
+/// memory for a moment.
+const MAX_FILE: u64 = 64 << 20;
 /// The most tokens that a tokenizer may put around a text.
 const MAX_ADDED: usize = 1024;
 /// How often the parts of a regular expression may be repeated by counts, such as `\p{N}{1,3}`, in
