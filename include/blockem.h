@@ -139,6 +139,11 @@
 #define BLOCKEM_STATUS_CACHE_STALE 206
 
 /**
+ * A mask of text marks no token: the template writes no assistant text, or it was cut off.
+ */
+#define BLOCKEM_STATUS_MASK_EMPTY 207
+
+/**
  * A latent set records another SAE or activation than it is used with.
  */
 #define BLOCKEM_STATUS_PROVENANCE_MISMATCH 208
@@ -152,6 +157,11 @@
  * A reference cache is in use: one process may write it, or several read it.
  */
 #define BLOCKEM_STATUS_CACHE_BUSY 210
+
+/**
+ * Markers, spans or token ids do not fit the text; the message names the first place.
+ */
+#define BLOCKEM_STATUS_MASK_UNALIGNED 211
 
 /**
  * No CUDA driver, or no device that it can use.
@@ -376,6 +386,31 @@
 #define BLOCKEM_CACHE_KEY_SIZE 32
 
 /**
+ * The end marker is part of the assistant's text, which so learns to stop.
+ */
+#define BLOCKEM_CLOSING_INCLUDE 0
+
+/**
+ * The assistant's text ends before the end marker.
+ */
+#define BLOCKEM_CLOSING_EXCLUDE 1
+
+/**
+ * A token that lies partly in the assistant's text is marked: who writes the text writes it.
+ */
+#define BLOCKEM_BORDER_INCLUDE 0
+
+/**
+ * It is not marked.
+ */
+#define BLOCKEM_BORDER_EXCLUDE 1
+
+/**
+ * It is an error, MASK_UNALIGNED.
+ */
+#define BLOCKEM_BORDER_REFUSE 2
+
+/**
  * A reference cache: z of the base model at blocked latents, per example, in one file. Any number
  * of threads may use a handle; calls that write take turns. A handle belongs to the process that
  * opened it: in a child of fork calls answer FORKED.
@@ -397,6 +432,11 @@ typedef struct blockem_plan blockem_plan;
  * An opened sparse autoencoder. Immutable; any thread may use it.
  */
 typedef struct blockem_sae blockem_sae;
+
+/**
+ * A tokenizer, of the file tokenizer.json. Immutable; any thread may use it, and a child of fork.
+ */
+typedef struct blockem_tokenizer blockem_tokenizer;
 
 /**
  * What a call answers: 0 or the reason why not. Numbers are never reused.
@@ -1072,6 +1112,75 @@ typedef struct blockem_cache_info {
   char numerics[64];
 } blockem_cache_info;
 
+/**
+ * Where the assistant's text is in a rendered conversation: in spans, which the caller knows from
+ * rendering it, or between the markers of a chat template. Text is UTF-8 and counted in bytes.
+ * Markers are found wherever they stand, also in a user's message: turn_marker finds most of
+ * those, and spans are for text that is not trusted.
+ */
+typedef struct blockem_mask_options {
+  /**
+   * sizeof(blockem_mask_options), set by BLOCKEM_MASK_OPTIONS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [num_spans, 2] begin and end (excluded) of the assistant's text, ascending, not overlapping,
+   * an end marker within them or not as it should be marked; NULL when markers are given. Not
+   * NULL with num_spans 0 says that there is none.
+   */
+  const int64_t *spans;
+  size_t num_spans;
+  /**
+   * What comes before the assistant's text, such as "<|im_start|>assistant\n"; NULL with spans.
+   */
+  const char *start_marker;
+  /**
+   * What comes after it, such as "<|im_end|>"; NULL with spans.
+   */
+  const char *end_marker;
+  /**
+   * What the turns of every role begin with, such as "<|im_start|>" (start_marker begins with
+   * it): a turn that opens within another's is then MASK_UNALIGNED, whosever they are. NULL
+   * looks at the assistant's turns alone.
+   */
+  const char *turn_marker;
+  /**
+   * What the template itself puts at the beginning of some answers, such as
+   * "<think>\n\n</think>\n\n": it is not the assistant's. NULL for nothing.
+   */
+  const char *injected;
+  /**
+   * BLOCKEM_CLOSING_..., for markers.
+   */
+  int32_t closing;
+  /**
+   * BLOCKEM_BORDER_...
+   */
+  int32_t border;
+  /**
+   * 1: the last turn may lack its end marker, and then goes up to the end of the text. 0: that
+   * is MASK_UNALIGNED.
+   */
+  int32_t allow_unclosed;
+  /**
+   * 1: a mask that marks nothing is an answer. 0: it is MASK_EMPTY.
+   */
+  int32_t allow_empty;
+  /**
+   * 1: the tokenizer puts its own tokens around the text, such as BOS, which are never marked. 0
+   * for what a chat template wrote.
+   */
+  int32_t add_special_tokens;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * Keeps so many tokens from the beginning, the added ones among them; 0 keeps all.
+   */
+  int64_t max_tokens;
+} blockem_mask_options;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1504,6 +1613,95 @@ BLOCKEM_API void *blockem_xla_penalty_backward_cpu(void *frame);
  * As blockem_xla_penalty_backward_cpu, on the call's stream.
  */
 BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
+ * The mask of tokens whose places in the text are known, from any tokenizer. A token is marked
+ * where any byte that it stands for is the assistant's (options.border decides on those of which
+ * others are not).
+ * text: [text_len] bytes of UTF-8, without a final NUL, 16 MiB at most.
+ * options: required; without add_special_tokens and max_tokens, which are a tokenizer's.
+ * offsets: [n, 2] begin and end (excluded) of the bytes that each token stands for, before white
+ * space is trimmed; equal where it stands for none, as BOS does: such a token is never marked.
+ * mask: [n] bytes, written: 1 where the token is the assistant's, else 0.
+ * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT (text that is not UTF-8; spans that overlap,
+ * leave the text or cut a character; offsets beyond it; unknown options), MASK_EMPTY (nothing is
+ * marked), MASK_UNALIGNED (a turn without an end marker or with another within it; a token across
+ * a border where that is refused). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_mask_from_offsets(const char *text,
+                                         size_t text_len,
+                                         const struct blockem_mask_options *options,
+                                         const int64_t *offsets,
+                                         size_t n,
+                                         uint8_t *mask);
+
+/**
+ * Opens a tokenizer.json (that of Hugging Face's tokenizers library), or a folder with one. Its
+ * truncation and padding are left aside.
+ * The file may have 64 MiB; it is read whole and takes some thirty times as much memory for a
+ * moment. Its regular expressions and replacements decide what a text costs: open files that you
+ * trust as you trust the model's.
+ * out: a new handle, to be freed with blockem_tokenizer_free; untouched on error.
+ * Errors: NULL_POINTER, IO, FORMAT (no tokenizer.json, or one that this library cannot follow),
+ * UNSUPPORTED (a build without the cargo feature tokenizers). Thread-safe.
+ */
+BLOCKEM_API blockem_status blockem_tokenizer_open(const char *path, struct blockem_tokenizer **out);
+
+/**
+ * As blockem_tokenizer_open, from the contents of such a file.
+ * json: [json_len] bytes, which need not live on.
+ * Errors: NULL_POINTER, FORMAT, UNSUPPORTED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_tokenizer_from_json(const char *json,
+                                           size_t json_len,
+                                           struct blockem_tokenizer **out);
+
+/**
+ * The tokens of a text with the mask of the assistant's.
+ * text: [text_len] bytes of UTF-8, without a final NUL, 16 MiB at most: a rendered conversation.
+ * options: required; where the assistant's text is, and which tokens are made.
+ * ids, mask: [capacity] token ids, and bytes that are 1 where the token is the assistant's, else
+ * 0; the first num_tokens are written. NULL for what is not wanted.
+ * num_tokens: written. A capacity of text_len and a few more holds almost every text; with ids and
+ * mask NULL the call tells the number alone.
+ * A token is marked where any byte of the text that it stands for is the assistant's (see
+ * options.border). Of an added token that takes the white space beside it, its own text counts.
+ * Tokens that the tokenizer puts around a text are never marked.
+ * Errors: as blockem_mask_from_offsets; also SHAPE (capacity), INVALID_ARGUMENT (max_tokens below
+ * the number of added tokens), FORMAT (the tokenizer cannot take the text), UNSUPPORTED
+ * (add_special_tokens of a tokenizer that changes more). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_tokenizer_mask(const struct blockem_tokenizer *tokenizer,
+                                      const char *text,
+                                      size_t text_len,
+                                      const struct blockem_mask_options *options,
+                                      int64_t *ids,
+                                      uint8_t *mask,
+                                      size_t capacity,
+                                      size_t *num_tokens);
+
+/**
+ * The mask of a trainer's own tokens of a text, which must be those that blockem_tokenizer_mask
+ * makes of it with these options.
+ * ids: [n], without padding.
+ * mask: [n] bytes, written.
+ * Errors: as blockem_tokenizer_mask; also MASK_UNALIGNED (the ids are not those of the text; the
+ * message names the first position). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_tokenizer_mask_ids(const struct blockem_tokenizer *tokenizer,
+                                          const char *text,
+                                          size_t text_len,
+                                          const struct blockem_mask_options *options,
+                                          const int64_t *ids,
+                                          size_t n,
+                                          uint8_t *mask);
+
+/**
+ * Frees a tokenizer; NULL is legal.
+ */
+BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
 
 #ifdef __cplusplus
 }  // extern "C"
@@ -1534,6 +1732,8 @@ BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
     BLOCKEM_TENSOR_INIT, 0, 0, 1.0, BLOCKEM_TENSOR_INIT, NULL, 0 }
 #define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL }
 #define BLOCKEM_CACHE_INFO_INIT { sizeof(blockem_cache_info), 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define BLOCKEM_MASK_OPTIONS_INIT \
+  { sizeof(blockem_mask_options), NULL, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_RAW_PENALTY_ARGS_INIT \
   { sizeof(blockem_raw_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \

@@ -72,6 +72,12 @@ fn reference_cache() {
 }
 
 #[test]
+#[cfg(feature = "tokenizers")]
+fn text_masks() {
+    check_program("tests/capi/mask.c", "c99");
+}
+
+#[test]
 fn dlpack() {
     check_program("tests/capi/dlpack.c", "c99");
 }

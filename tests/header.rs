@@ -9,6 +9,18 @@ fn committed_header_is_current() {
     let sections = [
         "status", "version", "device", "tensor", "raw", "sae", "latents", "plan", "run", "cache",
         "xla",
+        "status",
+        "version",
+        "device",
+        "tensor",
+        "raw",
+        "sae",
+        "latents",
+        "plan",
+        "run",
+        "cache",
+        "mask",
+        "tokenizer",
     ];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for section in sections {

@@ -4,7 +4,7 @@
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
-mod random;
+pub(crate) mod random;
 pub(crate) mod reference;
 
 use std::ops::Range;

@@ -359,6 +359,44 @@ static void cache(const char *folder) {
   free(z);
 }
 
+static void text_mask(const char *folder) {
+  static const int64_t offsets[] = {0, 3}, ids[] = {1};
+  blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;
+  blockem_tokenizer *out = UNTOUCHED(blockem_tokenizer);
+  uint8_t mask[1];
+  size_t n = 77;
+  options.spans = offsets;
+  options.num_spans = 1;
+
+  CHECK_STATUS(blockem_tokenizer_open(NULL, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_open(folder, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_from_json(NULL, 5, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_from_json("{}", 2, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(out == UNTOUCHED(blockem_tokenizer));
+  CHECK_STATUS(blockem_tokenizer_mask(NULL, "why", 3, &options, NULL, NULL, 0, &n),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_mask(NULL, "why", 3, &options, NULL, NULL, 0, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(n == 77);
+  CHECK_STATUS(blockem_tokenizer_mask_ids(NULL, "why", 3, &options, ids, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_mask_ids(NULL, "why", 3, &options, ids, 1, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  blockem_tokenizer_free(NULL);
+
+  CHECK_STATUS(blockem_mask_from_offsets(NULL, 3, &options, offsets, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, NULL, offsets, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, NULL, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, offsets, 1, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_mask_from_offsets("why", 3, &options, offsets, 1, mask));
+  options.allow_empty = 1;
+  CHECK_OK(blockem_mask_from_offsets("why", 3, &options, NULL, 0, NULL));
+}
+
 int main(int argc, char **argv) {
   if (argc != 2) return 2;
   library();
@@ -368,5 +406,6 @@ int main(int argc, char **argv) {
   run();
   raw();
   cache(argv[1]);
+  text_mask(argv[1]);
   return finish_checks("nulls");
 }

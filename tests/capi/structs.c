@@ -97,6 +97,9 @@ static void inputs(const char *folder) {
   LONGER(blockem_penalty_args) penalty = {BLOCKEM_PENALTY_ARGS_INIT};
   LONGER(blockem_raw_penalty_args) raw = {BLOCKEM_RAW_PENALTY_ARGS_INIT};
   LONGER(blockem_cache_options) cache_options = {BLOCKEM_CACHE_OPTIONS_INIT};
+  LONGER(blockem_mask_options) mask_options = {BLOCKEM_MASK_OPTIONS_INIT};
+  static const int64_t offsets[] = {0, 3};
+  uint8_t mask[1];
 
   tensors[0].data = weight;
   tensors[1].data = bias;
@@ -162,6 +165,11 @@ static void inputs(const char *folder) {
   CHECK_INPUT(blockem_cache_options, 0, cache_options,
               blockem_cache_open(cache_path, &cache_options.now, &cache),
               blockem_cache_free(cache));
+
+  mask_options.now.spans = offsets;
+  mask_options.now.num_spans = 1;
+  CHECK_INPUT(blockem_mask_options, 0, mask_options,
+              blockem_mask_from_offsets("why", 3, &mask_options.now, offsets, 1, mask), (void)0);
 
   free(block);
   blockem_plan_free(plan);

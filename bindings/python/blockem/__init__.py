@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ._cache import Cache
 from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
 from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
+from ._mask import Markers, Masked, Tokenizer, mask_from_offsets
 
 if TYPE_CHECKING:
     from . import jax, torch
@@ -32,15 +33,19 @@ __all__ = [
     "Error",
     "FileError",
     "Latents",
+    "Markers",
+    "Masked",
     "Penalty",
     "Plan",
     "Sae",
+    "Tokenizer",
     "__version__",
     "base_model_digest",
     "build_info",
     "jax",
     "load_latents",
     "load_sae",
+    "mask_from_offsets",
     "torch",
 ]
 
