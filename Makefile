@@ -14,7 +14,7 @@ LIB := target/release/libblockem.so
 RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels \
+.PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels test-deepspeed \
         lint header gpu-check fuzz fuzz-corpus fuzz-seeds bench install clean
 
 help: ## list the targets
@@ -39,6 +39,12 @@ test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 test-python: $(VENV)/package ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
 	$(PY) tests/gpu/check.py --device cpu --repeats 20
+
+test-deepspeed: $(VENV)/package ## ZeRO-2 and ZeRO-3 on two processes; builds DeepSpeed (minutes), so not in test
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed \
+	  -r requirements-deepspeed.txt
+	PATH="$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH" PYTHONPATH=$(VENV)/deepspeed OMP_NUM_THREADS=1 \
+	  $(PY) bindings/python/tests/zero.py
 
 # Needs a GPU, torch and a built tree; neither cargo nor the network. GPU_PYTHON is the python that has torch.
 GPU_PYTHON ?= python3

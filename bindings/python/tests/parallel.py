@@ -80,7 +80,7 @@ def train(
     """
     lam = DualAscent(0.001, rate=1000.0, initial=20.0)
     handle = attach(net, DICTIONARY.plan, lam=lam, **settings)
-    losses = []
+    losses, cosines = [], []
     for _ in range(2):
         net.zero_grad()
         handle.begin_step(mine, copies=copies)
@@ -91,7 +91,7 @@ def train(
                 with CommDebugMode() as communication:
                     term = handle.penalty(batch)
                 losses.append(term.loss.item())
-                cosine = term.cosine(task).item()
+                cosines.append(term.cosine(task).item())
                 (task + term.loss).backward()
         handle.end_step()
     grads = {}
@@ -104,7 +104,7 @@ def train(
     return {
         "grads": grads,
         "losses": losses,
-        "cosine": cosine,
+        "cosines": cosines,
         "metrics": handle.metrics(per_latent=True),
         "lambda": lam.value.item(),
         "checked": (handle.last_check.compared, handle.last_check.difference),
@@ -416,7 +416,8 @@ def work(cases: list[str], rank: int, ranks: int, port: int, folder: Path) -> No
     distributed.destroy_process_group()
 
 
-def main(cases: list[str], ranks: int, folder: Path) -> None:
+def run(cases: list[str], ranks: int, folder: Path) -> None:
+    """Starts the processes and waits for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -427,8 +428,9 @@ def main(cases: list[str], ranks: int, folder: Path) -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    sys.exit(max(abs(worker.exitcode) for worker in workers))
+    if any(worker.exitcode for worker in workers):
+        sys.exit(f"{cases} failed on {ranks} ranks")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split("; "), int(sys.argv[2]), Path(sys.argv[3]))
+    run(sys.argv[1].split("; "), int(sys.argv[2]), Path(sys.argv[3]))

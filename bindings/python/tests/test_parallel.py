@@ -53,8 +53,9 @@ def test_ranks_are_one_process(case: str, ranks: int) -> None:
     grads = {n: g for n, g in want["grads"].items() if g.abs().max() > 0}
     assert len(grads) >= 10 and max(g.abs().max() for g in grads.values()) > 1e-3
     for name, grad in many["grads"].items():
-        torch.testing.assert_close(
-            grad, grads.get(name, torch.zeros_like(grad)), rtol=1e-4, atol=1e-6, msg=name)
+        same = grads.get(name, torch.zeros_like(grad))
+        largest = max(1.0, same.abs().max().item())
+        torch.testing.assert_close(grad, same, rtol=1e-4, atol=1e-6 * largest, msg=name)
     assert set(grads) <= set(many["grads"])
     assert many["metrics"] == pytest.approx(want["metrics"], rel=1e-5)
     assert many["lambda"] == pytest.approx(want["lambda"], rel=1e-5) and want["lambda"] != 20.0
@@ -67,7 +68,8 @@ def test_ranks_that_share_rows_see_one_penalty(case: str, ranks: int) -> None:
     """The loss is counted once, whatever part of hidden a rank holds, and hidden is not gathered."""
     many, want = found(case, ranks), one_process(ranks)
     assert many["losses"] == pytest.approx(want["losses"], rel=1e-5) and max(want["losses"]) > 0
-    assert many["cosine"] == pytest.approx(want["cosine"], rel=1e-3) and abs(want["cosine"]) > 1e-3
+    assert many["cosines"] == pytest.approx(want["cosines"], rel=1e-3, abs=1e-6)
+    assert max(map(abs, want["cosines"])) > 1e-2
     operations = many["communication"]
     assert any("all_reduce" in name or "allreduce" in name for name in operations)
     assert not any("gather" in name for name in operations), operations
@@ -102,7 +104,7 @@ def test_columns_of_hidden(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_has_no_penalty_is_refused(ranks: int) -> None:
     said = found("refused", ranks)
-    want = ["UNSUPPORTED: hidden is a DTensor placed .*Partial.*have the layer put out Replicate",
+    want = [r"UNSUPPORTED: hidden is a DTensor placed P\(sum\): have the layer put out Replicate",
             "SHAPE: hidden has the shape .* 5]; expected .* columns 0 to .* of 32",
             "SHAPE: hidden has the shape .*neither all"]
     if ranks > 2:

@@ -138,7 +138,6 @@ class _Steps(TrainerCallback):
 def _expect_whole(trainer: Any) -> None:
     split = {
         "FSDP1 (set version 2)": trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
         "context parallelism": trainer.get_cp_size() > 1,
         "sequence parallelism": trainer.get_sp_size() > 1,
         "torch.nn.DataParallel (start one process for each GPU)": trainer.args.n_gpu > 1,
