@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import tiny
 import torch
 import transformers
@@ -52,6 +53,14 @@ def shards(ranks: int) -> list[list[dict[str, torch.Tensor]]]:
     found = [[join(*rows[3 * r : 3 * r + 2]), rows[3 * r + 2]] for r in range(ranks)]
     found[-1][1]["labels"] = torch.full_like(found[-1][1]["labels"], -100)
     return found
+
+
+def padded(batch: dict[str, torch.Tensor], ranks: int) -> dict[str, torch.Tensor]:
+    """With as many tokens as the ranks can share."""
+    missing = -batch["input_ids"].shape[1] % ranks
+    fill = {"labels": -100}
+    return {name: torch.nn.functional.pad(x, (0, missing), value=fill.get(name, 0))
+            for name, x in batch.items()}
 
 
 def step_of(ranks: int) -> list[dict[str, torch.Tensor]]:
@@ -169,7 +178,9 @@ def tensor_case(placement: object, *, as_dtensor: bool, told: bool = False, **se
         between = () if placement is None else placed(placement, as_dtensor=as_dtensor)
         group = {"tensor_group": mesh.get_group()} if told else {}
         net = tensor_parallel(mesh, *between)
-        return train(step_of(ranks), net, 1, items(ranks), **group, **settings)
+        # torch takes plain parts of a tensor to be equal.
+        local = (lambda batch: padded(batch, ranks)) if told else lambda batch: batch
+        return train(step_of(ranks), net, 1, items(ranks), local=local, **group, **settings)
 
     return case
 
@@ -231,14 +242,12 @@ def context_parallel(gradients: str) -> Callable:
         net.get_base_model().config._attn_implementation = "over_ranks"
 
         def local(batch: dict) -> dict:
-            ids, labels = batch["input_ids"], batch["labels"]
-            missing = -ids.shape[1] % ranks
-            pad = lambda x, value: torch.nn.functional.pad(x, (0, missing), value=value)
-            next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            whole = padded(batch, ranks)
+            ids = whole["input_ids"]
             whole = {
-                "input_ids": pad(ids, 0), "labels": pad(labels, -100),
-                "shift_labels": pad(next_labels, -100),
-                "position_ids": torch.arange(ids.shape[1] + missing).expand(len(ids), -1),
+                "input_ids": ids, "labels": whole["labels"],
+                "shift_labels": torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=-100),
+                "position_ids": torch.arange(ids.shape[1]).expand(len(ids), -1),
             }
             return {name: x.chunk(ranks, dim=1)[rank].contiguous() for name, x in whole.items()}
 
@@ -374,6 +383,8 @@ def tensor_parallel_trainer(rank: int, ranks: int, folder: Path) -> dict:
     """transformers' own tensor parallelism, of all weights; the reference is split too."""
     import test_trainer
 
+    # accelerate wants GPUs for it, and needs none.
+    accelerate.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     distributed.init_process_group("gloo")
     if rank == 0:
         tiny.llama(kv_heads=4).save_pretrained(folder / "llama")
@@ -408,7 +419,10 @@ def work(cases: list[str], rank: int, ranks: int, port: int, folder: Path) -> No
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if set(cases) <= set(CASES):
         distributed.init_process_group("gloo")
-        found = {case: CASES[case](rank, ranks) for case in cases}
+        found = {}
+        for case in cases:
+            print(f"rank {rank}: {case}", file=sys.stderr, flush=True)
+            found[case] = CASES[case](rank, ranks)
     else:
         found = {case: TRAINERS[case](rank, ranks, folder) for case in cases}
     if rank == 0:

@@ -134,7 +134,7 @@ def test_parts_of_a_plan() -> None:
 @pytest.mark.parametrize("case", parallel.TRAINERS)
 def test_a_trainer_on_two_ranks_is_one_process(case: str, tmp_path: Path) -> None:
     """Accumulation, ragged or packed rows, num_items_in_batch."""
-    many = run("; ".join(parallel.TRAINERS), 2)[case]
+    many = run(case, 2)[case]
     penalty, size = dict(plan=parallel.DICTIONARY.plan, lam=0.05), {"per_device_train_batch_size": 4}
     if case.startswith("SFT"):
         one = test_trainer.sft(
