@@ -43,7 +43,10 @@ impl Provenance {
     /// What a plan knows about itself. A part of a plan has another d and identity: refused.
     pub fn of(plan: &Plan) -> Result<Provenance> {
         if plan.part() != Part::Whole {
-            bail!(InvalidArgument, "a latent set is saved with a whole plan, not with a part of one");
+            bail!(
+                InvalidArgument,
+                "a latent set is saved with a whole plan, not with a part of one"
+            );
         }
         Ok(Provenance {
             d_in: plan.d_in(),

@@ -44,10 +44,10 @@ class PenaltyMixin:
 
     Attribute ``penalty``: the :class:`blockem.torch.Handle`.
 
-    DistributedDataParallel, FSDP2 and tensor parallelism give what one process gives. Raises Error
-    UNSUPPORTED under FSDP1, DeepSpeed, context and sequence parallelism and torch.nn.DataParallel:
-    what the trainer does there with hidden states, layers or batches has not been tested with the
-    penalty.
+    DistributedDataParallel, FSDP2, DeepSpeed's ZeRO and tensor parallelism give what one process
+    gives. Raises Error UNSUPPORTED under FSDP1, context and sequence parallelism and
+    torch.nn.DataParallel: what the trainer does there with hidden states, layers or batches has not
+    been tested with the penalty.
     """
 
     def __init__(
