@@ -149,7 +149,7 @@ def sft(kind: type, folder: Path, args: dict | None = None, **more: object):
     {},
     {"packing": True, "packing_strategy": "wrapped"},
     {"packing": True, "packing_strategy": "bfd"},
-    {"padding_free": True, "packing": False},
+    {"padding_free": True, "max_length": None},
 ])
 def test_sft_trainer_follows_autograd(tmp_path: Path, args: dict) -> None:
     """With the adapters that SFTTrainer makes, its loss without logits, its collator; packed."""
