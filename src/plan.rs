@@ -437,7 +437,7 @@ fn part_of(rows: OwnedRows, part: Part) -> OwnedRows {
         }
         // A product with one-hot rows copies W · h, to the last bit.
         Part::Gate => {
-            let one_hot = |i: usize| if i % (count + 1) == 0 { 1.0 } else { 0.0 };
+            let one_hot = |i: usize| if i.is_multiple_of(count + 1) { 1.0 } else { 0.0 };
             OwnedRows { d_in: count, weight: (0..count * count).map(one_hot).collect(), ..rows }
         }
     }
