@@ -14,9 +14,9 @@ LIB := target/release/libblockem.so
 RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo test test-rust test-python test-jax-oldest test-sanitizers test-install \
-        test-languages test-wheel test-kernels packagers lint header gpu-check fuzz fuzz-corpus \
-        fuzz-seeds bench install wheel clean
+.PHONY: help build demo test test-rust test-python test-jax-oldest test-deepspeed test-sanitizers \
+        test-install test-languages test-wheel test-kernels packagers lint header gpu-check fuzz \
+        fuzz-corpus fuzz-seeds bench install wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,12 @@ test-python: $(VENV)/package ## Python tests
 
 test-jax-oldest: $(VENV)/package ## blockem.jax with the oldest JAX that it supports
 	PYTHONPATH=$(VENV)/jax-oldest $(PY) -m pytest -q bindings/python/tests/test_jax.py
+
+test-deepspeed: $(VENV)/package ## ZeRO-2 and ZeRO-3 on two processes; builds DeepSpeed (minutes), so not in test
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed \
+	  -r requirements-deepspeed.txt
+	PATH="$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH" PYTHONPATH=$(VENV)/deepspeed OMP_NUM_THREADS=1 \
+	  $(PY) bindings/python/tests/zero.py
 
 # Needs a GPU, torch and a built tree; neither cargo nor the network. GPU_PYTHON is the python that has torch.
 GPU_PYTHON ?= python3

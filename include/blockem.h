@@ -366,6 +366,21 @@
 #define BLOCKEM_ACTIVATION_PREACTIVATION 2
 
 /**
+ * All of z.
+ */
+#define BLOCKEM_PART_WHOLE 0
+
+/**
+ * W . h over some columns of hidden, without bias and gate.
+ */
+#define BLOCKEM_PART_COLUMNS 1
+
+/**
+ * From W . h on: bias, gate and penalty.
+ */
+#define BLOCKEM_PART_GATE 2
+
+/**
  * Opens a file that is there. Any number of processes at once, while none writes.
  */
 #define BLOCKEM_CACHE_MODE_READ 0
@@ -868,6 +883,25 @@ typedef struct blockem_plan_options {
    * Zero.
    */
   int32_t reserved;
+  /**
+   * BLOCKEM_PART_... For tensor parallelism, where each process holds some columns of hidden
+   * [T, d]: each makes one plan of the part COLUMNS and one of the part GATE. blockem_encode of
+   * COLUMNS writes the columns' share of W . h; the processes add these [T, K] up (all-reduce). In
+   * calls of GATE the sums are hidden, F32 [T, K]: blockem_encode gives z, the penalty calls loss,
+   * coef, and in grad_hidden the gradient of the sums. With that as coef,
+   * blockem_penalty_backward of COLUMNS writes dH of its columns. GATE keeps K x K numbers.
+   */
+  int32_t part;
+  /**
+   * Zero.
+   */
+  int32_t reserved2;
+  /**
+   * With COLUMNS: hidden is [T, column_end - column_begin], these columns of the SAE's d; else
+   * both are zero.
+   */
+  int64_t column_begin;
+  int64_t column_end;
 } blockem_plan_options;
 
 /**
@@ -879,7 +913,7 @@ typedef struct blockem_plan_info {
    */
   size_t struct_size;
   /**
-   * d: columns of hidden.
+   * Columns of hidden: d; of the part COLUMNS theirs, of GATE K.
    */
   int64_t d_in;
   /**
@@ -1367,11 +1401,12 @@ BLOCKEM_API void blockem_latents_free(struct blockem_latents *latents);
  * the set may be freed. Reads only the rows that are needed: those of the set, and for the native
  * activation of a TOPK SAE all of the dictionary (of GROUPS: of the set's groups), which the plan
  * keeps too.
- * options: NULL for the defaults (CPU, native activation, all cores).
+ * options: NULL for the defaults (CPU, native activation, all cores, all of z).
  * out: a new handle, to be freed with blockem_plan_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
- * activation of a TOPK SAE that is partial or selects over a BATCH), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
- * also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
+ * activation of a TOPK SAE that is partial or selects over a BATCH; a part of it, or of an SAE that
+ * normalises every token), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE,
+ * PROVENANCE_MISMATCH; on CUDA also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
  * CAPTURE_UNSAFE, FORKED. Thread-safe.
  * On CUDA the plan belongs to the thread's current context where that is one of the device, else
  * to the device's primary context, which it keeps alive; the current context stays what it was.
@@ -1721,7 +1756,7 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
 #define BLOCKEM_LATENTS_DESC_INIT { sizeof(blockem_latents_desc), NULL, NULL, NULL, 0 }
 #define BLOCKEM_LATENTS_INFO_INIT { sizeof(blockem_latents_info), 0, 0, 0, 0, 0 }
 #define BLOCKEM_LATENTS_SAVE_OPTIONS_INIT { sizeof(blockem_latents_save_options), NULL, NULL }
-#define BLOCKEM_PLAN_OPTIONS_INIT { sizeof(blockem_plan_options), 0, 0, 0, 0, 0, 0 }
+#define BLOCKEM_PLAN_OPTIONS_INIT { sizeof(blockem_plan_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_PLAN_INFO_INIT \
   { sizeof(blockem_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 }, 0, 0 }
 #define BLOCKEM_ENCODE_ARGS_INIT \

@@ -23,7 +23,7 @@ use crate::backend::{
     reference,
 };
 use crate::error::{Result, bail};
-use crate::plan::{BackendKind, Plan, resolve_backend};
+use crate::plan::{BackendKind, Part, Plan, resolve_backend};
 use crate::sae::TokenNorm;
 use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
 
@@ -244,6 +244,13 @@ impl Plan {
     }
 
     fn penalty_call(&self, stream: Stream, args: &PenaltyArgs<'_>, with_grad: bool) -> Result<()> {
+        if matches!(self.part(), Part::Columns { .. }) {
+            bail!(
+                Unsupported,
+                "some columns of hidden have no penalty: add up what encode gives over the \
+                 processes, and call a plan of the part GATE with the sums as hidden"
+            );
+        }
         let call = self.shape().penalty_call(args, with_grad, &[])?;
         let needed = self.workspace_size(call.tokens);
         let workspace = checked_workspace(&args.workspace, needed)?;

@@ -62,6 +62,20 @@ impl BackendKind {
     }
 }
 
+/// What of z a plan computes: all of it, or one of two steps where the columns of hidden lie on
+/// several processes (tensor parallelism). The processes add up what [`Part::Columns`] encodes; the
+/// sums [T, K] take the place of hidden in calls of [`Part::Gate`]; their gradient takes the place of
+/// coef in [`Part::Columns`]' backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    #[default]
+    Whole,
+    /// W · h over these columns, without bias and gate.
+    Columns { begin: usize, end: usize },
+    /// From W · h on: bias, gate and penalty.
+    Gate,
+}
+
 /// How a plan is made.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanOptions {
@@ -70,6 +84,7 @@ pub struct PlanOptions {
     pub activation: Activation,
     /// CPU worker threads of a run call; 0 means one for each available core.
     pub num_threads: usize,
+    pub part: Part,
 }
 
 impl Default for PlanOptions {
@@ -79,6 +94,7 @@ impl Default for PlanOptions {
             backend: BackendKind::Auto,
             activation: Activation::Native,
             num_threads: 0,
+            part: Part::Whole,
         }
     }
 }
@@ -89,6 +105,7 @@ pub struct Plan {
     kind: BackendKind,
     device: Device,
     activation: Activation,
+    part: Part,
     d_in: usize,
     d_sae: usize,
     num_latents: usize,
@@ -105,6 +122,7 @@ impl Plan {
     pub fn new(sae: &Sae, latents: &Latents, options: &PlanOptions) -> Result<Plan> {
         let kind = resolve_backend(options.device, options.backend)?;
         latents.check_against(sae)?;
+        check_part(options.part, sae.recipe(), latents.len(), options.activation)?;
         let contest = match (sae.recipe().architecture, options.activation) {
             (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents)?),
             _ => None,
@@ -113,6 +131,8 @@ impl Plan {
         let mut columns = Columns::new(sae, latents, &encoder, options.activation);
         let topk = contest.as_ref().map(|contest| contest.gate.clone());
         let rows = latent_rows(encoder, latents, sae.recipe(), options.activation, topk);
+        let rows = part_of(rows, options.part);
+        let d_in = rows.d_in;
         let read = |range| contest.as_ref().map_or(Ok(EncoderRows::default()), |c| c.read(range));
         let backend: Box<dyn Backend> = match kind {
             BackendKind::Reference => Box::new(Reference::new(rows, &read)?),
@@ -127,14 +147,17 @@ impl Plan {
         if let Some(contest) = contest {
             columns.recipe.extend(contest.digest());
         }
+        let whole = columns.identity(0..latents.len());
+        check_provenance(latents, &whole, options.activation)?;
+        columns.recipe.extend(part_name(options.part).into_bytes());
         let identity = columns.identity(0..latents.len());
-        check_provenance(latents, &identity, options.activation)?;
         Ok(Plan {
             backend,
             kind,
             device: options.device,
             activation: options.activation,
-            d_in: sae.recipe().d_in,
+            part: options.part,
+            d_in,
             d_sae: sae.recipe().d_sae,
             num_latents: latents.len(),
             num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
@@ -146,8 +169,13 @@ impl Plan {
         })
     }
 
+    /// Columns of hidden.
     pub fn d_in(&self) -> usize {
         self.d_in
+    }
+
+    pub fn part(&self) -> Part {
+        self.part
     }
 
     pub fn d_sae(&self) -> usize {
@@ -357,6 +385,76 @@ fn check_provenance(latents: &Latents, identity: &str, activation: Activation) -
         );
     }
     Ok(())
+}
+
+/// Whether z of an SAE can be computed in two steps, and the columns exist.
+fn check_part(part: Part, recipe: &Recipe, count: usize, activation: Activation) -> Result<()> {
+    if part == Part::Whole {
+        return Ok(());
+    }
+    if recipe.token_norm != TokenNorm::None {
+        bail!(
+            Unsupported,
+            "this SAE normalises every token ({}), which takes all columns of hidden: gather them \
+             and use a whole plan",
+            recipe.token_norm.name()
+        );
+    }
+    if recipe.architecture == Architecture::TopK && activation == Activation::Native {
+        bail!(
+            Unsupported,
+            "the activation 'native' of a topk SAE compares the whole dictionary, which no part of \
+             a plan does; use 'dense_relu' or 'preactivation', or gather hidden for a whole plan"
+        );
+    }
+    match part {
+        Part::Columns { begin, end } if begin >= end || end > recipe.d_in => bail!(
+            InvalidArgument,
+            "the columns {begin} to {end} are none of the SAE's: it has {}",
+            recipe.d_in
+        ),
+        Part::Gate if count > MOST_GATED => bail!(
+            Unsupported,
+            "the part GATE keeps K x K numbers, and serves up to {MOST_GATED} latents, not {count}"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Whose one-hot rows take 1 GiB.
+const MOST_GATED: usize = 1 << 14;
+
+/// The rows with which a backend computes the part.
+fn part_of(rows: OwnedRows, part: Part) -> OwnedRows {
+    let count = rows.bias.len();
+    match part {
+        Part::Whole => rows,
+        Part::Columns { begin, end } => {
+            let columns = rows.weight.chunks_exact(rows.d_in).flat_map(|row| &row[begin..end]);
+            OwnedRows {
+                d_in: end - begin,
+                weight: columns.copied().collect(),
+                bias: vec![0.0; count],
+                scale: None,
+                gate: OwnedGate::Open,
+                ..rows
+            }
+        }
+        // A product with one-hot rows copies W · h, to the last bit.
+        Part::Gate => {
+            let one_hot = |i: usize| if i.is_multiple_of(count + 1) { 1.0 } else { 0.0 };
+            OwnedRows { d_in: count, weight: (0..count * count).map(one_hot).collect(), ..rows }
+        }
+    }
+}
+
+/// What the identity of a part has beyond that of the whole plan.
+fn part_name(part: Part) -> String {
+    match part {
+        Part::Whole => String::new(),
+        Part::Columns { begin, end } => format!("columns {begin}..{end}"),
+        Part::Gate => "gate".into(),
+    }
 }
 
 /// Digests of all that z depends on, by column, so that the identity of the same latents in another

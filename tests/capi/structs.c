@@ -127,7 +127,7 @@ static void inputs(const char *folder) {
   CHECK_INPUT(blockem_latents_save_options, 0, save_options,
               blockem_latents_save(set, set_path, &save_options.now), (void)0);
 
-  CHECK_INPUT(blockem_plan_options, 0, plan_options,
+  CHECK_INPUT(blockem_plan_options, 32, plan_options,
               blockem_plan_create(of, set, &plan_options.now, &made), blockem_plan_free(made));
 
   encode.now.hidden = f32_2(h, T, SMALL_D);

@@ -25,6 +25,7 @@ ENCODER_LAYOUTS = {"auto": 0, "d_f": 1, "f_d": 2}
 SELECTIONS = {"largest": 0, "magnitude": 1, "groups": 2, "batch": 3}
 TOKEN_NORMS = {"none": 0, "constant_norm_rescale": 1, "layer_norm": 2}
 BACKENDS = {"auto": 0, "cpu": 1, "cuda": 2, "reference": 3}
+PARTS = {"whole": 0, "columns": 1, "gate": 2}
 ACTIVATIONS = {"native": 0, "dense_relu": 1, "preactivation": 2}
 CACHE_MODES = {"read": 0, "write": 1, "create": 2}
 CACHE_KEY_SIZE = 32
@@ -176,6 +177,10 @@ class PlanOptions(Sized):
         ("activation", c_int32),
         ("num_threads", c_int32),
         ("reserved", c_int32),
+        ("part", c_int32),
+        ("reserved2", c_int32),
+        ("column_begin", c_int64),
+        ("column_end", c_int64),
     ]
 
 
