@@ -452,6 +452,8 @@ impl DeviceRows {
             bias: 0,
             scale: 0,
             glu_bias: 0,
+            gate_values: 0,
+            sign_weight: 0,
             topk: None,
             ..*self
         }
