@@ -966,13 +966,13 @@ typedef struct blockem_plan_info {
    */
   char numerics[64];
   /**
-   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, and on CUDA
-   * SAEs that normalise every token.
+   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, GLU encoders,
+   * and on CUDA SAEs that normalise every token.
    */
   int32_t encode_needs_workspace;
   /**
    * 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
-   * token.
+   * token, and GLU encoders.
    */
   int32_t backward_needs_hidden;
 } blockem_plan_info;
@@ -1483,8 +1483,8 @@ blockem_status blockem_penalty_forward(const struct blockem_plan *plan,
  * Reads coef, scale_tensor; writes or adds to grad_hidden. A token without a coefficient other
  * than 0 gets a row of zeros, and is left untouched when accumulating.
  * hidden may be absent and no workspace is needed, except where
- * blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token, and the gradient
- * is that of the norm too.
+ * blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token or gate every
+ * latent by a second encoder, and the gradient is that of the norm or the gate too.
  * stream, errors, thread-safety: as blockem_encode.
  */
 BLOCKEM_API

@@ -6,8 +6,10 @@ use std::ops::Range;
 use crate::backend::cpu::Cpu;
 use crate::backend::{
     Backend, EncodeCall, Matrix, OwnedGate, OwnedRows, Workspace, kth_largest, rank_threshold,
+    side_by_side,
 };
 use crate::error::{Result, bail};
+use crate::penalty::WORKSPACE_ALIGN;
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection};
 use crate::tensor::{DType, Stream};
 
@@ -82,7 +84,11 @@ impl Dictionary<'_> {
             let mut rows = self.sae.gather_by(self.recipe, &ids)?;
             let gain = rows.rank_gain.take();
             let count = ids.len();
-            let cpu = Cpu::new(&chunk_rows(rows, self.recipe).borrow(), &no_rivals, 0)?;
+            let rows = chunk_rows(rows, self.recipe);
+            let cpu = Cpu::new(&rows.borrow(), &no_rivals, 0)?;
+            let needed = if self.recipe.glu { cpu.workspace_size(hidden.tokens) } else { 0 };
+            let mut space = vec![0u8; needed + WORKSPACE_ALIGN];
+            let start = space.as_ptr().align_offset(WORKSPACE_ALIGN);
             let mut z = vec![0.0f32; hidden.tokens * count];
             let matrix = |data: *mut f32, row_stride| Matrix {
                 data: data.cast(),
@@ -93,9 +99,10 @@ impl Dictionary<'_> {
                 tokens: hidden.tokens,
                 hidden: matrix(hidden.values.as_ptr().cast_mut(), d_in),
                 latents: matrix(z.as_mut_ptr(), count),
-                workspace: Workspace::NONE,
+                workspace: Workspace { data: space[start..].as_mut_ptr(), size: needed },
             };
-            // SAFETY: both matrices have their rows, and the backend only reads hidden.
+            // SAFETY: both matrices have their rows, and the backend only reads hidden; the workspace
+            // is as large as it asks for.
             unsafe { cpu.encode(&call, Stream::NULL)? };
             each(Chunk { latents, z: &z }, gain.as_deref())?;
         }
@@ -112,12 +119,14 @@ fn chunk_rows(rows: EncoderRows, recipe: &Recipe) -> OwnedRows {
         (Architecture::Gated, _, Some(bias)) => OwnedGate::Gated(bias),
         _ => OwnedGate::Relu,
     };
+    let (weight, glu_bias) = side_by_side(rows.weight, rows.glu, rows.d_in);
     OwnedRows {
         d_in: rows.d_in,
-        weight: rows.weight,
+        weight,
         sign_weight: vec![1.0; rows.bias.len()],
         bias: rows.bias,
         scale,
+        glu_bias,
         norm: recipe.token_norm,
         gate,
     }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::reference::Reference;
-use crate::backend::{Backend, OwnedGate, OwnedRows, TopK};
+use crate::backend::{Backend, OwnedGate, OwnedRows, TopK, side_by_side};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, TokenNorm};
@@ -114,6 +114,7 @@ pub struct Plan {
     /// The gate is TopK's.
     has_topk: bool,
     token_norm: TokenNorm,
+    glu: bool,
     columns: Columns,
     identity: String,
 }
@@ -164,6 +165,7 @@ impl Plan {
             layer: sae.recipe().layer,
             has_topk,
             token_norm: sae.recipe().token_norm,
+            glu: sae.recipe().glu,
             columns,
             identity,
         })
@@ -242,16 +244,17 @@ impl Plan {
         self.backend.numerics()
     }
 
-    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, or a CUDA
-    /// device normalises every token first.
+    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, a second
+    /// encoder gates them, or a CUDA device normalises every token first.
     pub fn encode_needs_workspace(&self) -> bool {
         let normed = self.token_norm != TokenNorm::None;
-        self.has_topk || (normed && self.kind == BackendKind::Cuda)
+        self.has_topk || self.glu || (normed && self.kind == BackendKind::Cuda)
     }
 
-    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised.
+    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised, or a second
+    /// encoder gates the latents.
     pub fn backward_needs_hidden(&self) -> bool {
-        self.token_norm != TokenNorm::None
+        self.token_norm != TokenNorm::None || self.glu
     }
 
     /// Whether work that is put on a CUDA stream runs on the plan's device, in its context.
@@ -529,6 +532,11 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
         bytes.extend(number.unwrap_or(0.0).to_le_bytes());
     }
     bytes.extend(gain.into_iter().flat_map(f32::to_le_bytes));
+    if let Some(glu) = &rows.glu {
+        let weights = &glu.weight[k * rows.d_in..][..rows.d_in];
+        bytes.extend(b"glu");
+        bytes.extend([glu.bias[k]].iter().chain(weights).flat_map(|w| w.to_le_bytes()));
+    }
     Sha256::digest(&bytes).into()
 }
 
@@ -556,11 +564,13 @@ fn latent_rows(
         _ => OwnedGate::Relu,
     };
     let signed = latents.signs().iter().zip(latents.weights());
+    let (weight, glu_bias) = side_by_side(rows.weight, rows.glu, rows.d_in);
     OwnedRows {
         d_in: rows.d_in,
-        weight: rows.weight,
+        weight,
         bias: rows.bias,
         scale,
+        glu_bias,
         norm: recipe.token_norm,
         gate,
         sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),

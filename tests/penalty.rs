@@ -14,39 +14,58 @@ use support::{RandomSae, Rng};
 
 /// How a latent comes about.
 #[derive(Clone, Copy, Debug)]
-struct Rule(Architecture, Selection, TokenNorm, Activation);
+struct Rule(Encoder, Architecture, Selection, TokenNorm, Activation);
 
-/// Every architecture and activation; the selections and norms of TopK and other SAEs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Encoder {
+    Plain,
+    /// Gated by the sigmoid of a second one.
+    Glu,
+}
+
+/// Every architecture and activation; the selections and norms of TopK and other SAEs; GLU encoders
+/// with each of them.
 fn rules() -> Vec<Rule> {
     use Activation::{DenseRelu, Native, Preactivation};
     use Architecture::{Gated, JumpRelu, Standard, TopK};
+    use Encoder::{Glu, Plain};
     use Selection::{Groups, Largest, Magnitude};
     use TokenNorm::{Constant, Layer, None};
     vec![
-        Rule(Standard, Largest, None, Native),
-        Rule(JumpRelu, Largest, None, Native),
-        Rule(Gated, Largest, None, Native),
-        Rule(JumpRelu, Largest, None, DenseRelu),
-        Rule(Gated, Largest, None, DenseRelu),
-        Rule(TopK, Largest, None, DenseRelu),
-        Rule(Gated, Largest, None, Preactivation),
-        Rule(TopK, Largest, None, Native),
-        Rule(TopK, Magnitude, None, Native),
-        Rule(TopK, Groups, None, Native),
-        Rule(TopK, Largest, Layer, Native),
-        Rule(TopK, Groups, Constant, Native),
-        Rule(Standard, Largest, Layer, Native),
-        Rule(JumpRelu, Largest, Constant, Native),
-        Rule(Gated, Largest, Layer, Native),
+        Rule(Plain, Standard, Largest, None, Native),
+        Rule(Plain, JumpRelu, Largest, None, Native),
+        Rule(Plain, Gated, Largest, None, Native),
+        Rule(Plain, JumpRelu, Largest, None, DenseRelu),
+        Rule(Plain, Gated, Largest, None, DenseRelu),
+        Rule(Plain, TopK, Largest, None, DenseRelu),
+        Rule(Plain, Gated, Largest, None, Preactivation),
+        Rule(Plain, TopK, Largest, None, Native),
+        Rule(Plain, TopK, Magnitude, None, Native),
+        Rule(Plain, TopK, Groups, None, Native),
+        Rule(Plain, TopK, Largest, Layer, Native),
+        Rule(Plain, TopK, Groups, Constant, Native),
+        Rule(Plain, Standard, Largest, Layer, Native),
+        Rule(Plain, JumpRelu, Largest, Constant, Native),
+        Rule(Plain, Gated, Largest, Layer, Native),
+        Rule(Glu, Standard, Largest, None, Native),
+        Rule(Glu, JumpRelu, Largest, None, Native),
+        Rule(Glu, JumpRelu, Largest, None, DenseRelu),
+        Rule(Glu, JumpRelu, Largest, None, Preactivation),
+        Rule(Glu, TopK, Largest, None, Native),
+        Rule(Glu, TopK, Groups, Constant, Native),
+        Rule(Glu, JumpRelu, Largest, Constant, Native),
+        Rule(Glu, Standard, Largest, Layer, Native),
     ]
 }
 
 impl Rule {
     /// An SAE whose first K latents are blocked; TopK ones have as many more.
     fn sae(self, rng: &mut Rng, d: usize, k: usize) -> RandomSae {
-        let Rule(architecture, selection, token_norm, _) = self;
+        let Rule(encoder, architecture, selection, token_norm, _) = self;
         let f = if architecture == Architecture::TopK { 2 * k } else { k };
-        RandomSae { selection, token_norm, ..RandomSae::new(rng, architecture, d, f) }
+        let sae = RandomSae::new(rng, architecture, d, f);
+        let sae = if encoder == Encoder::Glu { sae.with_glu(rng) } else { sae };
+        RandomSae { selection, token_norm, ..sae }
     }
 }
 
@@ -155,7 +174,7 @@ fn rounding<T: Element>(plan: &Plan) -> f64 {
 /// CPU against reference for one hidden dtype. A latent at its gate's edge may fall on either side
 /// in f32, so those inputs are drawn away from the edge.
 fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
-    for rule @ Rule(_, _, norm, activation) in rules() {
+    for rule @ Rule(.., norm, activation) in rules() {
         for (tokens, k, d) in [(0, 3, 5), (1, 1, 1), (31, 7, 63), (33, 64, 17), (65, 129, 200)] {
             if norm != TokenNorm::None && d == 1 {
                 // One input has no deviation.
@@ -344,20 +363,24 @@ fn nan_reaches_the_loss_unless_masked() {
 }
 
 #[test]
-fn a_topk_plan_needs_a_workspace_to_encode() {
+fn topk_and_glu_plans_need_a_workspace_to_encode() {
     let mut rng = Rng::fresh();
-    let sae = RandomSae::new(&mut rng, Architecture::TopK, 8, 16);
-    let plan = plan(&sae, &latents(&mut rng, 3), BackendKind::Cpu, Activation::Native, 1);
-    let (hidden, mut z) = (rng.normals(8), [f32::NAN; 3]);
-    let error = plan
-        .encode(&mut EncodeArgs {
-            hidden: Tensor::from_slice(&hidden, &[1, 8]).unwrap(),
-            latents: TensorMut::from_slice(&mut z, &[1, 3]).unwrap(),
-            workspace: Scratch::NONE,
-        })
-        .unwrap_err();
-    assert_eq!(error.status, Status::WorkspaceTooSmall, "{error}");
-    assert!(z.iter().all(|z| z.is_nan()), "nothing is written");
+    let topk = RandomSae::new(&mut rng, Architecture::TopK, 8, 16);
+    let glu = RandomSae::new(&mut rng, Architecture::Standard, 8, 16).with_glu(&mut rng);
+    for sae in [topk, glu] {
+        let plan = plan(&sae, &latents(&mut rng, 3), BackendKind::Cpu, Activation::Native, 1);
+        assert!(plan.encode_needs_workspace());
+        let (hidden, mut z) = (rng.normals(8), [f32::NAN; 3]);
+        let error = plan
+            .encode(&mut EncodeArgs {
+                hidden: Tensor::from_slice(&hidden, &[1, 8]).unwrap(),
+                latents: TensorMut::from_slice(&mut z, &[1, 3]).unwrap(),
+                workspace: Scratch::NONE,
+            })
+            .unwrap_err();
+        assert_eq!(error.status, Status::WorkspaceTooSmall, "{error}");
+        assert!(z.iter().all(|z| z.is_nan()), "nothing is written");
+    }
 }
 
 /// Without the whole dictionary, or where other tokens decide, there is no native activation.
@@ -403,6 +426,13 @@ fn identity_follows_what_z_depends_on() {
     assert_eq!(dense, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "no rivals");
     sae.token_norm = TokenNorm::Layer;
     assert_ne!(dense, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "another norm");
+    let mut sae = RandomSae::new(&mut rng, Architecture::Standard, 12, 9).with_glu(&mut rng);
+    let first = of(&sae, &[1, 4], &[1, 1], Activation::Native);
+    sae.glu.as_mut().unwrap().1[4] += 0.25;
+    let second = of(&sae, &[1, 4], &[1, 1], Activation::Native);
+    assert_ne!(first, second, "another bias of the second encoder");
+    sae.glu.as_mut().unwrap().0[4 * 12] += 0.25;
+    assert_ne!(second, of(&sae, &[1, 4], &[1, 1], Activation::Native), "another row of it");
 }
 
 /// What processes that hold some columns each compute together is what one computes alone.

@@ -107,11 +107,11 @@ pub struct blockem_plan_info {
     /// Names the arithmetic: plans with one identity and one numerics give the same z, bit for
     /// bit.
     pub numerics: [c_char; 64],
-    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, and on CUDA
-    /// SAEs that normalise every token.
+    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, GLU encoders,
+    /// and on CUDA SAEs that normalise every token.
     pub encode_needs_workspace: i32,
     /// 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
-    /// token.
+    /// token, and GLU encoders.
     pub backward_needs_hidden: i32,
 }
 versioned!(blockem_plan_info, first_size = 208, last = backward_needs_hidden: i32);

@@ -424,7 +424,7 @@ class Plan(Immutable):
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
     ``device``, ``num_threads``, ``latents``, ``backward_needs_hidden`` (the SAE normalises every
-    token, so that the gradient needs hidden too).
+    token or has a GLU encoder, so that the gradient needs hidden too).
 
     The native activation of a topk SAE compares every latent of the dictionary: the plan keeps
     them all, and a call takes as long as encoding them.

@@ -58,9 +58,9 @@ def penalty(
 
     Returns loss_sum, differentiable once with respect to hidden, and count: 0-d float32 tensors
     (float64 for float64) on hidden's device. The backward pass keeps [..., K] coefficients, not
-    hidden (it keeps both where ``plan.backward_needs_hidden``: the SAE normalises every token); its
-    gradient has hidden's dtype. On CUDA the work is put on torch's current stream and
-    nothing waits for it, so a training step can be captured into a graph.
+    hidden (it keeps both where ``plan.backward_needs_hidden``: the SAE normalises every token or
+    has a GLU encoder); its gradient has hidden's dtype. On CUDA the work is put on torch's current
+    stream and nothing waits for it, so a training step can be captured into a graph.
 
     One operator of torch does it, ``torch.ops.blockem.penalty_forward``: torch.compile keeps it in
     its graph, with fullgraph=True and dynamic=True too, and torch.vmap loops over it;
