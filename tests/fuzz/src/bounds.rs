@@ -52,12 +52,18 @@ fn grow(bytes: usize) {
 
 /// Runs what reads an input of so many bytes; panics if that took more time or memory than it may.
 pub fn bounded<T>(input: usize, read: impl FnOnce() -> T) -> T {
-    let before = LIVE.load(Relaxed);
-    PEAK.store(before, Relaxed);
     let start = processor_time();
-    let result = read();
+    let result = within_memory(input, read);
     let took = processor_time() - start;
     assert!(took <= TIME, "{took:?} of the processor for an input of {input} bytes, {TIME:?} may");
+    result
+}
+
+/// The same with all the time that it takes.
+pub fn within_memory<T>(input: usize, read: impl FnOnce() -> T) -> T {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let result = read();
     let grown = PEAK.load(Relaxed).saturating_sub(before);
     let limit = FACTOR * input + CONSTANT;
     assert!(grown <= limit, "{grown} bytes live at once for an input of {input}, {limit} may");
