@@ -18,5 +18,6 @@ pub mod penalty;
 pub mod penalty_file;
 pub mod plan;
 pub mod sae;
+pub mod stats;
 pub mod tensor;
 pub mod verify;

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ._cache import Cache
 from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
 from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
+from ._stats import Movers, Stats, movers, prompt_shares, stage1
 
 if TYPE_CHECKING:
     from . import torch
@@ -31,14 +32,19 @@ __all__ = [
     "Error",
     "FileError",
     "Latents",
+    "Movers",
     "Penalty",
     "Plan",
     "Sae",
+    "Stats",
     "__version__",
     "base_model_digest",
     "build_info",
     "load_latents",
     "load_sae",
+    "movers",
+    "prompt_shares",
+    "stage1",
     "torch",
 ]
 

@@ -171,7 +171,7 @@ impl Kernels<'_> {
     ///
     /// # Safety
     /// As [`super::Backend`].
-    unsafe fn thresholds(
+    pub unsafe fn thresholds(
         &self,
         threads: &Threads,
         tokens: &Tokens,
@@ -212,14 +212,34 @@ impl Kernels<'_> {
                     hidden.push(call.hidden.row(t).cast_const());
                     latents.push(call.latents.row(t).cast::<f32>());
                 }
-                self.dots(call.hidden.dtype, hidden.get(), latents.get());
-                self.normalize(call.hidden.dtype, hidden.get(), latents.get());
-                for (i, row) in latents.get().iter().enumerate() {
-                    let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
-                    let thresholds = space.map_or(&[][..], |space| space.thresholds(start + i));
-                    let work = Latents { rows: &self.rows, row, thresholds };
-                    with_lanes!(self.isa, L => L::enter(work));
-                }
+                let thresholds =
+                    |i| space.map_or(&[][..], |space: &Space| space.thresholds(start + i));
+                self.latents(call.hidden.dtype, hidden.get(), latents.get(), thresholds);
+            }
+        }
+    }
+
+    /// z of some tokens; `thresholds` are those of token i under a TopK gate.
+    ///
+    /// # Safety
+    /// As [`super::Backend`]: rows of d_in elements and of K numbers.
+    pub unsafe fn latents<'t>(
+        &self,
+        dtype: DType,
+        hidden: &[*const u8],
+        latents: &[*mut f32],
+        thresholds: impl Fn(usize) -> &'t [f32],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.dots(dtype, hidden, latents);
+            for (hidden, latents) in hidden.chunks(SLAB).zip(latents.chunks(SLAB)) {
+                self.normalize(dtype, hidden, latents);
+            }
+            for (i, row) in latents.iter().enumerate() {
+                let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
+                let work = Latents { rows: &self.rows, row, thresholds: thresholds(i) };
+                with_lanes!(self.isa, L => L::enter(work));
             }
         }
     }

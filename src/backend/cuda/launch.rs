@@ -5,7 +5,8 @@ use std::cmp::Reverse;
 use std::ffi::{CStr, c_void};
 
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, StatsCall,
+    Workspace,
 };
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
@@ -41,6 +42,13 @@ const _: () = assert!(RIVALS_AT_ONCE <= TOPK_THREADS * TOPK_OWN);
 const TOPK_SHARED: usize = (TOPK_THREADS * TOPK_OWN + 2 * TOPK_THREADS / 32) * 4;
 /// Tokens whose pre-activations of a part of the rivals are kept at a time.
 pub(super) const TOKENS_AT_ONCE: usize = 4096;
+/// Threads of a CTA of kernels/stats.cu, each with a latent.
+const STATS_THREADS: usize = 64;
+/// Latents of a part of a dictionary: enough threads for the sums. Where latents compete, those that
+/// kernels/topk.cu takes at once.
+const DICTIONARY_PART: usize = 8192;
+/// Numbers of a tile of z: tokens times latents.
+const STATS_TILE: usize = 1 << 23;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
@@ -102,6 +110,7 @@ kernels! {
     Norm c"blockem_norm",
     Pull c"blockem_pull",
     TopK c"blockem_topk",
+    Stats c"blockem_stats",
 }
 
 impl Kernel {
@@ -109,7 +118,7 @@ impl Kernel {
     pub fn shared_limit(self) -> u32 {
         use Kernel::*;
         let bytes = match self {
-            Pack | Norm | Pull => 0,
+            Pack | Norm | Pull | Stats => 0,
             TopK => TOPK_SHARED,
             ReduceLatents | ReduceTotal => REDUCE_SHARED,
             GradientF32Few | GradientF32Wide => gradient_shared(self, DType::F32),
@@ -143,6 +152,7 @@ pub(super) enum Params {
     Norm(NormParams),
     Pull(PullParams),
     TopK(TopKParams),
+    Stats(StatsParams),
 }
 
 impl Params {
@@ -156,6 +166,7 @@ impl Params {
             Params::Norm(p) => (&raw const *p).cast(),
             Params::Pull(p) => (&raw const *p).cast(),
             Params::TopK(p) => (&raw const *p).cast(),
+            Params::Stats(p) => (&raw const *p).cast(),
         }
     }
 
@@ -169,6 +180,7 @@ impl Params {
             Params::Norm(_) => size_of::<NormParams>(),
             Params::Pull(_) => size_of::<PullParams>(),
             Params::TopK(_) => size_of::<TopKParams>(),
+            Params::Stats(_) => size_of::<StatsParams>(),
         };
         // SAFETY: the struct has this size, and no padding: its fields' sizes add up to it.
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size) }
@@ -360,6 +372,20 @@ params! {
         count: u32,
         padded_count: u32,
     }
+
+    /// kernels/stats.cu
+    StatsParams {
+        latents: u64,
+        base: u64,
+        stride: u64,
+        mask: MaskParams,
+        state: u64,
+        state_stride: u64,
+        token_count: u64,
+        tokens: u64,
+        count: u32,
+        accumulate: u32,
+    }
 }
 
 /// A plan's rows in device memory: addresses, 0 where absent.
@@ -427,6 +453,57 @@ impl DeviceTopK {
             scale: if self.gain == 0 { 0 } else { self.gain + (first * size_of::<f32>()) as u64 },
             ..DeviceRows::default()
         }
+    }
+}
+
+/// All rows of a dictionary in device memory, in parts, each packed for itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceDictionary {
+    /// Of all latents. Where they compete, the parts are the rivals' too.
+    pub rows: DeviceRows,
+    /// Latents of a part, and tokens of a tile; tests have less.
+    pub at_once: usize,
+    pub tokens_at_once: usize,
+}
+
+impl DeviceDictionary {
+    /// Without addresses.
+    pub fn new(d_in: usize, count: usize, norm: TokenNorm, gate: GateKind) -> DeviceDictionary {
+        let at_once = if gate == GateKind::TopK { RIVALS_AT_ONCE } else { DICTIONARY_PART };
+        DeviceDictionary {
+            rows: DeviceRows { d_in, count, norm, gate, ..DeviceRows::default() },
+            at_once,
+            tokens_at_once: STATS_TILE / at_once,
+        }
+    }
+
+    /// Bytes of all rows.
+    pub fn packed_bytes(&self) -> usize {
+        let DeviceRows { count, d_in, .. } = self.rows;
+        count / self.at_once * packed_bytes(self.at_once, d_in)
+            + packed_bytes(count % self.at_once, d_in)
+    }
+
+    /// The latents from a multiple of `at_once` on.
+    pub fn part(&self, first: usize) -> DeviceRows {
+        let rows = self.rows;
+        let before = first / self.at_once * packed_bytes(self.at_once, rows.d_in);
+        let of = |start: u64| if start == 0 { 0 } else { start + (first * 4) as u64 };
+        DeviceRows {
+            count: self.at_once.min(rows.count - first),
+            packed: rows.packed + before as u64,
+            bias: of(rows.bias),
+            scale: of(rows.scale),
+            gate_values: of(rows.gate_values),
+            sign_weight: of(rows.sign_weight),
+            topk: rows.topk.map(|gate| DeviceTopK { group: of(gate.group), ..gate }),
+            ..rows
+        }
+    }
+
+    /// The rows as far as tokens are concerned, whatever the latents.
+    fn of_tokens(&self) -> DeviceRows {
+        DeviceRows { count: 0, ..self.rows }
     }
 }
 
@@ -612,6 +689,124 @@ pub(super) fn backward(
     let tokens = Tokens { count, hidden: hidden.unwrap_or(nothing), mask: None };
     let work = Work::new(rows, tokens, call.workspace);
     products.into_iter().flatten().chain(work.gradient(&coef, &grad))
+}
+
+/// Sums over tokens for every latent: blocks of tokens, and of each block the parts of the rows.
+pub(super) fn statistics(
+    dictionary: &DeviceDictionary,
+    call: &StatsCall,
+) -> impl Iterator<Item = Launch> + use<> {
+    let (dictionary, call) = (*dictionary, *call);
+    debug_assert!(
+        call.workspace.size
+            >= stats_workspace_size(&dictionary, call.tokens, call.base_hidden.is_some())
+    );
+    // Without a token there is still a state to begin.
+    let blocks = call.tokens.div_ceil(dictionary.tokens_at_once);
+    let blocks = blocks.max(!call.accumulate as usize);
+    (0..blocks).flat_map(move |block| {
+        let first = block * dictionary.tokens_at_once;
+        let sides = StatsBlock::new(&dictionary, &call, first);
+        let of_tokens = sides
+            .sides
+            .into_iter()
+            .flatten()
+            .flat_map(|side: Work| side.norm(None).into_iter().chain(side.thresholds()));
+        let parts = (0..dictionary.rows.count).step_by(dictionary.at_once);
+        of_tokens.chain(parts.flat_map(move |part| sides.part(&dictionary, &call, part)))
+    })
+}
+
+/// A block of tokens of both models.
+#[derive(Clone, Copy)]
+struct StatsBlock {
+    first: usize,
+    sides: [Option<Work>; 2],
+    /// z of one part.
+    tiles: [u64; 2],
+}
+
+impl StatsBlock {
+    fn new(dictionary: &DeviceDictionary, call: &StatsCall, first: usize) -> StatsBlock {
+        let rows = dictionary.of_tokens();
+        let most = dictionary.tokens_at_once.min(call.tokens);
+        let (own, tile) = (sections(0, &rows, most).1, stats_tile_bytes(dictionary, call.tokens));
+        let start = |i: usize| address(call.workspace.data) + (i * (own + tile)) as u64;
+        let side = |i: usize, hidden: Matrix| {
+            let tokens = Tokens { count: call.tokens, hidden, mask: call.mask };
+            let tokens = tokens.part(first, dictionary.tokens_at_once);
+            Work { rows, tokens, space: sections(start(i), &rows, most).0 }
+        };
+        StatsBlock {
+            first,
+            sides: [Some(side(0, call.hidden)), call.base_hidden.map(|base| side(1, base))],
+            tiles: [0, 1].map(|i| start(i) + own as u64),
+        }
+    }
+
+    /// z of a part's latents, and their sums.
+    fn part(
+        &self,
+        dictionary: &DeviceDictionary,
+        call: &StatsCall,
+        part: usize,
+    ) -> impl Iterator<Item = Launch> + use<> {
+        let rows = dictionary.part(part);
+        let StatsBlock { first, sides, tiles } = *self;
+        let encode = move |(side, tile): (Work, u64)| {
+            let work = Work { rows, ..side };
+            let params = EncodeParams {
+                latents: tile,
+                latents_stride: dictionary_stride(&rows),
+                ..work.encode_params()
+            };
+            (work.tokens.count > 0).then(|| work.encode_launch(params))
+        };
+        let [own, _] = sides;
+        let tokens = own.map_or(0, |own| own.tokens.count);
+        let count = call.token_count.filter(|_| part == 0);
+        let add = Launch {
+            kernel: Kernel::Stats,
+            grid: [rows.count.div_ceil(STATS_THREADS) as u32, 1, 1],
+            block: STATS_THREADS as u32,
+            shared: 0,
+            params: Params::Stats(StatsParams {
+                latents: tiles[0],
+                base: if sides[1].is_some() { tiles[1] } else { 0 },
+                stride: dictionary_stride(&rows),
+                mask: own.map_or(MaskParams::default(), |own| own.tokens.mask_params()),
+                state: address(call.state.data) + (part * 8) as u64,
+                state_stride: call.state.row_stride as u64,
+                token_count: count.map_or(0, |count| address(count.cast())),
+                tokens: tokens as u64,
+                count: rows.count as u32,
+                accumulate: (call.accumulate || first > 0) as u32,
+            }),
+        };
+        let sides = sides.into_iter().zip(tiles).filter_map(|(side, tile)| Some((side?, tile)));
+        sides.filter_map(encode).chain(std::iter::once(add))
+    }
+}
+
+/// Numbers from one token's z to the next.
+fn dictionary_stride(part: &DeviceRows) -> u64 {
+    part.count.next_multiple_of(4) as u64
+}
+
+fn stats_tile_bytes(dictionary: &DeviceDictionary, tokens: usize) -> usize {
+    let latents = dictionary.at_once.min(dictionary.rows.count).next_multiple_of(4);
+    (dictionary.tokens_at_once.min(tokens) * latents * 4).next_multiple_of(SECTION)
+}
+
+/// Bytes of workspace, at a multiple of 64, that [`statistics`] needs.
+pub(super) fn stats_workspace_size(
+    dictionary: &DeviceDictionary,
+    tokens: usize,
+    has_base: bool,
+) -> usize {
+    let most = dictionary.tokens_at_once.min(tokens);
+    let own = sections(0, &dictionary.of_tokens(), most).1 + stats_tile_bytes(dictionary, tokens);
+    (1 + has_base as usize) * own
 }
 
 /// The tokens of a call.

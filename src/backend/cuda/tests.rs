@@ -32,8 +32,8 @@ const ORDERS: [u64; 3] = [0, 1, 0x5eed];
 
 // ---------------------------------------------------------------------------------- the harness
 
-const KERNELS: [&str; 6] =
-    ["encode.cu", "gradient.cu", "norm.cu", "pack.cu", "reduce.cu", "topk.cu"];
+const KERNELS: [&str; 7] =
+    ["encode.cu", "gradient.cu", "norm.cu", "pack.cu", "reduce.cu", "stats.cu", "topk.cu"];
 const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
 /// Neither instrumented nor slow: it touches nothing but its operands.
 const TENSOR_CORE: &str = "tensor_core.cpp";
