@@ -409,3 +409,123 @@ impl Work for AddMoves<'_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::random::Random;
+    use crate::backend::{OwnedGate, TopK, Workspace};
+    use crate::sae::TokenNorm;
+    use crate::tensor::DType;
+
+    /// A dictionary, and hidden states of two models in f32.
+    struct Problem {
+        rows: OwnedRows,
+        hidden: [Vec<f32>; 2],
+        shares: Vec<f32>,
+    }
+
+    impl Problem {
+        fn random(random: &mut Random, [tokens, f, d]: [usize; 3]) -> Problem {
+            let norm = random.pick(&[TokenNorm::None, TokenNorm::Constant, TokenNorm::Layer]);
+            let values: Vec<f32> = random.normals(f).iter().map(|b| 0.3 * b).collect();
+            let topk = TopK {
+                k: 1 + random.below(f.div_ceil(2)),
+                group: vec![0; f],
+                group_ends: vec![f],
+                by_magnitude: random.below(2) == 0,
+                gain: None,
+            };
+            let gate = match random.below(4) {
+                0 => OwnedGate::Relu,
+                1 => OwnedGate::Threshold(values),
+                2 => OwnedGate::Gated(values),
+                _ => OwnedGate::TopK(topk),
+            };
+            Problem {
+                rows: OwnedRows {
+                    d_in: d,
+                    weight: random.rows(f, d, d, norm),
+                    bias: random.normals(f).iter().map(|b| 0.1 * b).collect(),
+                    scale: None,
+                    norm,
+                    gate,
+                    sign_weight: vec![1.0; f],
+                },
+                hidden: [random.normals(tokens * d), random.normals(tokens * d)],
+                shares: (0..tokens).map(|_| random.pick(&[0.0, 1.0, 0.37])).collect(),
+            }
+        }
+
+        fn f(&self) -> usize {
+            self.rows.bias.len()
+        }
+
+        fn stats(&self, threads: usize, isa: Isa) -> CpuStats {
+            let d = self.rows.d_in;
+            let read = |range: std::ops::Range<usize>| {
+                let weight = self.rows.weight[range.start * d..range.end * d].to_vec();
+                Ok(OwnedRows { weight, ..self.rows.borrow().part_without_weight(range) })
+            };
+            CpuStats::with_isa(d, self.f(), &read, threads, isa).unwrap()
+        }
+
+        /// The state after some of the tokens, and their number, in memory of exactly their size.
+        fn update(&self, stats: &CpuStats, state: &mut [f64], count: &mut f64, from: usize, to: usize) {
+            let d = self.rows.d_in;
+            let matrix = |of: usize| Matrix {
+                data: self.hidden[of][from * d..to * d].as_ptr().cast_mut().cast(),
+                dtype: DType::F32,
+                row_stride: d,
+            };
+            let size = stats.workspace_size(to - from, true);
+            let mut space = vec![Line([f32::NAN; LANES]); size.div_ceil(size_of::<Line>())];
+            let call = StatsCall {
+                tokens: to - from,
+                hidden: matrix(0),
+                base_hidden: Some(matrix(1)),
+                mask: Some(Mask {
+                    data: self.shares[from..].as_ptr().cast(),
+                    dtype: DType::F32,
+                    stride: 1,
+                }),
+                state: Matrix {
+                    data: state.as_mut_ptr().cast(),
+                    dtype: DType::F64,
+                    row_stride: self.f(),
+                },
+                token_count: Some(count),
+                accumulate: from > 0,
+                workspace: Workspace { data: space.as_mut_ptr().cast(), size },
+            };
+            // SAFETY: every pointer is that of a vector of the size that the call needs.
+            unsafe { stats.update(&call, Stream::NULL) }.unwrap();
+        }
+    }
+
+    /// The same bits on every instruction set, with any threads, however tokens are cut.
+    #[test]
+    fn every_instruction_set_gives_the_same_sums() {
+        let mut random = Random::fresh();
+        for shape in [[1, 1, 3], [97, 257, 20], [200, 300, 65], [130, 2100, 17], [5, 16, 600]] {
+            let p = Problem::random(&mut random, shape);
+            let mut all: Vec<(Isa, Vec<u64>)> = Vec::new();
+            for (i, isa) in Isa::available().into_iter().enumerate() {
+                let stats = p.stats(1 + i, isa);
+                let mut state = vec![f64::NAN; rows::WITH_BASE * p.f()];
+                let mut count = f64::NAN;
+                let cut = if i == 0 { 0 } else { random.below(shape[0]) };
+                if cut > 0 {
+                    p.update(&stats, &mut state, &mut count, 0, cut);
+                }
+                p.update(&stats, &mut state, &mut count, cut, shape[0]);
+                let bits = state.iter().chain([&count]).map(|x| x.to_bits()).collect();
+                all.push((isa, bits));
+            }
+            assert!(all[0].1.iter().any(|bits| *bits != 0));
+            for (isa, bits) in &all {
+                assert!(*bits == all[0].1, "{isa:?}: {shape:?} {:?}", p.rows.norm);
+            }
+        }
+    }
+}
