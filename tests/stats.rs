@@ -401,51 +401,48 @@ fn arguments_that_do_not_fit_are_refused() {
     let (tokens, f, d) = (5, 12, 4);
     let sae = RandomSae::new(&mut rng, Architecture::TopK, d, f).open();
     let stats = Stats::new(&sae, &PlanOptions::default()).unwrap();
-    let (hidden, mut long) = (rng.normals(tokens * d), vec![7.0f64; rows::WITH_BASE * f]);
-    let mut own = space(stats.workspace_size(tokens, true));
-    let view = || Tensor::from_slice(&hidden, &[tokens, d]).unwrap();
-    let mut check = |expected: Status, word: &str, change: &dyn Fn(&mut StatsArgs<'_>)| {
-        let mut short = vec![7.0f64; rows::ALONE * f];
-        let state = TensorMut::from_slice(&mut short, &[rows::ALONE, f]).unwrap();
-        let workspace = aligned(&mut own).into();
-        let mut args = StatsArgs { workspace, ..StatsArgs::new(view(), state) };
-        change(&mut args);
+    let hidden = rng.normals(tokens * d);
+    let view = |data: &'static [f32], rows, cols| Tensor::from_slice(data, &[rows, cols]).unwrap();
+    let hidden: &'static [f32] = hidden.leak();
+    let refused = |expected: Status, word: &str, mut args: StatsArgs<'_>| {
+        let before = args.state.view().shape().to_vec();
         let error = stats.update(&mut args).unwrap_err();
-        assert_eq!(error.status, expected, "{error}");
+        assert_eq!(error.status, expected, "{error} {before:?}");
         assert!(error.message.contains(word), "{error}");
-        assert!(short.iter().all(|x| *x == 7.0), "nothing is written");
     };
-    check(Status::Shape, "state", &|args| args.base_hidden = Some(view()));
-    check(Status::Shape, "hidden", &|args| {
-        args.hidden = Tensor::from_slice(&hidden, &[d, tokens]).unwrap();
-    });
-    check(Status::Shape, "base_hidden", &|args| {
-        args.base_hidden = Some(Tensor::from_slice(&hidden[d..], &[tokens - 1, d]).unwrap());
-    });
-    let mask = [1u8; 4];
-    check(Status::Shape, "mask", &|args| {
-        args.mask = Some(Tensor::from_slice(&mask, &[4]).unwrap());
-    });
-    check(Status::WorkspaceTooSmall, "workspace", &|args| args.workspace = Scratch::NONE);
+    let (mut own, mut sums) =
+        (space(stats.workspace_size(tokens, true)), vec![7.0; rows::ALONE * f]);
+    let plain = || {
+        let (own, sums): (&mut [u8], &mut [f64]) = (own.clone().leak(), sums.clone().leak());
+        let state = TensorMut::from_slice(sums, &[rows::ALONE, f]).unwrap();
+        let args = StatsArgs::new(view(hidden, tokens, d), state);
+        StatsArgs { workspace: aligned(own).into(), ..args }
+    };
+    assert!(stats.update(&mut plain()).is_ok());
+    let base_hidden = Some(view(hidden, tokens, d));
+    refused(Status::Shape, "state", StatsArgs { base_hidden, ..plain() });
+    let turned = view(hidden, d, tokens);
+    refused(Status::Shape, "hidden", StatsArgs { hidden: turned, ..plain() });
+    let base_hidden = Some(view(&hidden[d..], tokens - 1, d));
+    refused(Status::Shape, "base_hidden", StatsArgs { base_hidden, ..plain() });
+    let mask = Some(Tensor::from_slice(&[1u8; 4], &[4]).unwrap());
+    refused(Status::Shape, "mask", StatsArgs { mask, ..plain() });
+    let workspace = Scratch::NONE;
+    refused(Status::WorkspaceTooSmall, "workspace", StatsArgs { workspace, ..plain() });
+    let mut long = vec![7.0; rows::WITH_BASE * f];
     let state = TensorMut::from_slice(&mut long, &[rows::WITH_BASE, f]).unwrap();
-    let mut args =
-        StatsArgs { workspace: aligned(&mut own).into(), ..StatsArgs::new(view(), state) };
-    assert_eq!(stats.update(&mut args).unwrap_err().status, Status::Shape);
-    let mut narrow = vec![0.0f32; rows::ALONE * f];
+    refused(Status::Shape, "state", StatsArgs { state, ..plain() });
+    let mut narrow = vec![7.0f32; rows::ALONE * f];
     let state = TensorMut::from_slice(&mut narrow, &[rows::ALONE, f]).unwrap();
-    let mut args =
-        StatsArgs { workspace: aligned(&mut own).into(), ..StatsArgs::new(view(), state) };
-    assert_eq!(stats.update(&mut args).unwrap_err().status, Status::Dtype);
+    refused(Status::Dtype, "state", StatsArgs { state, ..plain() });
     // The count among the sums.
-    let mut shared = vec![0.0f64; rows::ALONE * f];
-    let count = shared.as_mut_ptr().cast::<u8>();
-    let state = TensorMut::from_slice(&mut shared, &[rows::ALONE, f]).unwrap();
+    let count = sums.as_mut_ptr().cast::<u8>();
     // SAFETY: the call refuses both and touches neither.
     let count = unsafe { TensorMut::from_raw(count, DType::F64, Device::Cpu, &[1], &[1]).unwrap() };
-    let mut args = StatsArgs {
-        workspace: aligned(&mut own).into(),
-        token_count: Some(count),
-        ..StatsArgs::new(view(), state)
-    };
-    assert_eq!(stats.update(&mut args).unwrap_err().status, Status::Overlap);
+    let state = TensorMut::from_slice(&mut sums, &[rows::ALONE, f]).unwrap();
+    let workspace = aligned(&mut own).into();
+    let args = StatsArgs { workspace, ..StatsArgs::new(view(hidden, tokens, d), state) };
+    refused(Status::Overlap, "token_count", StatsArgs { token_count: Some(count), ..args });
+    assert!([&sums, &long].into_iter().flatten().all(|x| *x == 7.0), "nothing is written");
+    assert!(narrow.iter().all(|x| *x == 7.0), "nothing is written");
 }

@@ -471,7 +471,14 @@ mod tests {
         }
 
         /// The state after some of the tokens, and their number, in memory of exactly their size.
-        fn update(&self, stats: &CpuStats, state: &mut [f64], count: &mut f64, from: usize, to: usize) {
+        fn update(
+            &self,
+            stats: &CpuStats,
+            state: &mut [f64],
+            count: &mut f64,
+            from: usize,
+            to: usize,
+        ) {
             let d = self.rows.d_in;
             let matrix = |of: usize| Matrix {
                 data: self.hidden[of][from * d..to * d].as_ptr().cast_mut().cast(),
