@@ -1366,6 +1366,55 @@ mod tests {
     }
 
     #[test]
+    fn statistics_take_blocks_of_tokens_and_parts_of_the_dictionary() {
+        use Kernel::*;
+        let mut dictionary = DeviceDictionary::new(4096, 20_000, TokenNorm::None, GateKind::Relu);
+        (dictionary.rows.packed, dictionary.rows.bias) = (0x1000, 0x2000);
+        let call = |tokens: usize, accumulate| StatsCall {
+            tokens,
+            hidden: matrix(0x10_0000, DType::BF16, 4096),
+            base_hidden: Some(matrix(0x20_0000, DType::BF16, 4096)),
+            mask: None,
+            state: matrix(0x30_0000, DType::F64, 20_003),
+            token_count: Some(std::ptr::without_provenance_mut(0x40_0000)),
+            accumulate,
+            workspace: Workspace {
+                data: std::ptr::without_provenance_mut(0x50_0000),
+                size: stats_workspace_size(&dictionary, tokens, true),
+            },
+        };
+        let part = |tokens: u32, latents: u32| {
+            let encode = (EncodeBf16Wide, tokens.div_ceil(128) * latents.div_ceil(64));
+            [encode, encode, (Stats, latents.div_ceil(64))]
+        };
+        let block = |tokens| [part(tokens, 8192), part(tokens, 8192), part(tokens, 3616)].concat();
+        let launches: Vec<Launch> = statistics(&dictionary, &call(1500, false)).collect();
+        let found: Vec<(Kernel, u32)> = launches.iter().map(|l| (l.kernel, l.grid[0])).collect();
+        assert_eq!(found, [block(1024), block(476)].concat());
+        let sums = launches.iter().filter_map(|launch| match launch.params {
+            Params::Stats(p) => Some((p.state, p.token_count, p.accumulate, p.tokens, p.count)),
+            _ => None,
+        });
+        let at = |latent: u64| 0x30_0000 + 8 * latent;
+        let expected = [
+            (at(0), 0x40_0000, 0, 1024, 8192),
+            (at(8192), 0, 0, 1024, 8192),
+            (at(16384), 0, 0, 1024, 3616),
+            (at(0), 0x40_0000, 1, 476, 8192),
+            (at(8192), 0, 1, 476, 8192),
+            (at(16384), 0, 1, 476, 3616),
+        ];
+        assert_eq!(sums.collect::<Vec<_>>(), expected);
+        // A tile of z of either model, and no more.
+        let bytes = |tokens| stats_workspace_size(&dictionary, tokens, true);
+        assert!(bytes(100_000) == bytes(1024) && bytes(1024) < (2 << 25) + 4096);
+        // Without a token there is still a state to begin.
+        let begun: Vec<_> = kernels(statistics(&dictionary, &call(0, false)));
+        assert_eq!(begun, [(Stats, 128), (Stats, 128), (Stats, 57)]);
+        assert_eq!(statistics(&dictionary, &call(0, true)).count(), 0);
+    }
+
+    #[test]
     fn without_tokens_only_the_sums_are_written() {
         for norm in [TokenNorm::None, TokenNorm::Constant] {
             let topk = Some(TOPK);
