@@ -190,10 +190,12 @@ impl StatsBackend for CpuStats {
             unsafe { sides.add(&self.kernels(part), worker, part * PART) }
         });
         if let Some(count) = call.token_count {
-            let start = if call.accumulate { unsafe { *count } } else { 0.0 };
-            let share = |t| call.mask.map_or(1.0, |mask: Mask| unsafe { mask.get(t) } as f64);
-            // SAFETY: the caller's promise.
-            unsafe { *count = (0..call.tokens).map(share).fold(start, |sum, m| sum + m) };
+            // SAFETY: the caller's promise: the count and every token's share are there.
+            unsafe {
+                let start = if call.accumulate { *count } else { 0.0 };
+                let share = |t| call.mask.map_or(1.0, |mask: Mask| mask.get(t) as f64);
+                *count = (0..call.tokens).map(share).fold(start, |sum, m| sum + m);
+            }
         }
         Ok(())
     }
