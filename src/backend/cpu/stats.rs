@@ -20,6 +20,8 @@ use crate::tensor::Stream;
 /// Latents of a task, and tokens of a tile: a worker's two tiles stay in the second-level cache.
 const PART: usize = 256;
 const TOKENS: usize = 96;
+/// Tokens for which a sum is loaded and stored once.
+const AT_ONCE: usize = 4;
 const _: () = assert!(PART.is_multiple_of(PANEL) && RIVALS_AT_ONCE.is_multiple_of(PART));
 /// Numbers from one row of a tile to the next: not a power of two, so that they share no cache set.
 const STRIDE: usize = PART + LANES;
@@ -346,16 +348,30 @@ impl Work for AddSums<'_, '_> {
 
     #[inline(always)]
     unsafe fn run(self) {
-        let Sums { sum, square_sum, active, max } = self.sums;
+        let AddSums { z, shares, sums } = self;
+        let count = sums.sum.len();
+        // SAFETY: the caller's promise: a row of so many numbers.
+        let row = |t: usize| unsafe { std::slice::from_raw_parts(z[t], count) };
+        let several = z.len() / AT_ONCE * AT_ONCE;
+        for t in (0..several).step_by(AT_ONCE) {
+            sums.add([row(t), row(t + 1), row(t + 2), row(t + 3)], &shares[t..]);
+        }
+        (several..z.len()).for_each(|t| sums.add([row(t)], &shares[t..]));
+    }
+}
+
+impl Sums<'_> {
+    /// Adds tokens one after the other.
+    #[inline(always)]
+    fn add<const N: usize>(&mut self, tokens: [&[f32]; N], shares: &[f32]) {
+        let Sums { sum, square_sum, active, max } = self;
         let count = sum.len();
         let (square_sum, active) = (&mut square_sum[..count], &mut active[..count]);
-        let max = &mut max[..count];
-        for (row, share) in self.z.iter().zip(self.shares) {
-            // SAFETY: the caller's promise: a row of so many numbers.
-            let row = unsafe { std::slice::from_raw_parts(*row, count) };
-            let share = *share as f64;
-            for k in 0..count {
-                let z = row[k] as f64;
+        let (max, tokens) = (&mut max[..count], tokens.map(|token| &token[..count]));
+        let shares: [f64; N] = std::array::from_fn(|i| shares[i] as f64);
+        for k in 0..count {
+            for (token, share) in tokens.iter().zip(shares) {
+                let z = token[k] as f64;
                 sum[k] += share * z;
                 square_sum[k] += share * (z * z);
                 active[k] += if z != 0.0 { share } else { 0.0 };
@@ -391,16 +407,30 @@ impl Work for AddMoves<'_, '_> {
 
     #[inline(always)]
     unsafe fn run(self) {
-        let Moves { rise, fall } = self.moves;
+        let AddMoves { z, base, shares, moves } = self;
+        let count = moves.rise.len();
+        // SAFETY: the caller's promise: rows of so many numbers.
+        let row = |row: *mut f32| unsafe { std::slice::from_raw_parts(row.cast_const(), count) };
+        let pair = |t: usize| (row(z[t]), row(base[t]));
+        let several = z.len() / AT_ONCE * AT_ONCE;
+        for t in (0..several).step_by(AT_ONCE) {
+            moves.add([pair(t), pair(t + 1), pair(t + 2), pair(t + 3)], &shares[t..]);
+        }
+        (several..z.len()).for_each(|t| moves.add([pair(t)], &shares[t..]));
+    }
+}
+
+impl Moves<'_> {
+    /// Adds tokens, with z of both sides, one after the other.
+    #[inline(always)]
+    fn add<const N: usize>(&mut self, tokens: [(&[f32], &[f32]); N], shares: &[f32]) {
+        let Moves { rise, fall } = self;
         let count = rise.len();
         let fall = &mut fall[..count];
-        for ((z, base), share) in self.z.iter().zip(self.base).zip(self.shares) {
-            // SAFETY: the caller's promise: rows of so many numbers.
-            let (z, base) = unsafe {
-                (std::slice::from_raw_parts(*z, count), std::slice::from_raw_parts(*base, count))
-            };
-            let share = *share as f64;
-            for k in 0..count {
+        let tokens = tokens.map(|(z, base)| (&z[..count], &base[..count]));
+        let shares: [f64; N] = std::array::from_fn(|i| shares[i] as f64);
+        for k in 0..count {
+            for ((z, base), share) in tokens.iter().zip(shares) {
                 // As in the penalty: the difference in f32, its square in f64.
                 let (up, down) = (z[k] - base[k], base[k] - z[k]);
                 let up = if up <= 0.0 { 0.0 } else { up } as f64;
