@@ -195,8 +195,9 @@ pub unsafe extern "C" fn blockem_stats_workspace_size(
 /// into calls, nor on the threads, and z has the bits of blockem_encode. States of several processes
 /// merge: the rows MAX to the larger (NaN wins), all others to the sum; a framework's all-reduce
 /// will do.
-/// A token with m_t = 0 contributes nothing, even if its hidden states are NaN; any other NaN reaches
-/// the sums and the maximum. stream, thread-safety: as blockem_encode; calls on one state must follow
+/// The native activation of a TOPK SAE takes two passes over the rows: one for the k-th largest of
+/// each token, one for z. A token with m_t = 0 contributes nothing, even if its hidden states are NaN,
+/// and costs nothing on the CPU; any other NaN reaches the sums and the maximum. stream, thread-safety: as blockem_encode; calls on one state must follow
 /// each other.
 /// Errors: as blockem_encode, and WORKSPACE_TOO_SMALL.
 #[unsafe(no_mangle)]
