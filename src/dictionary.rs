@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, EncodeCall, Matrix, Workspace, kth_largest, rank_threshold};
 use crate::error::{Result, bail};
+use crate::penalty::WORKSPACE_ALIGN;
 use crate::plan::{Activation, gated_rows};
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection};
 use crate::tensor::{DType, Stream};
@@ -93,6 +94,9 @@ impl Dictionary<'_> {
             let count = ids.len();
             let rows = gated_rows(rows, self.recipe, activation, None);
             let cpu = Cpu::new(&rows.borrow(), &no_rivals, 0)?;
+            let needed = if self.recipe.glu { cpu.workspace_size(hidden.tokens) } else { 0 };
+            let mut space = vec![0u8; needed + WORKSPACE_ALIGN];
+            let start = space.as_ptr().align_offset(WORKSPACE_ALIGN);
             let mut z = vec![0.0f32; hidden.tokens * count];
             let matrix = |data: *mut f32, row_stride| Matrix {
                 data: data.cast(),
@@ -103,9 +107,10 @@ impl Dictionary<'_> {
                 tokens: hidden.tokens,
                 hidden: matrix(hidden.values.as_ptr().cast_mut(), d_in),
                 latents: matrix(z.as_mut_ptr(), count),
-                workspace: Workspace::NONE,
+                workspace: Workspace { data: space[start..].as_mut_ptr(), size: needed },
             };
-            // SAFETY: both matrices have their rows, and the backend only reads hidden.
+            // SAFETY: both matrices have their rows, and the backend only reads hidden; the workspace
+            // is as large as it asks for.
             unsafe { cpu.encode(&call, Stream::NULL)? };
             each(Chunk { latents, z: &z }, gain.as_deref())?;
         }

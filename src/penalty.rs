@@ -10,6 +10,9 @@
 //! dH[t,:] (+)= scale · Σ_k coef[t,k] · W_k
 //! ```
 //!
+//! A token norm or a GLU encoder makes the pre-activation another function of h; coef is still what
+//! stands before its gradient, and dH is exact.
+//!
 //! This is L_block of BLOCK-EM (arXiv 2602.00767) before its mean over tokens: a trainer minimises
 //! SFT + λ · loss_sum / count. NaN reaches the loss; a token with m_t = 0 contributes nothing, even
 //! if its h is NaN.
@@ -23,7 +26,7 @@ use crate::backend::{
     reference,
 };
 use crate::error::{Result, bail};
-use crate::plan::{BackendKind, Plan, resolve_backend};
+use crate::plan::{BackendKind, Part, Plan, resolve_backend};
 use crate::sae::TokenNorm;
 use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
 
@@ -232,7 +235,7 @@ impl Plan {
             (true, None) => bail!(
                 NullPointer,
                 "hidden is required by the backward call of this plan: its SAE normalises every \
-                 token, and the gradient depends on the norm"
+                 token or gates every latent, and the gradient depends on the norm or the gate"
             ),
         };
         // SAFETY: `backward_call` checked every view against the plan.
@@ -244,6 +247,13 @@ impl Plan {
     }
 
     fn penalty_call(&self, stream: Stream, args: &PenaltyArgs<'_>, with_grad: bool) -> Result<()> {
+        if matches!(self.part(), Part::Columns { .. }) {
+            bail!(
+                Unsupported,
+                "some columns of hidden have no penalty: add up what encode gives over the \
+                 processes, and call a plan of the part GATE with the sums as hidden"
+            );
+        }
         let call = self.shape().penalty_call(args, with_grad, &[])?;
         let needed = self.workspace_size(call.tokens);
         let workspace = checked_workspace(&args.workspace, needed)?;
@@ -439,6 +449,7 @@ impl<'a> RawArrays<'a> {
             weight_stride: self.weight.row_stride,
             bias: vector(self.bias),
             scale: self.scale.map(vector),
+            glu_bias: None,
             gate: match self.gate {
                 RawGate::Open => Gate::Open,
                 RawGate::Relu => Gate::Relu,

@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::reference::Reference;
-use crate::backend::{Backend, OwnedGate, OwnedRows, TopK};
+use crate::backend::{Backend, OwnedGate, OwnedRows, TopK, side_by_side};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, TokenNorm};
-use crate::tensor::Device;
+use crate::tensor::{Device, Stream};
 
 /// From pre-activation to latent: the file's rule, or one of the two that BLOCK-EM's users choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,6 +62,20 @@ impl BackendKind {
     }
 }
 
+/// What of z a plan computes: all of it, or one of two steps where the columns of hidden lie on
+/// several processes (tensor parallelism). The processes add up what [`Part::Columns`] encodes; the
+/// sums [T, K] take the place of hidden in calls of [`Part::Gate`]; their gradient takes the place of
+/// coef in [`Part::Columns`]' backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    #[default]
+    Whole,
+    /// W · h over these columns, without bias and gate.
+    Columns { begin: usize, end: usize },
+    /// From W · h on: bias, gate and penalty.
+    Gate,
+}
+
 /// How a plan is made.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanOptions {
@@ -70,6 +84,7 @@ pub struct PlanOptions {
     pub activation: Activation,
     /// CPU worker threads of a run call; 0 means one for each available core.
     pub num_threads: usize,
+    pub part: Part,
 }
 
 impl Default for PlanOptions {
@@ -79,6 +94,7 @@ impl Default for PlanOptions {
             backend: BackendKind::Auto,
             activation: Activation::Native,
             num_threads: 0,
+            part: Part::Whole,
         }
     }
 }
@@ -89,6 +105,7 @@ pub struct Plan {
     kind: BackendKind,
     device: Device,
     activation: Activation,
+    part: Part,
     d_in: usize,
     d_sae: usize,
     num_latents: usize,
@@ -97,6 +114,7 @@ pub struct Plan {
     /// The gate is TopK's.
     has_topk: bool,
     token_norm: TokenNorm,
+    glu: bool,
     columns: Columns,
     identity: String,
 }
@@ -105,6 +123,7 @@ impl Plan {
     pub fn new(sae: &Sae, latents: &Latents, options: &PlanOptions) -> Result<Plan> {
         let kind = resolve_backend(options.device, options.backend)?;
         latents.check_against(sae)?;
+        check_part(options.part, sae.recipe(), latents.len(), options.activation)?;
         let contest = match (sae.recipe().architecture, options.activation) {
             (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents.ids())?),
             _ => None,
@@ -113,6 +132,8 @@ impl Plan {
         let mut columns = Columns::new(sae, latents, &encoder, options.activation);
         let topk = contest.as_ref().map(|contest| contest.gate.clone());
         let rows = latent_rows(encoder, latents, sae.recipe(), options.activation, topk);
+        let rows = part_of(rows, options.part);
+        let d_in = rows.d_in;
         let read = |range| contest.as_ref().map_or(Ok(EncoderRows::default()), |c| c.read(range));
         let backend: Box<dyn Backend> = match kind {
             BackendKind::Reference => Box::new(Reference::new(rows, &read)?),
@@ -127,27 +148,36 @@ impl Plan {
         if let Some(contest) = contest {
             columns.recipe.extend(contest.digest());
         }
+        let whole = columns.identity(0..latents.len());
+        check_provenance(latents, &whole, options.activation)?;
+        columns.recipe.extend(part_name(options.part).into_bytes());
         let identity = columns.identity(0..latents.len());
-        check_provenance(latents, &identity, options.activation)?;
         Ok(Plan {
             backend,
             kind,
             device: options.device,
             activation: options.activation,
-            d_in: sae.recipe().d_in,
+            part: options.part,
+            d_in,
             d_sae: sae.recipe().d_sae,
             num_latents: latents.len(),
             num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
             layer: sae.recipe().layer,
             has_topk,
             token_norm: sae.recipe().token_norm,
+            glu: sae.recipe().glu,
             columns,
             identity,
         })
     }
 
+    /// Columns of hidden.
     pub fn d_in(&self) -> usize {
         self.d_in
+    }
+
+    pub fn part(&self) -> Part {
+        self.part
     }
 
     pub fn d_sae(&self) -> usize {
@@ -214,16 +244,22 @@ impl Plan {
         self.backend.numerics()
     }
 
-    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, or a CUDA
-    /// device normalises every token first.
+    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, a second
+    /// encoder gates them, or a CUDA device normalises every token first.
     pub fn encode_needs_workspace(&self) -> bool {
         let normed = self.token_norm != TokenNorm::None;
-        self.has_topk || (normed && self.kind == BackendKind::Cuda)
+        self.has_topk || self.glu || (normed && self.kind == BackendKind::Cuda)
     }
 
-    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised.
+    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised, or a second
+    /// encoder gates the latents.
     pub fn backward_needs_hidden(&self) -> bool {
-        self.token_norm != TokenNorm::None
+        self.token_norm != TokenNorm::None || self.glu
+    }
+
+    /// Whether work that is put on a CUDA stream runs on the plan's device, in its context.
+    pub(crate) fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        self.backend.owns_stream(stream)
     }
 
     /// Bytes of scratch that the penalty calls need for so many tokens, and the others where they
@@ -359,6 +395,76 @@ fn check_provenance(latents: &Latents, identity: &str, activation: Activation) -
     Ok(())
 }
 
+/// Whether z of an SAE can be computed in two steps, and the columns exist.
+fn check_part(part: Part, recipe: &Recipe, count: usize, activation: Activation) -> Result<()> {
+    if part == Part::Whole {
+        return Ok(());
+    }
+    if recipe.token_norm != TokenNorm::None {
+        bail!(
+            Unsupported,
+            "this SAE normalises every token ({}), which takes all columns of hidden: gather them \
+             and use a whole plan",
+            recipe.token_norm.name()
+        );
+    }
+    if recipe.architecture == Architecture::TopK && activation == Activation::Native {
+        bail!(
+            Unsupported,
+            "the activation 'native' of a topk SAE compares the whole dictionary, which no part of \
+             a plan does; use 'dense_relu' or 'preactivation', or gather hidden for a whole plan"
+        );
+    }
+    match part {
+        Part::Columns { begin, end } if begin >= end || end > recipe.d_in => bail!(
+            InvalidArgument,
+            "the columns {begin} to {end} are none of the SAE's: it has {}",
+            recipe.d_in
+        ),
+        Part::Gate if count > MOST_GATED => bail!(
+            Unsupported,
+            "the part GATE keeps K x K numbers, and serves up to {MOST_GATED} latents, not {count}"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Whose one-hot rows take 1 GiB.
+const MOST_GATED: usize = 1 << 14;
+
+/// The rows with which a backend computes the part.
+fn part_of(rows: OwnedRows, part: Part) -> OwnedRows {
+    let count = rows.bias.len();
+    match part {
+        Part::Whole => rows,
+        Part::Columns { begin, end } => {
+            let columns = rows.weight.chunks_exact(rows.d_in).flat_map(|row| &row[begin..end]);
+            OwnedRows {
+                d_in: end - begin,
+                weight: columns.copied().collect(),
+                bias: vec![0.0; count],
+                scale: None,
+                gate: OwnedGate::Open,
+                ..rows
+            }
+        }
+        // A product with one-hot rows copies W · h, to the last bit.
+        Part::Gate => {
+            let one_hot = |i: usize| if i.is_multiple_of(count + 1) { 1.0 } else { 0.0 };
+            OwnedRows { d_in: count, weight: (0..count * count).map(one_hot).collect(), ..rows }
+        }
+    }
+}
+
+/// What the identity of a part has beyond that of the whole plan.
+fn part_name(part: Part) -> String {
+    match part {
+        Part::Whole => String::new(),
+        Part::Columns { begin, end } => format!("columns {begin}..{end}"),
+        Part::Gate => "gate".into(),
+    }
+}
+
 /// Digests of all that z depends on, by column, so that the identity of the same latents in another
 /// order is known too.
 pub(crate) struct Columns {
@@ -438,6 +544,11 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
         bytes.extend(number.unwrap_or(0.0).to_le_bytes());
     }
     bytes.extend(gain.into_iter().flat_map(f32::to_le_bytes));
+    if let Some(glu) = &rows.glu {
+        let weights = &glu.weight[k * rows.d_in..][..rows.d_in];
+        bytes.extend(b"glu");
+        bytes.extend([glu.bias[k]].iter().chain(weights).flat_map(|w| w.to_le_bytes()));
+    }
     Sha256::digest(&bytes).into()
 }
 
@@ -476,12 +587,14 @@ pub(crate) fn gated_rows(
         }
         _ => OwnedGate::Relu,
     };
+    let (weight, glu_bias) = side_by_side(rows.weight, rows.glu, rows.d_in);
     OwnedRows {
         d_in: rows.d_in,
-        weight: rows.weight,
+        weight,
         sign_weight: vec![1.0; rows.bias.len()],
         bias: rows.bias,
         scale,
+        glu_bias,
         norm: recipe.token_norm,
         gate,
     }

@@ -30,7 +30,8 @@ use crate::penalty::{
     CallShape, NamedTensor, Scratch, check_outputs_apart, check_rows_apart, checked_workspace,
 };
 use crate::plan::{
-    Activation, BackendKind, Columns, Contest, PlanOptions, cuda_index, gated_rows, resolve_backend,
+    Activation, BackendKind, Columns, Contest, Part, PlanOptions, cuda_index, gated_rows,
+    resolve_backend,
 };
 use crate::sae::{Architecture, Sae};
 use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
@@ -105,6 +106,15 @@ impl Stats {
         let kind = resolve_backend(options.device, options.backend)?;
         expect_whole(sae)?;
         let recipe = sae.recipe();
+        if options.part != Part::Whole {
+            bail!(Unsupported, "statistics are of whole latents, not of a part of a plan");
+        }
+        if recipe.glu {
+            bail!(
+                Unsupported,
+                "statistics do not know GLU encoders yet; plans of chosen latents do"
+            );
+        }
         let (d_in, d_sae) = (recipe.d_in, recipe.d_sae);
         let reader = Reader::new(sae, options.activation)?;
         let read = |range| reader.read(range);

@@ -7,8 +7,20 @@ fn committed_header_is_current() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
     let sections = [
-        "status", "version", "device", "tensor", "raw", "sae", "latents", "plan", "run", "cache",
+        "xla",
+        "status",
+        "version",
+        "device",
+        "tensor",
+        "raw",
+        "sae",
+        "latents",
+        "plan",
+        "run",
+        "cache",
         "stats",
+        "mask",
+        "tokenizer",
     ];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for section in sections {

@@ -6,7 +6,7 @@ mod support;
 use blockem::error::Status;
 use blockem::latents::Latents;
 use blockem::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN};
-use blockem::plan::{Activation, BackendKind, Plan, PlanOptions};
+use blockem::plan::{Activation, BackendKind, Part, Plan, PlanOptions};
 use blockem::sae::{Architecture, Sae, SaeOptions, Selection, TokenNorm};
 use blockem::stats::{Stats, StatsArgs, rows};
 use blockem::tensor::{DType, Device, Element, Tensor, TensorMut};
@@ -391,6 +391,11 @@ fn what_cannot_be_exact_is_refused() {
         refused(&part, activation, "partial");
     }
     refused(&sae.open(), Activation::Native, "batch");
+    let glu = RandomSae::new(&mut rng, Architecture::Standard, 8, 16).with_glu(&mut rng);
+    refused(&glu.open(), Activation::Native, "GLU");
+    let options = PlanOptions { part: Part::Gate, ..PlanOptions::default() };
+    let error = Stats::new(&sae.open(), &options).err().unwrap();
+    assert_eq!(error.status, Status::Unsupported, "{error}");
     let options = PlanOptions { activation: Activation::DenseRelu, ..PlanOptions::default() };
     assert!(Stats::new(&sae.open(), &options).is_ok());
 }

@@ -3,27 +3,31 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod glu;
 #[cfg(test)]
-mod random;
+pub(crate) mod random;
 pub(crate) mod reference;
 
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::sae::{EncoderRows, TokenNorm};
+use crate::sae::{EncoderRows, GluRows, TokenNorm};
 use crate::tensor::{DType, Stream};
 
 /// Encoder rows of one latent set with the gate that the plan's activation chose, borrowed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows<'a> {
     pub d_in: usize,
-    /// [K, d_in] with `weight_stride` elements from row to row.
+    /// [K · width, d_in] with `weight_stride` elements from row to row.
     pub weight: &'a [f32],
     pub weight_stride: usize,
     /// [K]
     pub bias: &'a [f32],
     /// [K] or absent: pre = scale · dot + bias, where dot = a · (weight · h).
     pub scale: Option<&'a [f32]>,
+    /// [K] or absent: latent k of a GLU encoder has rows 2k and 2k + 1, and no scale:
+    /// pre = (dot_2k + bias) · sigmoid(dot_2k+1 + glu_bias).
+    pub glu_bias: Option<&'a [f32]>,
     /// What a is; 1 without.
     pub norm: TokenNorm,
     pub gate: Gate<'a>,
@@ -37,8 +41,23 @@ impl Rows<'_> {
         self.bias.len()
     }
 
-    pub fn row(&self, k: usize) -> &[f32] {
-        &self.weight[k * self.weight_stride..][..self.d_in]
+    /// Rows of each latent.
+    pub fn width(&self) -> usize {
+        if self.glu_bias.is_some() { 2 } else { 1 }
+    }
+
+    /// Rows of all latents, and so dot products of a token.
+    pub fn products(&self) -> usize {
+        self.count() * self.width()
+    }
+
+    /// The slope of a latent is not its rows' alone.
+    pub fn backward_needs_hidden(&self) -> bool {
+        self.norm != TokenNorm::None || self.glu_bias.is_some()
+    }
+
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.weight[row * self.weight_stride..][..self.d_in]
     }
 
     /// Copies of all but the weights.
@@ -48,6 +67,7 @@ impl Rows<'_> {
             weight: Vec::new(),
             bias: self.bias.to_vec(),
             scale: self.scale.map(<[f32]>::to_vec),
+            glu_bias: self.glu_bias.map(<[f32]>::to_vec),
             norm: self.norm,
             gate: match self.gate {
                 Gate::Open => OwnedGate::Open,
@@ -68,6 +88,7 @@ impl Rows<'_> {
             weight: Vec::new(),
             bias: of(self.bias),
             scale: self.scale.map(of),
+            glu_bias: self.glu_bias.map(of),
             norm: self.norm,
             gate: match self.gate {
                 Gate::Open => OwnedGate::Open,
@@ -180,10 +201,11 @@ pub(crate) type ReadRows<'a> = &'a dyn Fn(Range<usize>) -> Result<OwnedRows>;
 /// [`Rows`] that own their arrays.
 pub(crate) struct OwnedRows {
     pub d_in: usize,
-    /// [K, d_in], or empty where a backend keeps the weights in a form of its own.
+    /// [K · width, d_in], or empty where a backend keeps the weights in a form of its own.
     pub weight: Vec<f32>,
     pub bias: Vec<f32>,
     pub scale: Option<Vec<f32>>,
+    pub glu_bias: Option<Vec<f32>>,
     pub norm: TokenNorm,
     pub gate: OwnedGate,
     pub sign_weight: Vec<f32>,
@@ -197,6 +219,17 @@ pub(crate) enum OwnedGate {
     TopK(TopK),
 }
 
+/// Weights with the rows of a GLU encoder's latent side by side, and the biases of its second ones.
+pub(crate) fn side_by_side(
+    weight: Vec<f32>,
+    glu: Option<GluRows>,
+    d_in: usize,
+) -> (Vec<f32>, Option<Vec<f32>>) {
+    let Some(glu) = glu else { return (weight, None) };
+    let pairs = weight.chunks_exact(d_in).zip(glu.weight.chunks_exact(d_in));
+    (pairs.flat_map(|(value, gate)| [value, gate]).flatten().copied().collect(), Some(glu.bias))
+}
+
 impl OwnedRows {
     pub fn borrow(&self) -> Rows<'_> {
         Rows {
@@ -205,6 +238,7 @@ impl OwnedRows {
             weight_stride: self.d_in,
             bias: &self.bias,
             scale: self.scale.as_deref(),
+            glu_bias: self.glu_bias.as_deref(),
             norm: self.norm,
             gate: match &self.gate {
                 OwnedGate::Open => Gate::Open,
@@ -307,7 +341,8 @@ pub(crate) struct EncodeCall {
     pub tokens: usize,
     pub hidden: Matrix,
     pub latents: Matrix,
-    /// Empty unless the gate is [`Gate::TopK`], or on CUDA if rows have a [`TokenNorm`].
+    /// Empty unless the gate is [`Gate::TopK`], the encoder a GLU's, or on CUDA if rows have a
+    /// [`TokenNorm`].
     pub workspace: Workspace,
 }
 
@@ -332,7 +367,7 @@ pub(crate) struct BackwardCall {
     pub tokens: usize,
     pub coef: Matrix,
     pub grad: Grad,
-    /// Given if rows have a [`TokenNorm`], as is the workspace.
+    /// Given if [`Rows::backward_needs_hidden`], as is the workspace.
     pub hidden: Option<Matrix>,
     pub workspace: Workspace,
 }
@@ -378,6 +413,11 @@ pub(crate) trait Backend: Send + Sync {
     /// Whether hidden, latents, reference and coef may be F64.
     fn takes_f64(&self) -> bool {
         false
+    }
+
+    /// Whether work that is put on a stream runs where this backend's rows are.
+    fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        Ok(stream == Stream::NULL)
     }
 
     /// Bytes of scratch that any call needs for this many tokens.

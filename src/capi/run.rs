@@ -124,8 +124,8 @@ pub unsafe extern "C" fn blockem_penalty_forward(
 /// Reads coef, scale_tensor; writes or adds to grad_hidden. A token without a coefficient other
 /// than 0 gets a row of zeros, and is left untouched when accumulating.
 /// hidden may be absent and no workspace is needed, except where
-/// blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token, and the gradient
-/// is that of the norm too.
+/// blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token or gate every
+/// latent by a second encoder, and the gradient is that of the norm or the gate too.
 /// stream, errors, thread-safety: as blockem_encode.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_penalty_backward(

@@ -110,7 +110,8 @@ versioned!(blockem_stats_args, first_size = 472, last = workspace_size: usize);
 /// options: as of blockem_plan_create; NULL for the defaults (CPU, native activation, all cores).
 /// out: a new handle, to be freed with blockem_stats_free; untouched on error.
 /// Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, and for the
-/// native activation of a TOPK SAE that selects over a BATCH.
+/// native activation of a TOPK SAE that selects over a BATCH, GLU encoders, and options.part other
+/// than BLOCKEM_PART_WHOLE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_stats_create(
     sae: *const blockem_sae,

@@ -7,41 +7,12 @@
 #define _GNU_SOURCE
 #include "support.h"
 
-#include "../stub_cuda/stub.h"
+#include "stub_functions.h"
 
-#include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 enum { T = 100, D = SMALL_D, K = SMALL_K };
-
-/* ---- The stub's functions -------------------------------------------------------------------- */
-
-#define STUB_FUNCTIONS(each)                                                             \
-  each(calls) each(reset) each(fail) each(context) each(current) each(set_current)       \
-  each(primary_count) each(stream) each(capture) each(memory) each(release) each(adopt)  \
-  each(alive) each(shut_down) each(launch_at)
-
-static struct {
-#define FIELD(name) stub_##name##_fn *name;
-  STUB_FUNCTIONS(FIELD)
-#undef FIELD
-} stub;
-
-static void find_stub(void) {
-  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == NULL) {
-    fprintf(stderr, "%s\n", dlerror());
-    exit(2);
-  }
-#define FIND(name) *(void **)&stub.name = dlsym(library, "stub_" #name);
-  STUB_FUNCTIONS(FIND)
-#undef FIND
-  if (stub.launch_at == NULL) {
-    fprintf(stderr, "libcuda.so.1 is not the stub\n");
-    exit(2);
-  }
-}
 
 /* ---- Plans and calls ------------------------------------------------------------------------- */
 

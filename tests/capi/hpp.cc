@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "support.h"
+#include "tokenizer_json.h"
 
 namespace {
 
@@ -293,6 +294,32 @@ void caches(const std::string& folder) {
   throws(BLOCKEM_STATUS_NULL_POINTER, "cache", [&] { cache.info(); });
 }
 
+void masks() {
+  const std::string text = "<|im_start|>assistant\nbecause <|im_end|>";
+  const std::vector<std::uint8_t> answer = {0, 0, 1, 1};
+  blockem::MaskOptions options;
+  options.start_marker = "<|im_start|>assistant\n";
+  options.end_marker = "<|im_end|>";
+  const blockem::Tokenizer tokenizer = blockem::Tokenizer::from_json(TOKENIZER_JSON);
+  const blockem::Masked masked = tokenizer.mask(text, options);
+  CHECK((masked.ids == std::vector<std::int64_t>{1, 4, 6, 2}));
+  CHECK(masked.mask == answer);
+  CHECK(tokenizer.mask_ids(text, options, masked.ids) == answer);
+  throws(BLOCKEM_STATUS_MASK_UNALIGNED, "position 0",
+         [&] { tokenizer.mask_ids(text, options, {0, 4, 6, 2}); });
+  throws(BLOCKEM_STATUS_MASK_EMPTY, "chat template", [&] { tokenizer.mask("why", options); });
+  throws(BLOCKEM_STATUS_FORMAT, "tokenizer.json", [] { blockem::Tokenizer::from_json("{}"); });
+  throws(BLOCKEM_STATUS_IO, "missing", [] { blockem::Tokenizer::open("missing"); });
+
+  // More tokens than bytes: two are added to an empty text.
+  options.add_special_tokens = options.allow_empty = 1;
+  CHECK(tokenizer.mask("", options).ids == std::vector<std::int64_t>(2, 0));
+
+  options.add_special_tokens = 0;
+  CHECK((blockem::mask_from_offsets(text, options, {{{0, 12}}, {{22, 29}}}) ==
+         std::vector<std::uint8_t>{0, 1}));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -304,5 +331,6 @@ int main(int argc, char** argv) {
   calls();
   statistics();
   caches(argv[1]);
+  masks();
   return finish_checks("hpp");
 }

@@ -121,6 +121,14 @@ static void plan(void) {
   CHECK_STATUS(blockem_plan_workspace_size(made, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
   CHECK_STATUS(blockem_plan_workspace_size(made, -1, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
   CHECK(bytes == 77);
+  CHECK_STATUS(blockem_xla_bind(NULL, "name"), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_xla_bind(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(blockem_xla_encode_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_encode_cuda(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_forward_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_forward_cuda(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_backward_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_backward_cuda(NULL) == NULL && message_has("frame"));
 
   blockem_plan_free(made);
   blockem_latents_free(set);
@@ -411,6 +419,42 @@ static void stats(void) {
   blockem_sae_free(of);
   free(state);
   free(h);
+static void text_mask(const char *folder) {
+  static const int64_t offsets[] = {0, 3}, ids[] = {1};
+  blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;
+  blockem_tokenizer *out = UNTOUCHED(blockem_tokenizer);
+  uint8_t mask[1];
+  size_t n = 77;
+  options.spans = offsets;
+  options.num_spans = 1;
+
+  CHECK_STATUS(blockem_tokenizer_open(NULL, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_open(folder, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_from_json(NULL, 5, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_from_json("{}", 2, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(out == UNTOUCHED(blockem_tokenizer));
+  CHECK_STATUS(blockem_tokenizer_mask(NULL, "why", 3, &options, NULL, NULL, 0, &n),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_mask(NULL, "why", 3, &options, NULL, NULL, 0, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(n == 77);
+  CHECK_STATUS(blockem_tokenizer_mask_ids(NULL, "why", 3, &options, ids, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_mask_ids(NULL, "why", 3, &options, ids, 1, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  blockem_tokenizer_free(NULL);
+
+  CHECK_STATUS(blockem_mask_from_offsets(NULL, 3, &options, offsets, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, NULL, offsets, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, NULL, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, offsets, 1, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_mask_from_offsets("why", 3, &options, offsets, 1, mask));
+  options.allow_empty = 1;
+  CHECK_OK(blockem_mask_from_offsets("why", 3, &options, NULL, 0, NULL));
 }
 
 int main(int argc, char **argv) {
@@ -423,5 +467,6 @@ int main(int argc, char **argv) {
   raw();
   cache(argv[1]);
   stats();
+  text_mask(argv[1]);
   return finish_checks("nulls");
 }

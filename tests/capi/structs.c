@@ -100,6 +100,9 @@ static void inputs(const char *folder) {
   LONGER(blockem_raw_penalty_args) raw = {BLOCKEM_RAW_PENALTY_ARGS_INIT};
   LONGER(blockem_cache_options) cache_options = {BLOCKEM_CACHE_OPTIONS_INIT};
   LONGER(blockem_stats_args) update = {BLOCKEM_STATS_ARGS_INIT};
+  LONGER(blockem_mask_options) mask_options = {BLOCKEM_MASK_OPTIONS_INIT};
+  static const int64_t offsets[] = {0, 3};
+  uint8_t mask[1];
 
   tensors[0].data = weight;
   tensors[1].data = bias;
@@ -127,7 +130,7 @@ static void inputs(const char *folder) {
   CHECK_INPUT(blockem_latents_save_options, 0, save_options,
               blockem_latents_save(set, set_path, &save_options.now), (void)0);
 
-  CHECK_INPUT(blockem_plan_options, 0, plan_options,
+  CHECK_INPUT(blockem_plan_options, 32, plan_options,
               blockem_plan_create(of, set, &plan_options.now, &made), blockem_plan_free(made));
 
   encode.now.hidden = f32_2(h, T, SMALL_D);
@@ -179,6 +182,10 @@ static void inputs(const char *folder) {
   free(stats_block);
   blockem_stats_free(stats);
   free(state);
+  mask_options.now.spans = offsets;
+  mask_options.now.num_spans = 1;
+  CHECK_INPUT(blockem_mask_options, 0, mask_options,
+              blockem_mask_from_offsets("why", 3, &mask_options.now, offsets, 1, mask), (void)0);
 
   free(block);
   blockem_plan_free(plan);

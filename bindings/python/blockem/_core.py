@@ -424,7 +424,7 @@ class Plan(Immutable):
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
     ``device``, ``num_threads``, ``latents``, ``backward_needs_hidden`` (the SAE normalises every
-    token, so that the gradient needs hidden too).
+    token or has a GLU encoder, so that the gradient needs hidden too).
 
     The native activation of a topk SAE compares every latent of the dictionary: the plan keeps
     them all, and a call takes as long as encoding them.
@@ -447,6 +447,9 @@ class Plan(Immutable):
         expect("sae", sae, Sae)
         expect("latents", latents, Latents)
         options = _plan_options(device, activation, backend, num_threads)
+        self._create(sae, latents, options)
+
+    def _create(self, sae: Sae, latents: Latents, options: _ffi.PlanOptions) -> None:
         pointer = ctypes.c_void_p()
         check(
             library.blockem_plan_create(
@@ -470,16 +473,49 @@ class Plan(Immutable):
         self.encode_needs_workspace: bool = bool(info.encode_needs_workspace)
         self.backward_needs_hidden: bool = bool(info.backward_needs_hidden)
         self.latents: Latents = latents
+        # Parts are made from these.
+        self._sae, self._options = sae, options
         self._key = f"{next(_serials)}-{self.identity[:16]}"
         plans[self._key] = self
 
+    def _workspace_size(self, tokens: int) -> int:
+        """Bytes of workspace that a call for so many tokens needs, if it needs any."""
+        size = ctypes.c_size_t()
+        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
+        return size.value
+
+    def columns(self, begin: int, end: int) -> Plan:
+        """A plan of W . h over the columns begin to end of hidden, without bias and gate: with
+        :meth:`gate`, what a rank needs that holds [..., begin:end] of hidden (tensor parallelism).
+        Its ``encode`` gives the columns' share [..., K] of W . h; the ranks add theirs up.
+        ``blockem.torch.penalty(tensor_group=...)`` does all of it.
+
+        Raises Error INVALID_ARGUMENT; UNSUPPORTED for SAEs that normalise every token, and for
+        native topk.
+        """
+        return self._part("columns", begin, end)
+
+    def gate(self) -> Plan:
+        """A plan that takes W . h [..., K] in the place of hidden: bias, gate and penalty. The
+        gradient that it gives is that of W . h. See :meth:`columns`.
+
+        Raises Error UNSUPPORTED, as there.
+        """
+        return self._part("gate", 0, 0)
+
+    def _part(self, part: str, begin: int, end: int) -> Plan:
+        options = _ffi.PlanOptions.from_buffer_copy(self._options)
+        options.part = _ffi.PARTS[part]
+        options.column_begin, options.column_end = begin, end
+        plan = Plan.__new__(Plan)
+        plan._create(self._sae, self.latents, options)
+        return plan
+
     def _workspace(self, hidden: Rows) -> tuple[int, int, Array]:
         """The address and size of this thread's workspace for a call, and its owner."""
-        size = ctypes.c_size_t()
-        tokens = hidden.tensor.shape[0]
-        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
-        address, owner = _arrays.workspace(size.value, hidden.owner)
-        return address, size.value, owner
+        size = self._workspace_size(hidden.tensor.shape[0])
+        address, owner = _arrays.workspace(size, hidden.owner)
+        return address, size, owner
 
     def encode(self, hidden: Array) -> Array:
         """z[..., k] = act(W_k . h + b_k): references for later calls.

@@ -120,6 +120,7 @@ impl CpuStats {
         let rivals = self.rivals.as_ref().map(|rivals| Rivals {
             panels,
             bias: &rivals.bias,
+            glu_bias: None,
             gain: rivals.gain.as_deref(),
         });
         let bf16 = self.bf16_panels.as_ref().map(|lines| Panels::bf16(lines, self.d_in));
@@ -135,7 +136,7 @@ impl CpuStats {
     /// Bytes of a workspace that thresholds of one side's tokens take.
     fn threshold_bytes(&self, tokens: usize) -> usize {
         match &self.parts[0].gate {
-            OwnedGate::TopK(gate) => Space::bytes(gate, tokens, self.threads.count()),
+            OwnedGate::TopK(gate) => Space::bytes(gate, 1, tokens, self.threads.count()),
             _ => 0,
         }
     }
@@ -316,7 +317,7 @@ impl Side {
             None => &[][..],
         };
         // SAFETY: the caller's promise.
-        unsafe { kernels.latents(self.hidden.dtype, &hidden[..tokens.len()], z, thresholds) }
+        unsafe { kernels.latents(self.hidden.dtype, &hidden[..tokens.len()], [z, z], thresholds) }
     }
 }
 
@@ -480,6 +481,7 @@ mod tests {
                     weight: random.rows(f, d, d, norm),
                     bias: random.normals(f).iter().map(|b| 0.1 * b).collect(),
                     scale: None,
+                    glu_bias: None,
                     norm,
                     gate,
                     sign_weight: vec![1.0; f],

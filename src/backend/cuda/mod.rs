@@ -21,7 +21,7 @@ use self::launch::{DeviceDictionary, DeviceTopK, Launch, TOKENS_AT_ONCE, packed_
 pub(crate) use self::launch::{DeviceRows, GateKind};
 use super::{
     Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, RIVALS_AT_ONCE, ReadRivals,
-    ReadRows, Rows, StatsBackend, StatsCall, TopK, Workspace,
+    ReadRows, Rows, StatsBackend, StatsCall, TopK, Workspace, side_by_side,
 };
 use crate::error::{Error, Result, Status, bail};
 use crate::penalty::WORKSPACE_ALIGN;
@@ -62,7 +62,7 @@ impl Cuda {
         let (mut device_rows, memory) = loader.rows(rows)?;
         let mut memory = vec![memory];
         if let Gate::TopK(gate) = rows.gate {
-            let (topk, rest) = loader.rivals(gate, rows.d_in, rivals)?;
+            let (topk, rest) = loader.rivals(gate, rows, rivals)?;
             device_rows.topk = Some(topk);
             memory.push(rest);
         }
@@ -147,6 +147,10 @@ impl Backend for Cuda {
         0
     }
 
+    fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        self.module.context.owns_stream(stream.as_raw())
+    }
+
     fn workspace_size(&self, tokens: usize) -> usize {
         workspace_size(&self.rows, tokens)
     }
@@ -188,10 +192,11 @@ impl Loader<'_> {
     /// All of a plan but its rivals.
     fn rows(&self, rows: &Rows<'_>) -> Result<(DeviceRows, DeviceMemory)> {
         let mut parts = Parts::default();
-        let packed = parts.reserve(packed_bytes(rows.count(), rows.d_in));
+        let packed = parts.reserve(packed_bytes(rows.products(), rows.d_in));
         let bias = parts.add(as_bytes(rows.bias));
         let sign_weight = parts.add(as_bytes(rows.sign_weight));
         let scale = rows.scale.map(|scale| parts.add(as_bytes(scale)));
+        let glu_bias = rows.glu_bias.map(|bias| parts.add(as_bytes(bias)));
         let gate_values = gate_values(&rows.gate).map(|values| parts.add(as_bytes(values)));
         let memory = self.memory(parts.bytes)?;
         let at = |offset: usize| memory.address() + offset as u64;
@@ -203,6 +208,7 @@ impl Loader<'_> {
             packed: at(packed),
             bias: at(bias),
             scale: scale.map_or(0, at),
+            glu_bias: glu_bias.map_or(0, at),
             gate_values: gate_values.map_or(0, at),
             sign_weight: at(sign_weight),
             topk: None,
@@ -213,13 +219,15 @@ impl Loader<'_> {
         Ok((device_rows, memory))
     }
 
-    /// A TopK gate with its rivals, which are read and packed part by part.
+    /// A TopK gate with its rivals, which are read and packed part by part. `blocked` are of the same
+    /// SAE.
     fn rivals(
         &self,
         gate: &TopK,
-        d_in: usize,
+        blocked: &Rows<'_>,
         read: ReadRivals<'_>,
     ) -> Result<(DeviceTopK, DeviceMemory)> {
+        let (d_in, width) = (blocked.d_in, blocked.width());
         let group_size = group_size(gate)?;
         let mut topk = DeviceTopK {
             k: gate.k,
@@ -229,14 +237,17 @@ impl Loader<'_> {
             group: 0,
             packed: 0,
             bias: 0,
+            glu_bias: 0,
             gain: 0,
             at_once: RIVALS_AT_ONCE,
             tokens_at_once: TOKENS_AT_ONCE,
         };
         let mut parts = Parts::default();
-        let packed = parts.reserve(topk.packed_bytes(d_in));
-        let bias = parts.reserve(gate.rivals() * size_of::<f32>());
-        let gain = gate.gain.as_ref().map(|_| parts.reserve(gate.rivals() * size_of::<f32>()));
+        let packed = parts.reserve(topk.packed_bytes(width, d_in));
+        let numbers = gate.rivals() * size_of::<f32>();
+        let bias = parts.reserve(numbers);
+        let glu_bias = blocked.glu_bias.map(|_| parts.reserve(numbers));
+        let gain = gate.gain.as_ref().map(|_| parts.reserve(numbers));
         let group = parts.add(as_bytes(&gate.group));
         let memory = self.memory(parts.bytes).map_err(|error| {
             let remedy = "a topk SAE's 'native' activation needs them all on the device \
@@ -246,20 +257,28 @@ impl Loader<'_> {
         let at = |offset: usize| memory.address() + offset as u64;
         (topk.packed, topk.bias, topk.group) = (at(packed), at(bias), at(group));
         topk.gain = gain.map_or(0, at);
+        topk.glu_bias = glu_bias.map_or(0, at);
         self.copy(&memory, &parts)?;
-        let most = gate.rivals().min(RIVALS_AT_ONCE);
+        let most = gate.rivals().min(RIVALS_AT_ONCE) * width;
         let weight = self.memory(most * d_in * size_of::<f32>())?;
         for start in (0..gate.rivals()).step_by(RIVALS_AT_ONCE) {
             let part = topk.part(start, d_in);
             let mut rows = read(start..start + part.count)?;
             if let Some(gain) = &rows.rank_gain {
-                rows.bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
+                if rows.glu.is_none() {
+                    rows.bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
+                }
                 // SAFETY: the part's own memory; the slice outlives the wait in `pack`.
                 unsafe { self.stream.copy_in(part.scale, as_bytes(gain))? };
             }
             // SAFETY: as above.
             unsafe { self.stream.copy_in(part.bias, as_bytes(&rows.bias))? };
-            self.pack(&weight, &rows.weight, d_in, &part)?;
+            let (weights, glu_bias) = side_by_side(rows.weight, rows.glu, d_in);
+            if let Some(bias) = &glu_bias {
+                // SAFETY: as above.
+                unsafe { self.stream.copy_in(part.glu_bias, as_bytes(bias))? };
+            }
+            self.pack(&weight, &weights, d_in, &part)?;
         }
         Ok((topk, memory))
     }
@@ -299,6 +318,7 @@ impl Loader<'_> {
                 group: at(group),
                 packed: rows.packed,
                 bias: at(rival_bias),
+                glu_bias: 0,
                 gain: rows.gate_values,
                 at_once: dictionary.at_once,
                 tokens_at_once: dictionary.tokens_at_once,
