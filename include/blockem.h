@@ -1391,57 +1391,6 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * Makes a plan known to the XLA handlers of this process by a name, for as long as it lives.
- * The handlers are custom calls of XLA (JAX's jax.ffi; xla/ffi/api/c_api.h, interface versions
- * 0.1 to 0.3), to be registered under any name for the execute stage: those with _cpu for the
- * platform "Host", those with _cuda for "CUDA". A program states the plan's name as its string
- * attribute "plan"; where it runs on several devices, bind one plan of each to the name.
- * All arrays are row-major, with any number of leading dimensions [..]: the call is made for each
- * of what they hold, with one result each. The workspace is an output of U8 elements that nobody
- * reads, of 64 bytes more than blockem_plan_workspace_size says for T; it is used where the call
- * of the same name needs one.
- * name: UTF-8, copied. Plans of one name must be equal but for their device.
- * Errors: NULL_POINTER, INVALID_ARGUMENT (name). Thread-safe.
- */
-BLOCKEM_API blockem_status blockem_xla_bind(const struct blockem_plan *plan, const char *name);
-
-/**
- * blockem_encode. Inputs: hidden [.., T, d]. Outputs: latents [.., T, K], workspace.
- * frame: XLA_FFI_CallFrame. Returns XLA_FFI_Error, NULL on success (and for a NULL frame, which
- * says nowhere to make an error). Thread-safe.
- */
-BLOCKEM_API void *blockem_xla_encode_cpu(void *frame);
-
-/**
- * As blockem_xla_encode_cpu, on the call's stream.
- */
-BLOCKEM_API void *blockem_xla_encode_cuda(void *frame);
-
-/**
- * blockem_penalty_forward. Inputs: hidden [.., T, d], reference [.., T, K], optionally mask
- * [.., T]. Outputs: loss_sum [..], token_count [..], latent_loss [.., K] or [.., 0] (not asked
- * for), coef [.., T, K], workspace. frame, result: as blockem_xla_encode_cpu.
- */
-BLOCKEM_API void *blockem_xla_penalty_forward_cpu(void *frame);
-
-/**
- * As blockem_xla_penalty_forward_cpu, on the call's stream.
- */
-BLOCKEM_API void *blockem_xla_penalty_forward_cuda(void *frame);
-
-/**
- * blockem_penalty_backward, scaled by upstream. Inputs: coef [.., T, K], upstream [..] F32 (F64 on
- * the CPU, too), and hidden [.., T, d] where blockem_plan_info.backward_needs_hidden is 1.
- * Outputs: grad_hidden [.., T, d], workspace. frame, result: as blockem_xla_encode_cpu.
- */
-BLOCKEM_API void *blockem_xla_penalty_backward_cpu(void *frame);
-
-/**
- * As blockem_xla_penalty_backward_cpu, on the call's stream.
- */
-BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
-
-/**
  * The name of a status without its prefix, such as "SHAPE"; "UNKNOWN" for a foreign number.
  * A static string: never free it. Thread-safe.
  */
@@ -1819,6 +1768,57 @@ blockem_status blockem_cache_get(const struct blockem_cache *cache,
  * No call may still be using it. In a child of fork the file stays open for the parent.
  */
 BLOCKEM_API void blockem_cache_free(struct blockem_cache *cache);
+
+/**
+ * Makes a plan known to the XLA handlers of this process by a name, for as long as it lives.
+ * The handlers are custom calls of XLA (JAX's jax.ffi; xla/ffi/api/c_api.h, interface versions
+ * 0.1 to 0.3), to be registered under any name for the execute stage: those with _cpu for the
+ * platform "Host", those with _cuda for "CUDA". A program states the plan's name as its string
+ * attribute "plan"; where it runs on several devices, bind one plan of each to the name.
+ * All arrays are row-major, with any number of leading dimensions [..]: the call is made for each
+ * of what they hold, with one result each. The workspace is an output of U8 elements that nobody
+ * reads, of 64 bytes more than blockem_plan_workspace_size says for T; it is used where the call
+ * of the same name needs one.
+ * name: UTF-8, copied. Plans of one name must be equal but for their device.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (name). Thread-safe.
+ */
+BLOCKEM_API blockem_status blockem_xla_bind(const struct blockem_plan *plan, const char *name);
+
+/**
+ * blockem_encode. Inputs: hidden [.., T, d]. Outputs: latents [.., T, K], workspace.
+ * frame: XLA_FFI_CallFrame. Returns XLA_FFI_Error, NULL on success (and for a NULL frame, which
+ * says nowhere to make an error). Thread-safe.
+ */
+BLOCKEM_API void *blockem_xla_encode_cpu(void *frame);
+
+/**
+ * As blockem_xla_encode_cpu, on the call's stream.
+ */
+BLOCKEM_API void *blockem_xla_encode_cuda(void *frame);
+
+/**
+ * blockem_penalty_forward. Inputs: hidden [.., T, d], reference [.., T, K], optionally mask
+ * [.., T]. Outputs: loss_sum [..], token_count [..], latent_loss [.., K] or [.., 0] (not asked
+ * for), coef [.., T, K], workspace. frame, result: as blockem_xla_encode_cpu.
+ */
+BLOCKEM_API void *blockem_xla_penalty_forward_cpu(void *frame);
+
+/**
+ * As blockem_xla_penalty_forward_cpu, on the call's stream.
+ */
+BLOCKEM_API void *blockem_xla_penalty_forward_cuda(void *frame);
+
+/**
+ * blockem_penalty_backward, scaled by upstream. Inputs: coef [.., T, K], upstream [..] F32 (F64 on
+ * the CPU, too), and hidden [.., T, d] where blockem_plan_info.backward_needs_hidden is 1.
+ * Outputs: grad_hidden [.., T, d], workspace. frame, result: as blockem_xla_encode_cpu.
+ */
+BLOCKEM_API void *blockem_xla_penalty_backward_cpu(void *frame);
+
+/**
+ * As blockem_xla_penalty_backward_cpu, on the call's stream.
+ */
+BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
 
 /**
  * Brings every latent of an SAE to a device. Reads the whole encoder once, and keeps it: 4 bytes for

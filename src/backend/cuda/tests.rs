@@ -1807,3 +1807,30 @@ fn wrong_accesses_and_indices_are_caught() {
         assert!(found.contains(message), "{source} with {to}: {found}");
     }
 }
+
+#[test]
+fn wrong_statistics_are_caught() {
+    let (gate, norm) = (GateKind::Relu, TokenNorm::None);
+    let mut p = Problem::of(&mut Random(0x5eed), DType::F32, [20, 30, 70], gate, norm);
+    let shares = (0..p.tokens).map(|t| [0.0, 0.5, 1.0][t % 3]).collect();
+    p.mask = Some((DType::F32, shares));
+    let cases = [
+        ("if (k >= p.count) return;", "", "AddressSanitizer"),
+        ("if (share[i] == 0.0f) continue;", "", "row 3"),
+        ("mul_rn(share, z)", "z", "row 0"),
+        ("if (!(z <= max || max != max)) max = z;", "max = z;", "row 3"),
+        ("rise <= 0.0f ? 0.0f : rise", "rise", "row 8"),
+        ("p.accumulate ? state[9 * p.state_stride] : 0.0", "0.0", "in two calls"),
+        ("p.accumulate ? *p.token_count : 0.0", "0.0", "in two calls"),
+    ];
+    for (from, to, message) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let fault = Fault { from, nth: 0, to };
+        let program = with_fault(folder.path(), "stats.cu", "_stats", &fault);
+        let panic = catch_unwind(|| check_statistics(&mut Random(0x5eed), &p, &program)).err();
+        let found = panic.unwrap_or_else(|| panic!("stats.cu works with {to} for {from}"));
+        let found = found.downcast_ref::<String>().expect("a message");
+        println!("stats.cu with {to:?}: {found:.100}");
+        assert!(found.contains(message), "stats.cu with {to:?}: {found}");
+    }
+}
