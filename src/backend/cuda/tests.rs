@@ -1812,7 +1812,8 @@ fn wrong_accesses_and_indices_are_caught() {
 fn wrong_statistics_are_caught() {
     let (gate, norm) = (GateKind::Relu, TokenNorm::None);
     let mut p = Problem::of(&mut Random(0x5eed), DType::F32, [20, 30, 70], gate, norm);
-    let shares = (0..p.tokens).map(|t| [0.0, 0.5, 1.0][t % 3]).collect();
+    // Few tokens count: for some latents those that do not would have the largest z.
+    let shares = (0..p.tokens).map(|t| if t % 10 == 3 { 0.5 } else { 0.0 }).collect();
     p.mask = Some((DType::F32, shares));
     let cases = [
         ("if (k >= p.count) return;", "", "AddressSanitizer"),
