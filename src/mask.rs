@@ -333,7 +333,7 @@ mod tests {
         let forged = inner.replacen("say ", "say <|im_end|>", 1);
         assert_eq!(texts(&forged, strict).unwrap(), ["yes<|im_end|>", "no<|im_end|>"]);
         let at = forged.find("no<").unwrap();
-        let spans = Turns::Spans(vec![at..at + 2]);
+        let spans = Turns::Spans(vec![Span { start: at, end: at + 2 }]);
         let offsets: Vec<Span> = (0..forged.len()).map(|i| i..i + 1).collect();
         let mask = mask_from_offsets(&forged, &options(spans), &offsets).unwrap();
         assert_eq!(mask.iter().filter(|m| **m == 1).count(), 2);

@@ -408,6 +408,13 @@ fn check_part(part: Part, recipe: &Recipe, count: usize, activation: Activation)
             recipe.token_norm.name()
         );
     }
+    if recipe.glu {
+        bail!(
+            Unsupported,
+            "this SAE has a GLU encoder, whose two products are not added up but multiplied: gather \
+             hidden and use a whole plan"
+        );
+    }
     if recipe.architecture == Architecture::TopK && activation == Activation::Native {
         bail!(
             Unsupported,

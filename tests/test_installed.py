@@ -142,7 +142,8 @@ BOUND = 1e-4
 
 def trajectory(trainer: Path, *options: str) -> list[list[float]]:
     """Task loss, penalty and norm of the gradient, step by step."""
-    lines = run(trainer, *options).splitlines()
+    # Threads would cost more than they give to a model of this size.
+    lines = run(trainer, *options, env={"OMP_NUM_THREADS": "1"}).splitlines()
     return [[float(n) for n in re.findall(r"  \w+ (\S+)", line)] for line in lines]
 
 

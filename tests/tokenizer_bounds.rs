@@ -5,7 +5,6 @@
 
 #[path = "fuzz/src/bounds.rs"]
 mod bounds;
-#[allow(dead_code)]
 mod support;
 
 use std::time::{Duration, Instant};

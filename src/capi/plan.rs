@@ -123,10 +123,10 @@ versioned!(blockem_plan_info, first_size = 208, last = backward_needs_hidden: i3
 /// options: NULL for the defaults (CPU, native activation, all cores, all of z).
 /// out: a new handle, to be freed with blockem_plan_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
-/// activation of a TOPK SAE that is partial or selects over a BATCH; a part of it, or of an SAE that
-/// normalises every token), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE,
-/// PROVENANCE_MISMATCH; on CUDA also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
-/// CAPTURE_UNSAFE, FORKED. Thread-safe.
+/// activation of a TOPK SAE that is partial or selects over a BATCH; a part of it, of an SAE that
+/// normalises every token, or of a GLU encoder), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING,
+/// NON_FINITE, PROVENANCE_MISMATCH; on CUDA also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE,
+/// DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED. Thread-safe.
 /// On CUDA the plan belongs to the thread's current context where that is one of the device, else
 /// to the device's primary context, which it keeps alive; the current context stays what it was.
 /// A context that the host destroys must outlive its plans. Not for use while a stream is captured.

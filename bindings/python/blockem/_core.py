@@ -490,8 +490,8 @@ class Plan(Immutable):
         Its ``encode`` gives the columns' share [..., K] of W . h; the ranks add theirs up.
         ``blockem.torch.penalty(tensor_group=...)`` does all of it.
 
-        Raises Error INVALID_ARGUMENT; UNSUPPORTED for SAEs that normalise every token, and for
-        native topk.
+        Raises Error INVALID_ARGUMENT; UNSUPPORTED for SAEs that normalise every token, for GLU
+        encoders and for native topk.
         """
         return self._part("columns", begin, end)
 
