@@ -419,6 +419,8 @@ static void stats(void) {
   blockem_sae_free(of);
   free(state);
   free(h);
+}
+
 static void text_mask(const char *folder) {
   static const int64_t offsets[] = {0, 3}, ids[] = {1};
   blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;

@@ -170,7 +170,7 @@ static void inputs(const char *folder) {
               blockem_cache_free(cache));
 
   plan_options.now.num_threads = 1;
-  CHECK_INPUT(blockem_plan_options, 0, plan_options,
+  CHECK_INPUT(blockem_plan_options, 32, plan_options,
               blockem_stats_create(of, &plan_options.now, &stats), blockem_stats_free(stats));
   CHECK_OK(blockem_stats_create(of, &plan_options.now, &stats));
   update.now.hidden = f32_2(h, T, SMALL_D);
@@ -182,6 +182,7 @@ static void inputs(const char *folder) {
   free(stats_block);
   blockem_stats_free(stats);
   free(state);
+
   mask_options.now.spans = offsets;
   mask_options.now.num_spans = 1;
   CHECK_INPUT(blockem_mask_options, 0, mask_options,
