@@ -401,6 +401,66 @@
 #define BLOCKEM_CACHE_KEY_SIZE 32
 
 /**
+ * Row of blockem_stats_args.state: sum_t m_t z[t,k].
+ */
+#define BLOCKEM_STATS_SUM 0
+
+/**
+ * sum_t m_t z[t,k]^2
+ */
+#define BLOCKEM_STATS_SQUARE_SUM 1
+
+/**
+ * sum_t m_t where z[t,k] is not 0
+ */
+#define BLOCKEM_STATS_ACTIVE 2
+
+/**
+ * The largest z[t,k] of a token with m_t != 0, whatever its share; minus infinity without one.
+ */
+#define BLOCKEM_STATS_MAX 3
+
+/**
+ * SUM of the base model's z, as the three that follow.
+ */
+#define BLOCKEM_STATS_BASE_SUM 4
+
+/**
+ * Its SQUARE_SUM.
+ */
+#define BLOCKEM_STATS_BASE_SQUARE_SUM 5
+
+/**
+ * Its ACTIVE.
+ */
+#define BLOCKEM_STATS_BASE_ACTIVE 6
+
+/**
+ * Its MAX.
+ */
+#define BLOCKEM_STATS_BASE_MAX 7
+
+/**
+ * sum_t m_t relu(z[t,k] - zbase[t,k])^2: what the penalty would be of latent k in K+.
+ */
+#define BLOCKEM_STATS_RISE_SQUARE_SUM 8
+
+/**
+ * sum_t m_t relu(zbase[t,k] - z[t,k])^2: and in K-.
+ */
+#define BLOCKEM_STATS_FALL_SQUARE_SUM 9
+
+/**
+ * Rows of a state of one model.
+ */
+#define BLOCKEM_STATS_ROWS 4
+
+/**
+ * Rows of a state with base_hidden.
+ */
+#define BLOCKEM_STATS_ROWS_WITH_BASE 10
+
+/**
  * The end marker is part of the assistant's text, which so learns to stop.
  */
 #define BLOCKEM_CLOSING_INCLUDE 0
@@ -447,6 +507,12 @@ typedef struct blockem_plan blockem_plan;
  * An opened sparse autoencoder. Immutable; any thread may use it.
  */
 typedef struct blockem_sae blockem_sae;
+
+/**
+ * All latents of an SAE on a device, for sums over tokens. Never changes after creation, so any
+ * number of threads may use it at once; the sums are the caller's.
+ */
+typedef struct blockem_stats blockem_stats;
 
 /**
  * A tokenizer, of the file tokenizer.json. Immutable; any thread may use it, and a child of fork.
@@ -1147,6 +1213,111 @@ typedef struct blockem_cache_info {
 } blockem_cache_info;
 
 /**
+ * What statistics are of. Filled by blockem_stats_info_get.
+ */
+typedef struct blockem_stats_info {
+  /**
+   * sizeof(blockem_stats_info), set by BLOCKEM_STATS_INFO_INIT.
+   */
+  size_t struct_size;
+  /**
+   * d: columns of hidden.
+   */
+  int64_t d_in;
+  /**
+   * F: columns of the state.
+   */
+  int64_t d_sae;
+  /**
+   * 0-based decoder block whose output is read; -1 when the SAE does not say.
+   */
+  int64_t layer;
+  /**
+   * BLOCKEM_DEVICE_...
+   */
+  int32_t device_type;
+  /**
+   * Which device of that type.
+   */
+  int32_t device_index;
+  /**
+   * BLOCKEM_BACKEND_... that was chosen, never AUTO.
+   */
+  int32_t backend;
+  /**
+   * BLOCKEM_ACTIVATION_...
+   */
+  int32_t activation;
+  /**
+   * Worker threads of a run call; 0 on CUDA.
+   */
+  int32_t num_threads;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * blockem_plan_info.identity of a plan of all latents in the dictionary's order: states of one
+   * identity merge.
+   */
+  char identity[72];
+  /**
+   * As blockem_plan_info.numerics: z has the bits of a plan of that name.
+   */
+  char numerics[64];
+} blockem_stats_info;
+
+/**
+ * Arguments of blockem_stats_update. All tensors belong to the caller, live on the device of the
+ * statistics and are only touched until the call's work is done. Rows may be strided; the elements
+ * of a row are adjacent. Outputs overlap nothing else.
+ */
+typedef struct blockem_stats_args {
+  /**
+   * sizeof(blockem_stats_args), set by BLOCKEM_STATS_ARGS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [T, d] F32, F16 or BF16.
+   */
+  struct blockem_tensor hidden;
+  /**
+   * [T, d] F32, F16 or BF16, optional: the base model's hidden states of the same tokens.
+   */
+  struct blockem_tensor base_hidden;
+  /**
+   * [T] U8 or BOOL (not 0 counts once) or F32 m_t, the token's share; absent means 1 for each
+   * token. With shares of 1 / (tokens of the prompt) sums are those of each prompt's mean.
+   */
+  struct blockem_tensor mask;
+  /**
+   * [BLOCKEM_STATS_ROWS, F] F64, with base_hidden [BLOCKEM_STATS_ROWS_WITH_BASE, F]: the rows
+   * BLOCKEM_STATS_..., written.
+   */
+  struct blockem_tensor state;
+  /**
+   * [1] F64, optional: sum_t m_t.
+   */
+  struct blockem_tensor token_count;
+  /**
+   * 0 overwrites state and token_count; 1 goes on from what they hold.
+   */
+  int32_t accumulate;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * Scratch memory on the device of the statistics, starting at a multiple of 64 bytes.
+   */
+  void *workspace;
+  /**
+   * Its bytes; at least what blockem_stats_workspace_size says.
+   */
+  size_t workspace_size;
+} blockem_stats_args;
+
+/**
  * Where the assistant's text is in a rendered conversation: in spans, which the caller knows from
  * rendering it, or between the markers of a chat template. Text is UTF-8 and counted in bytes.
  * Markers are found wherever they stand, also in a user's message: turn_marker finds most of
@@ -1650,6 +1821,64 @@ BLOCKEM_API void *blockem_xla_penalty_backward_cpu(void *frame);
 BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
 
 /**
+ * Brings every latent of an SAE to a device. Reads the whole encoder once, and keeps it: 4 bytes for
+ * each weight on the CPU (8 where it has bf16 dot products, see blockem_stats_info.numerics), 6 on
+ * CUDA. The SAE may be freed.
+ * options: as of blockem_plan_create; NULL for the defaults (CPU, native activation, all cores).
+ * out: a new handle, to be freed with blockem_stats_free; untouched on error.
+ * Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, and for the
+ * native activation of a TOPK SAE that selects over a BATCH, GLU encoders, and options.part other
+ * than BLOCKEM_PART_WHOLE.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_create(const struct blockem_sae *sae,
+                                    const struct blockem_plan_options *options,
+                                    struct blockem_stats **out);
+
+/**
+ * Describes statistics.
+ * Errors: NULL_POINTER, STRUCT_SIZE. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_info_get(const struct blockem_stats *stats,
+                                      struct blockem_stats_info *info);
+
+/**
+ * Writes the bytes of workspace that blockem_stats_update needs for so many tokens, with base_hidden
+ * (has_base 1) or without (0); it may be 0. It hardly grows with the tokens.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (negative tokens, another has_base). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_workspace_size(const struct blockem_stats *stats,
+                                            int64_t tokens,
+                                            int32_t has_base,
+                                            size_t *bytes);
+
+/**
+ * Sums over tokens of every latent of the dictionary, without an array [T, F]: for z of hidden, and
+ * with base_hidden for the base model's and for the difference. The rows BLOCKEM_STATS_... of state
+ * have the formulas.
+ * Each sum is one chain in f64, in the order of the tokens: it does not depend on how they are cut
+ * into calls, nor on the threads, and z has the bits of blockem_encode. States of several processes
+ * merge: the rows MAX to the larger (NaN wins), all others to the sum; a framework's all-reduce
+ * will do.
+ * The native activation of a TOPK SAE takes two passes over the rows: one for the k-th largest of
+ * each token, one for z. A token with m_t = 0 contributes nothing, even if its hidden states are NaN,
+ * and costs nothing on the CPU; any other NaN reaches the sums and the maximum. stream, thread-safety: as blockem_encode; calls on one state must follow
+ * each other.
+ * Errors: as blockem_encode, and WORKSPACE_TOO_SMALL.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_update(const struct blockem_stats *stats,
+                                    const struct blockem_stats_args *args,
+                                    void *stream);
+
+/**
+ * Frees statistics; NULL is legal. As blockem_plan_free.
+ */
+BLOCKEM_API void blockem_stats_free(struct blockem_stats *stats);
+
+/**
  * The mask of tokens whose places in the text are known, from any tokenizer. A token is marked
  * where any byte that it stands for is the assistant's (options.border decides on those of which
  * others are not).
@@ -1769,6 +1998,11 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
     BLOCKEM_TENSOR_INIT, 0, 0, 1.0, BLOCKEM_TENSOR_INIT, NULL, 0 }
 #define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL }
 #define BLOCKEM_CACHE_INFO_INIT { sizeof(blockem_cache_info), 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define BLOCKEM_STATS_INFO_INIT \
+  { sizeof(blockem_stats_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define BLOCKEM_STATS_ARGS_INIT \
+  { sizeof(blockem_stats_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
+    BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, 0, 0, NULL, 0 }
 #define BLOCKEM_MASK_OPTIONS_INIT \
   { sizeof(blockem_mask_options), NULL, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_RAW_PENALTY_ARGS_INIT \

@@ -18,7 +18,7 @@
  *     plan.penalty(args);
  *
  * Shapes, dtypes and formulas are those of blockem.h. T tokens, d columns of hidden, K latents.
- * Ownership: Sae, Latents, Plan, Cache and Tokenizer own their handle and are move-only; a Plan
+ * Ownership: Sae, Latents, Plan, Stats, Cache and Tokenizer own their handle and are move-only; a Plan
  *   outlives the Sae and the Latents that it was made from. Tensors are views: the caller owns their
  *   memory.
  * Threads: handles are immutable, so const members may be called from any number of threads at
@@ -329,6 +329,21 @@ struct PenaltyArgs : blockem_penalty_args {
   }
 };
 
+/// Arguments of Stats::update.
+struct StatsArgs : blockem_stats_args {
+  StatsArgs() : blockem_stats_args BLOCKEM_STATS_ARGS_INIT {}
+  /// Memory of the statistics' device that the caller owns, until the call's work is done.
+  void use(void* scratch, std::size_t bytes) noexcept {
+    workspace = scratch;
+    workspace_size = bytes;
+  }
+  /// The workspace must live until the call returns and serve no other call meanwhile.
+  void use(const Workspace& scratch) noexcept {
+    workspace = scratch.data();
+    workspace_size = scratch.size();
+  }
+};
+
 /// Arguments of raw_forward and raw_backward.
 struct RawPenaltyArgs : blockem_raw_penalty_args {
   RawPenaltyArgs() : blockem_raw_penalty_args BLOCKEM_RAW_PENALTY_ARGS_INIT {}
@@ -576,6 +591,45 @@ inline void Latents::save(const std::string& path, const Plan& plan, const Sae& 
   options.sae = sae.get();
   check(blockem_latents_save(get(), path.c_str(), &options));
 }
+
+/// All latents of an SAE on a device, for sums over tokens of each.
+class Stats : public detail::Handle<blockem_stats, blockem_stats_free> {
+ public:
+  using Handle::Handle;
+
+  explicit Stats(const Sae& sae, const PlanOptions& options = PlanOptions())
+      : Handle(create(sae, options)) {}
+
+  blockem_stats_info info() const {
+    blockem_stats_info info = BLOCKEM_STATS_INFO_INIT;
+    check(blockem_stats_info_get(get(), &info));
+    return info;
+  }
+
+  /// Bytes that update needs for so many tokens.
+  std::size_t workspace_size(std::int64_t tokens, bool has_base) const {
+    std::size_t bytes = 0;
+    check(blockem_stats_workspace_size(get(), tokens, has_base ? 1 : 0, &bytes));
+    return bytes;
+  }
+
+  /// Host memory for updates of up to so many tokens (CPU).
+  Workspace workspace(std::int64_t tokens, bool has_base) const {
+    return Workspace(workspace_size(tokens, has_base));
+  }
+
+  /// Sums over more tokens, into args.state.
+  void update(const blockem_stats_args& args, void* stream = nullptr) const {
+    check(blockem_stats_update(get(), &args, stream));
+  }
+
+ private:
+  static blockem_stats* create(const Sae& sae, const PlanOptions& options) {
+    blockem_stats* stats = nullptr;
+    check(blockem_stats_create(sae.get(), &options, &stats));
+    return stats;
+  }
+};
 
 struct CacheOptions : blockem_cache_options {
   CacheOptions() : blockem_cache_options BLOCKEM_CACHE_OPTIONS_INIT {}

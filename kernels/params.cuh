@@ -188,3 +188,20 @@ struct ReduceParams {
     uint32_t count;
     uint32_t padded_count;
 };
+
+// z of a block of tokens for a part of a dictionary, and the sums that it is added to.
+struct StatsParams {
+    // [tokens, count]; base null for one model.
+    const float *latents;
+    const float *base;
+    uint64_t stride;
+    MaskParams mask;
+    // The first sum of the part's first latent, and numbers from one row of sums to the next.
+    double *state;
+    uint64_t state_stride;
+    // Null, or where the tokens' shares are added up too.
+    double *token_count;
+    uint64_t tokens;
+    uint32_t count;
+    uint32_t accumulate;
+};

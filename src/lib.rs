@@ -20,6 +20,7 @@ pub mod penalty;
 pub mod penalty_file;
 pub mod plan;
 pub mod sae;
+pub mod stats;
 pub mod tensor;
 pub mod tokenizer;
 pub mod verify;

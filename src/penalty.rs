@@ -102,7 +102,7 @@ impl Scratch<'_> {
     }
 
     /// Its bytes, to compare addresses with.
-    fn view(&self) -> Result<Tensor<'_>> {
+    pub(crate) fn view(&self) -> Result<Tensor<'_>> {
         // SAFETY: nothing is read through it.
         unsafe { Tensor::from_raw(self.data, DType::U8, Device::Cpu, &[self.size], &[1]) }
     }
@@ -154,7 +154,7 @@ pub struct RawRows<'a> {
     pub gate_scale: Option<Tensor<'a>>,
 }
 
-type NamedTensor<'a> = (&'static str, Option<Tensor<'a>>);
+pub(crate) type NamedTensor<'a> = (&'static str, Option<Tensor<'a>>);
 
 impl<'a> RawRows<'a> {
     fn named(&self) -> [NamedTensor<'a>; 6] {
@@ -500,7 +500,7 @@ fn checked_or_own(given: &Scratch<'_>, own: &mut Vec<u8>, needed: usize) -> Resu
 /// Workspaces must start at a multiple of this.
 pub const WORKSPACE_ALIGN: usize = 64;
 
-fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
+pub(crate) fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
     if given.size < needed {
         bail!(
             WorkspaceTooSmall,
@@ -515,11 +515,11 @@ fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
 }
 
 /// What every view of a call is compared with.
-struct CallShape {
-    d_in: usize,
-    num_latents: usize,
-    device: Device,
-    takes_f64: bool,
+pub(crate) struct CallShape {
+    pub d_in: usize,
+    pub num_latents: usize,
+    pub device: Device,
+    pub takes_f64: bool,
 }
 
 impl CallShape {
@@ -529,7 +529,7 @@ impl CallShape {
     }
 
     fn encode_call(&self, args: &EncodeArgs<'_>) -> Result<EncodeCall> {
-        let (tokens, hidden) = self.hidden(&args.hidden)?;
+        let (tokens, hidden) = self.hidden("hidden", &args.hidden)?;
         let out = args.latents.view();
         let latents = self.matrix("latents", out, tokens, self.num_latents, self.values())?;
         check_rows_apart("latents", out)?;
@@ -546,7 +546,7 @@ impl CallShape {
         with_grad: bool,
         rows: &[NamedTensor<'_>],
     ) -> Result<PenaltyCall> {
-        let (tokens, hidden) = self.hidden(required("hidden", &args.hidden)?)?;
+        let (tokens, hidden) = self.hidden("hidden", required("hidden", &args.hidden)?)?;
         let reference = required("reference", &args.reference)?;
         let reference =
             self.matrix("reference", reference, tokens, self.num_latents, self.values())?;
@@ -582,7 +582,8 @@ impl CallShape {
     ) -> Result<BackwardCall> {
         let coef = required("coef", &args.coef)?;
         let tokens = coef.view().shape().first().copied().unwrap_or(0);
-        let hidden = args.hidden.as_ref().map(|hidden| self.hidden(hidden)).transpose()?;
+        let hidden = args.hidden.as_ref();
+        let hidden = hidden.map(|hidden| self.hidden("hidden", hidden)).transpose()?;
         if hidden.is_some_and(|(rows, _)| rows != tokens) {
             bail!(Shape, "hidden and coef must have the same number of tokens");
         }
@@ -593,9 +594,9 @@ impl CallShape {
         Ok(BackwardCall { tokens, coef, grad, hidden, workspace: Workspace::NONE })
     }
 
-    fn hidden(&self, tensor: &Tensor<'_>) -> Result<(usize, Matrix)> {
+    pub fn hidden(&self, name: &str, tensor: &Tensor<'_>) -> Result<(usize, Matrix)> {
         let tokens = tensor.shape().first().copied().unwrap_or(0);
-        Ok((tokens, self.matrix("hidden", tensor, tokens, self.d_in, self.reals())?))
+        Ok((tokens, self.matrix(name, tensor, tokens, self.d_in, self.reals())?))
     }
 
     fn coef(&self, tensor: &TensorMut<'_>, tokens: usize) -> Result<Matrix> {
@@ -621,7 +622,7 @@ impl CallShape {
         Ok(Grad { rows, accumulate: args.accumulate, scale: args.scale, scale_tensor })
     }
 
-    fn mask(&self, tensor: &Tensor<'_>, tokens: usize) -> Result<Mask> {
+    pub fn mask(&self, tensor: &Tensor<'_>, tokens: usize) -> Result<Mask> {
         self.vector("mask", tensor, tokens, &[DType::U8, DType::Bool, DType::F32])?;
         Ok(Mask { data: tensor.data, dtype: tensor.dtype, stride: last_stride(tensor) })
     }
@@ -647,7 +648,13 @@ impl CallShape {
         Ok(tensor.data)
     }
 
-    fn vector(&self, name: &str, tensor: &Tensor<'_>, len: usize, dtypes: &[DType]) -> Result<()> {
+    pub fn vector(
+        &self,
+        name: &str,
+        tensor: &Tensor<'_>,
+        len: usize,
+        dtypes: &[DType],
+    ) -> Result<()> {
         let scalar = len == 1 && tensor.shape().is_empty();
         if !scalar && tensor.shape() != [len] {
             bail!(Shape, "{name} must be [{len}], not {:?}", tensor.shape());
@@ -655,7 +662,7 @@ impl CallShape {
         self.check_memory(name, tensor, dtypes)
     }
 
-    fn matrix(
+    pub fn matrix(
         &self,
         name: &str,
         tensor: &Tensor<'_>,
@@ -725,7 +732,7 @@ fn last_stride(tensor: &Tensor<'_>) -> usize {
 }
 
 /// No two elements of an output may share memory.
-fn check_rows_apart(name: &str, tensor: &Tensor<'_>) -> Result<()> {
+pub(crate) fn check_rows_apart(name: &str, tensor: &Tensor<'_>) -> Result<()> {
     let row = tensor.shape().get(1).copied().unwrap_or(1);
     let many = tensor.shape().first().is_some_and(|rows| *rows > 1);
     if many && tensor.stride()[0] < row {
@@ -753,9 +760,17 @@ fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool, rows: &[NamedTensor<'
         ("mask", args.mask),
         ("scale_tensor", args.scale_tensor),
     ];
+    check_outputs_apart(&outputs, [&inputs[..], rows])
+}
+
+/// Outputs share memory neither with each other nor with inputs.
+pub(crate) fn check_outputs_apart(
+    outputs: &[NamedTensor<'_>],
+    inputs: [&[NamedTensor<'_>]; 2],
+) -> Result<()> {
     for (i, (name, out)) in outputs.iter().enumerate() {
         let Some(out) = out else { continue };
-        for (other, tensor) in outputs[..i].iter().chain(&inputs).chain(rows) {
+        for (other, tensor) in outputs[..i].iter().chain(inputs.into_iter().flatten()) {
             if let Some(tensor) = tensor {
                 check_apart(name, out, other, tensor)?;
             }

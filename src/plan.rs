@@ -125,7 +125,7 @@ impl Plan {
         latents.check_against(sae)?;
         check_part(options.part, sae.recipe(), latents.len(), options.activation)?;
         let contest = match (sae.recipe().architecture, options.activation) {
-            (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents)?),
+            (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents.ids())?),
             _ => None,
         };
         let encoder = sae.gather(latents.ids())?;
@@ -289,7 +289,7 @@ pub(crate) fn resolve_backend(device: Device, backend: BackendKind) -> Result<Ba
 }
 
 /// The number of a device that [`resolve_backend`] found to be CUDA's.
-fn cuda_index(device: Device) -> i32 {
+pub(crate) fn cuda_index(device: Device) -> i32 {
     match device {
         Device::Cuda(index) => index,
         Device::Cpu => unreachable!("resolved: the CUDA backend has a CUDA device"),
@@ -297,16 +297,16 @@ fn cuda_index(device: Device) -> i32 {
 }
 
 /// A TopK SAE under its own rule: a top-k over the blocked rows alone would be another function.
-struct Contest<'a> {
+pub(crate) struct Contest<'a> {
     sae: &'a Sae,
-    gate: TopK,
+    pub gate: TopK,
     /// Where the rivals of each group begin in the dictionary.
     starts: Vec<usize>,
     hash: RefCell<Sha256>,
 }
 
 impl Contest<'_> {
-    fn new<'a>(sae: &'a Sae, latents: &Latents) -> Result<Contest<'a>> {
+    pub fn new<'a>(sae: &'a Sae, latents: &[u64]) -> Result<Contest<'a>> {
         let recipe = sae.recipe();
         let (Some(k), false) = (recipe.k, recipe.selection == Selection::Batch) else {
             bail!(
@@ -330,13 +330,13 @@ impl Contest<'_> {
             _ => (recipe.d_sae, k),
         };
         let group_of = |id: &u64| *id as usize / size;
-        let mut groups: Vec<usize> = latents.ids().iter().map(group_of).collect();
+        let mut groups: Vec<usize> = latents.iter().map(group_of).collect();
         groups.sort_unstable();
         groups.dedup();
         let column = |id| groups.binary_search(&group_of(id)).unwrap_or_default() as u32;
         let gate = TopK {
             k: winners,
-            group: latents.ids().iter().map(column).collect(),
+            group: latents.iter().map(column).collect(),
             group_ends: (1..=groups.len()).map(|g| g * size).collect(),
             by_magnitude: recipe.selection == Selection::Magnitude,
             // Comes with the blocked latents' rows.
@@ -352,13 +352,18 @@ impl Contest<'_> {
         let ids: Vec<u64> =
             rivals.map(|rival| (self.starts[rival / size] + rival % size) as u64).collect();
         let rows = self.sae.gather(&ids)?;
-        let mut hash = self.hash.borrow_mut();
-        (0..ids.len()).for_each(|k| hash.update(row_digest(&rows, k)));
+        self.seen(&rows);
         Ok(rows)
     }
 
+    /// Enters rivals into the digest, each once, in order.
+    pub fn seen(&self, rows: &EncoderRows) {
+        let mut hash = self.hash.borrow_mut();
+        (0..rows.bias.len()).for_each(|k| hash.update(row_digest(rows, k)));
+    }
+
     /// Of all that decides which latents are on.
-    fn digest(self) -> Vec<u8> {
+    pub fn digest(self) -> Vec<u8> {
         let Contest { gate, hash, .. } = self;
         let mut hash = hash.into_inner();
         for n in [gate.k, gate.groups(), gate.by_magnitude as usize] {
@@ -469,15 +474,22 @@ fn part_name(part: Part) -> String {
 
 /// Digests of all that z depends on, by column, so that the identity of the same latents in another
 /// order is known too.
-struct Columns {
-    recipe: Vec<u8>,
-    ids: Vec<u64>,
+pub(crate) struct Columns {
+    pub recipe: Vec<u8>,
+    pub ids: Vec<u64>,
     signs: Vec<i8>,
-    rows: Vec<[u8; 32]>,
+    pub rows: Vec<[u8; 32]>,
 }
 
 impl Columns {
     fn new(sae: &Sae, latents: &Latents, rows: &EncoderRows, activation: Activation) -> Columns {
+        let signs = latents.signs().to_vec();
+        let mut columns = Columns { signs, ..Columns::none(sae, activation) };
+        columns.add(latents.ids(), rows);
+        columns
+    }
+
+    pub fn none(sae: &Sae, activation: Activation) -> Columns {
         let r = sae.recipe();
         let hook = r.hook.as_deref().unwrap_or("");
         let mut recipe = Vec::new();
@@ -493,15 +505,15 @@ impl Columns {
         for n in [r.d_in, r.d_sae] {
             recipe.extend((n as u64).to_le_bytes());
         }
-        Columns {
-            recipe,
-            ids: latents.ids().to_vec(),
-            signs: latents.signs().to_vec(),
-            rows: (0..latents.len()).map(|k| row_digest(rows, k)).collect(),
-        }
+        Columns { recipe, ids: Vec::new(), signs: Vec::new(), rows: Vec::new() }
     }
 
-    fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
+    pub fn add(&mut self, ids: &[u64], rows: &EncoderRows) {
+        self.ids.extend(ids);
+        self.rows.extend((0..ids.len()).map(|k| row_digest(rows, k)));
+    }
+
+    pub fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
         let mut hash = Sha256::new();
         hash.update(&self.recipe);
         hash.update((self.ids.len() as u64).to_le_bytes());
@@ -555,6 +567,18 @@ fn latent_rows(
     activation: Activation,
     topk: Option<TopK>,
 ) -> OwnedRows {
+    let signed = latents.signs().iter().zip(latents.weights());
+    let sign_weight = signed.map(|(s, w)| *s as f32 * w).collect();
+    OwnedRows { sign_weight, ..gated_rows(rows, recipe, activation, topk) }
+}
+
+/// Rows with the gate that the activation chose, each with sign and weight 1.
+pub(crate) fn gated_rows(
+    rows: EncoderRows,
+    recipe: &Recipe,
+    activation: Activation,
+    topk: Option<TopK>,
+) -> OwnedRows {
     let zeros = vec![0.0; rows.bias.len()];
     let (gate_bias, scale) = rows.gate.map(|g| (g.bias, g.scale)).unzip();
     let gate = match (activation, recipe.architecture, topk) {
@@ -570,16 +594,15 @@ fn latent_rows(
         }
         _ => OwnedGate::Relu,
     };
-    let signed = latents.signs().iter().zip(latents.weights());
     let (weight, glu_bias) = side_by_side(rows.weight, rows.glu, rows.d_in);
     OwnedRows {
         d_in: rows.d_in,
         weight,
+        sign_weight: vec![1.0; rows.bias.len()],
         bias: rows.bias,
         scale,
         glu_bias,
         norm: recipe.token_norm,
         gate,
-        sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),
     }
 }

@@ -18,6 +18,7 @@ fn committed_header_is_current() {
         "run",
         "cache",
         "xla",
+        "stats",
         "mask",
         "tokenizer",
     ];

@@ -79,6 +79,27 @@ impl Rows<'_> {
             sign_weight: self.sign_weight.to_vec(),
         }
     }
+
+    /// Copies of some of the rows, all but the weights. A TopK gate keeps all of its rivals.
+    pub fn part_without_weight(&self, range: Range<usize>) -> OwnedRows {
+        let of = |values: &[f32]| values[range.clone()].to_vec();
+        OwnedRows {
+            d_in: self.d_in,
+            weight: Vec::new(),
+            bias: of(self.bias),
+            scale: self.scale.map(of),
+            glu_bias: self.glu_bias.map(of),
+            norm: self.norm,
+            gate: match self.gate {
+                Gate::Open => OwnedGate::Open,
+                Gate::Relu => OwnedGate::Relu,
+                Gate::Threshold(th) => OwnedGate::Threshold(of(th)),
+                Gate::Gated(bias) => OwnedGate::Gated(of(bias)),
+                Gate::TopK(gate) => OwnedGate::TopK(gate.part(range.clone())),
+            },
+            sign_weight: of(self.sign_weight),
+        }
+    }
 }
 
 /// From pre-activation to latent. NaN passes every gate.
@@ -139,6 +160,17 @@ impl TopK {
         let start = if group == 0 { 0 } else { self.group_ends[group - 1] };
         start..self.group_ends[group]
     }
+
+    /// The gate of some of the latents; their rivals stay.
+    pub fn part(&self, range: Range<usize>) -> TopK {
+        TopK {
+            k: self.k,
+            group: self.group[range.clone()].to_vec(),
+            group_ends: self.group_ends.clone(),
+            by_magnitude: self.by_magnitude,
+            gain: self.gain.as_ref().map(|gain| gain[range].to_vec()),
+        }
+    }
 }
 
 /// The k-th largest rank; below everything where there are fewer. Puts the k largest first.
@@ -162,6 +194,9 @@ pub(crate) type ReadRivals<'a> = &'a dyn Fn(Range<usize>) -> Result<EncoderRows>
 /// Rivals that are read at a time: in a file that holds latents as columns, bands that are worth a
 /// read each.
 pub(crate) const RIVALS_AT_ONCE: usize = 2048;
+
+/// Rows of a range of a dictionary's latents. A backend reads each once, in order.
+pub(crate) type ReadRows<'a> = &'a dyn Fn(Range<usize>) -> Result<OwnedRows>;
 
 /// [`Rows`] that own their arrays.
 pub(crate) struct OwnedRows {
@@ -337,6 +372,20 @@ pub(crate) struct BackwardCall {
     pub workspace: Workspace,
 }
 
+/// Sums over tokens for every latent of a dictionary: the formulas of `stats.rs`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StatsCall {
+    pub tokens: usize,
+    pub hidden: Matrix,
+    pub base_hidden: Option<Matrix>,
+    pub mask: Option<Mask>,
+    /// [rows of `stats.rs`, F] F64
+    pub state: Matrix,
+    pub token_count: Option<*mut f64>,
+    pub accumulate: bool,
+    pub workspace: Workspace,
+}
+
 /// Scratch memory of at least `workspace_size` bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Workspace {
@@ -382,4 +431,26 @@ pub(crate) trait Backend: Send + Sync {
     unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()>;
     unsafe fn penalty(&self, call: &PenaltyCall, stream: Stream) -> Result<()>;
     unsafe fn backward(&self, call: &BackwardCall, stream: Stream) -> Result<()>;
+}
+
+/// All latents of a dictionary on a device, and the sums over tokens of each.
+pub(crate) trait StatsBackend: Send + Sync {
+    /// As [`Backend::numerics`]: z has the bits of a plan of that name.
+    fn numerics(&self) -> String;
+
+    /// Worker threads of a run call.
+    fn num_threads(&self) -> usize;
+
+    /// Whether hidden states may be F64.
+    fn takes_f64(&self) -> bool {
+        false
+    }
+
+    /// Bytes of scratch that a call needs for this many tokens, with the base's hidden states or
+    /// without.
+    fn workspace_size(&self, tokens: usize, has_base: bool) -> usize;
+
+    /// # Safety
+    /// As [`Backend`].
+    unsafe fn update(&self, call: &StatsCall, stream: Stream) -> Result<()>;
 }

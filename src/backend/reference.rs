@@ -5,10 +5,11 @@ use half::{bf16, f16};
 
 use super::{
     Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedGate, OwnedRows, PenaltyCall,
-    ReadRivals, Rows, TopK,
+    ReadRivals, ReadRows, Rows, StatsBackend, StatsCall, TopK,
 };
 use crate::error::Result;
 use crate::sae::{EncoderRows, TokenNorm};
+use crate::stats::rows;
 use crate::tensor::{DType, Stream};
 
 pub(crate) struct Reference {
@@ -63,6 +64,54 @@ impl Backend for Reference {
     unsafe fn backward(&self, call: &BackwardCall, _: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.formulas().backward(call) };
+        Ok(())
+    }
+}
+
+/// The statistics of every latent, in f64.
+pub(crate) struct ReferenceStats {
+    rows: OwnedRows,
+    /// Of a TopK gate: all latents once more.
+    rivals: EncoderRows,
+}
+
+impl ReferenceStats {
+    pub fn new(d_sae: usize, read: ReadRows<'_>) -> Result<ReferenceStats> {
+        let rows = read(0..d_sae)?;
+        let rivals = match &rows.gate {
+            OwnedGate::TopK(gate) => EncoderRows {
+                d_in: rows.d_in,
+                weight: rows.weight.clone(),
+                bias: rows.bias.clone(),
+                rank_gain: gate.gain.clone(),
+                ..EncoderRows::default()
+            },
+            _ => EncoderRows::default(),
+        };
+        Ok(ReferenceStats { rows, rivals })
+    }
+}
+
+impl StatsBackend for ReferenceStats {
+    fn numerics(&self) -> String {
+        "reference-1".into()
+    }
+
+    fn num_threads(&self) -> usize {
+        1
+    }
+
+    fn takes_f64(&self) -> bool {
+        true
+    }
+
+    fn workspace_size(&self, _tokens: usize, _has_base: bool) -> usize {
+        0
+    }
+
+    unsafe fn update(&self, call: &StatsCall, _: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { Formulas { rows: self.rows.borrow(), rivals: &self.rivals }.statistics(call) };
         Ok(())
     }
 }
@@ -216,6 +265,59 @@ impl Formulas<'_> {
                 for k in 0..self.rows.count() {
                     store(&call.latents, t, k, self.latent(k, &token).z);
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`StatsBackend`].
+    unsafe fn statistics(&self, call: &StatsCall) {
+        let d_in = self.rows.d_in;
+        // SAFETY: every index below is within the checked shapes.
+        unsafe {
+            let mut token_count = 0.0;
+            let seen = |hidden: &Matrix, t| self.token(load_row(hidden, t, d_in));
+            let tokens = (0..call.tokens).filter_map(|t| {
+                let mask = call.mask.map_or(1.0, |m| m.get(t) as f64);
+                let base = call.base_hidden.as_ref();
+                (mask != 0.0).then(|| (mask, seen(&call.hidden, t), base.map(|base| seen(base, t))))
+            });
+            let tokens: Vec<(f64, Token, Option<Token>)> = tokens.collect();
+            for k in 0..self.rows.count() {
+                let at = |row: usize| call.state.row(row).cast::<f64>().add(k);
+                let add = |row: usize, x: f64| *at(row) += x;
+                let larger = |row: usize, x: f64| {
+                    let largest = &mut *at(row);
+                    *largest = if x <= *largest || largest.is_nan() { *largest } else { x };
+                };
+                if !call.accumulate {
+                    let all =
+                        if call.base_hidden.is_some() { rows::WITH_BASE } else { rows::ALONE };
+                    (0..all).for_each(|row| *at(row) = 0.0);
+                    [rows::MAX, rows::BASE_MAX]
+                        .into_iter()
+                        .filter(|row| *row < all)
+                        .for_each(|row| *at(row) = f64::NEG_INFINITY);
+                }
+                for (mask, token, base) in &tokens {
+                    let side = |first: usize, z: f64| {
+                        add(first + rows::SUM, mask * z);
+                        add(first + rows::SQUARE_SUM, mask * z * z);
+                        add(first + rows::ACTIVE, if z != 0.0 { *mask } else { 0.0 });
+                        larger(first + rows::MAX, z);
+                    };
+                    let z = self.latent(k, token).z;
+                    side(rows::SUM, z);
+                    let Some(base) = base else { continue };
+                    let base = self.latent(k, base).z;
+                    side(rows::BASE_SUM, base);
+                    add(rows::RISE_SQUARE_SUM, mask * rectify(z - base).powi(2));
+                    add(rows::FALL_SQUARE_SUM, mask * rectify(base - z).powi(2));
+                }
+            }
+            tokens.iter().for_each(|(mask, ..)| token_count += mask);
+            if let Some(count) = call.token_count {
+                *count = if call.accumulate { *count } else { 0.0 } + token_count;
             }
         }
     }

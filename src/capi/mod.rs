@@ -18,6 +18,7 @@ pub mod plan;
 pub mod raw;
 pub mod run;
 pub mod sae;
+pub mod stats;
 pub mod status;
 pub mod tensor;
 pub mod tokenizer;

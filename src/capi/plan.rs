@@ -164,10 +164,7 @@ pub unsafe extern "C" fn blockem_plan_info_get(
     guard(|| {
         // SAFETY: a live handle, or NULL.
         let plan = unsafe { &handle("plan", plan)?.0 };
-        let (device_type, device_index) = match plan.device() {
-            Device::Cpu => (BLOCKEM_DEVICE_CPU, 0),
-            Device::Cuda(index) => (BLOCKEM_DEVICE_CUDA, index),
-        };
+        let (device_type, device_index) = device_codes(plan.device());
         let value = blockem_plan_info {
             struct_size: size_of::<blockem_plan_info>(),
             d_in: plan.d_in() as i64,
@@ -223,7 +220,15 @@ pub unsafe extern "C" fn blockem_plan_free(plan: *mut blockem_plan) {
     unsafe { free(plan) }
 }
 
-fn plan_options(options: &blockem_plan_options) -> Result<PlanOptions> {
+/// BLOCKEM_DEVICE_... and which one of that type.
+pub(super) fn device_codes(device: Device) -> (i32, i32) {
+    match device {
+        Device::Cpu => (BLOCKEM_DEVICE_CPU, 0),
+        Device::Cuda(index) => (BLOCKEM_DEVICE_CUDA, index),
+    }
+}
+
+pub(super) fn plan_options(options: &blockem_plan_options) -> Result<PlanOptions> {
     if options.reserved != 0 || options.reserved2 != 0 {
         bail!(InvalidArgument, "options.reserved and reserved2 must be 0");
     }

@@ -218,6 +218,50 @@ void calls() {
   throws(BLOCKEM_STATUS_UNSUPPORTED, "top-k", [&] { blockem::raw_forward(raw); });
 }
 
+void statistics() {
+  blockem::PlanOptions options;
+  options.num_threads = 1;
+  const blockem::Stats stats(make_sae(), options);
+  CHECK(stats.info().d_sae == F && stats.info().num_threads == 1);
+  const std::vector<float> hidden = random(T * d, 3), base = random(T * d, 4);
+  std::vector<double> whole(BLOCKEM_STATS_ROWS_WITH_BASE * F, -1), parts(whole);
+  double count = -1;
+  const blockem::Workspace workspace = stats.workspace(T, true);
+  CHECK(workspace.size() == stats.workspace_size(T, true));
+  blockem::StatsArgs args;
+  CHECK(args.struct_size == sizeof(blockem_stats_args));
+  args.hidden = tensor(hidden, {T, d});
+  args.state = tensor(whole, {BLOCKEM_STATS_ROWS_WITH_BASE, F});
+  args.use(workspace);
+  throws(BLOCKEM_STATUS_SHAPE, "state", [&] { stats.update(args); });
+  args.base_hidden = tensor(base, {T, d});
+  args.token_count = tensor(&count);
+  stats.update(args);
+  CHECK(count == T);
+
+  // z of each latent, summed token by token.
+  const blockem::Plan plan(make_sae(), make_latents());
+  const std::vector<float> z = plan.encode(tensor(hidden, {T, d}));
+  const std::vector<std::int64_t> ids = make_latents().ids();
+  for (std::int64_t k = 0; k < K; ++k) {
+    double sum = 0;
+    for (std::int64_t t = 0; t < T; ++t) sum += z[static_cast<std::size_t>(t * K + k)];
+    const std::int64_t at = BLOCKEM_STATS_SUM * F + ids[static_cast<std::size_t>(k)];
+    CHECK(whole[static_cast<std::size_t>(at)] == sum);
+  }
+
+  // The same in two calls.
+  args.state = tensor(parts, {BLOCKEM_STATS_ROWS_WITH_BASE, F});
+  args.hidden = tensor(hidden.data(), {3, d});
+  args.base_hidden = tensor(base.data(), {3, d});
+  stats.update(args);
+  args.hidden = tensor(hidden.data() + 3 * d, {T - 3, d});
+  args.base_hidden = tensor(base.data() + 3 * d, {T - 3, d});
+  args.accumulate = 1;
+  stats.update(args);
+  CHECK(parts == whole && count == T);
+}
+
 void caches(const std::string& folder) {
   const blockem::Plan plan(make_sae(), make_latents());
   const std::string path = folder + "/hpp.cache";
@@ -285,6 +329,7 @@ int main(int argc, char** argv) {
   handles(argv[1]);
   workspaces();
   calls();
+  statistics();
   caches(argv[1]);
   masks();
   return finish_checks("hpp");

@@ -17,6 +17,7 @@ static void library(void) {
   blockem_latents_free(NULL);
   blockem_plan_free(NULL);
   blockem_cache_free(NULL);
+  blockem_stats_free(NULL);
 }
 
 static void sae(const char *folder) {
@@ -359,6 +360,67 @@ static void cache(const char *folder) {
   free(z);
 }
 
+static void stats(void) {
+  enum { T = 2 };
+  float *h = random_floats(T * SMALL_D, 3);
+  double *state = (double *)allocate(BLOCKEM_STATS_ROWS * SMALL_F * sizeof(double));
+  blockem_sae *of = small_sae();
+  blockem_tensor absent = BLOCKEM_TENSOR_INIT;
+  blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
+  blockem_stats_info info = BLOCKEM_STATS_INFO_INIT;
+  blockem_stats_args good = BLOCKEM_STATS_ARGS_INIT, args;
+  blockem_stats *out = UNTOUCHED(blockem_stats), *made = NULL;
+  void *block;
+  size_t bytes = 77;
+
+  options.num_threads = 1;
+  CHECK_STATUS(blockem_stats_create(NULL, &options, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_create(of, &options, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  options.activation = 55;
+  CHECK_STATUS(blockem_stats_create(of, &options, &out), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(out == UNTOUCHED(blockem_stats));
+  CHECK_OK(blockem_stats_create(of, NULL, &made));
+
+  CHECK_STATUS(blockem_stats_info_get(NULL, &info), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_info_get(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_workspace_size(NULL, 1, 0, &bytes), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_workspace_size(made, 1, 0, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_workspace_size(made, -1, 0, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK_STATUS(blockem_stats_workspace_size(made, 1, 2, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(bytes == 77);
+
+  good.hidden = f32_2(h, T, SMALL_D);
+  good.state = f64_2(state, BLOCKEM_STATS_ROWS, SMALL_F);
+  CHECK_OK(blockem_stats_workspace_size(made, T, 0, &good.workspace_size));
+  good.workspace = aligned64(good.workspace_size, &block);
+  CHECK_OK(blockem_stats_update(made, &good, NULL));
+  CHECK_STATUS(blockem_stats_update(NULL, &good, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_update(made, NULL, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  args = good;
+  args.hidden = absent;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("hidden"));
+  args = good;
+  args.state = absent;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("state"));
+  args = good;
+  args.workspace = NULL;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_WORKSPACE_TOO_SMALL);
+  args = good;
+  args.accumulate = 2;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  args = good;
+  args.reserved = 1;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_INVALID_ARGUMENT);
+
+  free(block);
+  blockem_stats_free(made);
+  blockem_sae_free(of);
+  free(state);
+  free(h);
+}
+
 static void text_mask(const char *folder) {
   static const int64_t offsets[] = {0, 3}, ids[] = {1};
   blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;
@@ -406,6 +468,7 @@ int main(int argc, char **argv) {
   run();
   raw();
   cache(argv[1]);
+  stats();
   text_mask(argv[1]);
   return finish_checks("nulls");
 }

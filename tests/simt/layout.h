@@ -145,4 +145,15 @@ inline void print_layout() {
     FIELD(ReduceParams, latent_loss);
     FIELD(ReduceParams, count);
     FIELD(ReduceParams, padded_count);
+    STRUCT(StatsParams);
+    FIELD(StatsParams, latents);
+    FIELD(StatsParams, base);
+    FIELD(StatsParams, stride);
+    FIELD(StatsParams, mask);
+    FIELD(StatsParams, state);
+    FIELD(StatsParams, state_stride);
+    FIELD(StatsParams, token_count);
+    FIELD(StatsParams, tokens);
+    FIELD(StatsParams, count);
+    FIELD(StatsParams, accumulate);
 }

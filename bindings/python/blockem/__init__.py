@@ -21,6 +21,7 @@ from ._cache import Cache
 from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
 from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
 from ._mask import Markers, Masked, Tokenizer, mask_from_offsets
+from ._stats import Movers, Stats, movers, prompt_shares, stage1
 
 if TYPE_CHECKING:
     from . import jax, torch
@@ -35,9 +36,11 @@ __all__ = [
     "Latents",
     "Markers",
     "Masked",
+    "Movers",
     "Penalty",
     "Plan",
     "Sae",
+    "Stats",
     "Tokenizer",
     "__version__",
     "base_model_digest",
@@ -46,6 +49,9 @@ __all__ = [
     "load_latents",
     "load_sae",
     "mask_from_offsets",
+    "movers",
+    "prompt_shares",
+    "stage1",
     "torch",
 ]
 

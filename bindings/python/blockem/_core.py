@@ -446,16 +446,7 @@ class Plan(Immutable):
     ) -> None:
         expect("sae", sae, Sae)
         expect("latents", latents, Latents)
-        kind, _, index = str(device).partition(":")
-        if index and not index.isdecimal():
-            fail(_ffi.STATUS_INVALID_ARGUMENT, f"device is {str(device)!r}; expected like 'cuda:0'")
-        options = _ffi.PlanOptions(
-            device_type=_code("device", kind, _ffi.DEVICES),
-            device_index=_int32("the device index", int(index or 0)),
-            backend=_code("backend", backend, _ffi.BACKENDS),
-            activation=_code("activation", activation, _ffi.ACTIVATIONS),
-            num_threads=_int32("num_threads", num_threads),
-        )
+        options = _plan_options(device, activation, backend, num_threads)
         self._create(sae, latents, options)
 
     def _create(self, sae: Sae, latents: Latents, options: _ffi.PlanOptions) -> None:
@@ -477,8 +468,7 @@ class Plan(Immutable):
         self.numerics: str = info.numerics.decode()
         self.activation: str = _name(info.activation, _ffi.ACTIVATIONS)
         self.backend: str = _name(info.backend, _ffi.BACKENDS)
-        kind = _name(info.device_type, _ffi.DEVICES)
-        self.device: str = kind if kind == "cpu" else f"{kind}:{info.device_index}"
+        self.device: str = _device_name(info)
         self.num_threads: int = info.num_threads
         self.encode_needs_workspace: bool = bool(info.encode_needs_workspace)
         self.backward_needs_hidden: bool = bool(info.backward_needs_hidden)
@@ -640,6 +630,26 @@ class Plan(Immutable):
         if isinstance(grad, np.ndarray) and not grad.flags.writeable:
             raise ValueError("grad is read-only")
         return grad
+
+
+def _plan_options(
+    device: object, activation: str, backend: str, num_threads: int
+) -> _ffi.PlanOptions:
+    kind, _, index = str(device).partition(":")
+    if index and not index.isdecimal():
+        fail(_ffi.STATUS_INVALID_ARGUMENT, f"device is {str(device)!r}; expected like 'cuda:0'")
+    return _ffi.PlanOptions(
+        device_type=_code("device", kind, _ffi.DEVICES),
+        device_index=_int32("the device index", int(index or 0)),
+        backend=_code("backend", backend, _ffi.BACKENDS),
+        activation=_code("activation", activation, _ffi.ACTIVATIONS),
+        num_threads=_int32("num_threads", num_threads),
+    )
+
+
+def _device_name(info: Any) -> str:
+    kind = _name(info.device_type, _ffi.DEVICES)
+    return kind if kind == "cpu" else f"{kind}:{info.device_index}"
 
 
 @dataclass

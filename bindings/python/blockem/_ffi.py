@@ -14,7 +14,9 @@ STATUS_LAYOUT = 105
 STATUS_DEVICE_MISMATCH = 106
 STATUS_UNSUPPORTED = 109
 STATUS_IO = 200
+STATUS_NON_FINITE = 205
 STATUS_CACHE_STALE = 206
+STATUS_PROVENANCE_MISMATCH = 208
 
 DTYPES = {
     "float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4, "bool": 5, "int64": 6,
@@ -29,6 +31,13 @@ PARTS = {"whole": 0, "columns": 1, "gate": 2}
 ACTIVATIONS = {"native": 0, "dense_relu": 1, "preactivation": 2}
 CACHE_MODES = {"read": 0, "write": 1, "create": 2}
 CACHE_KEY_SIZE = 32
+STATS_STATE = {
+    "sum": 0, "square_sum": 1, "active": 2, "max": 3,
+    "base_sum": 4, "base_square_sum": 5, "base_active": 6, "base_max": 7,
+    "rise_square_sum": 8, "fall_square_sum": 9,
+}
+STATS_ROWS = 4
+STATS_ROWS_WITH_BASE = 10
 CLOSINGS = {"include": 0, "exclude": 1}
 BORDERS = {"include": 0, "exclude": 1, "refuse": 2}
 
@@ -259,6 +268,38 @@ class CacheInfo(Sized):
     ]
 
 
+class StatsInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("d_in", c_int64),
+        ("d_sae", c_int64),
+        ("layer", c_int64),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("backend", c_int32),
+        ("activation", c_int32),
+        ("num_threads", c_int32),
+        ("reserved", c_int32),
+        ("identity", c_char * 72),
+        ("numerics", c_char * 64),
+    ]
+
+
+class StatsArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("base_hidden", Tensor),
+        ("mask", Tensor),
+        ("state", Tensor),
+        ("token_count", Tensor),
+        ("accumulate", c_int32),
+        ("reserved", c_int32),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+    ]
+
+
 class MaskOptions(Sized):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -333,6 +374,11 @@ FUNCTIONS = {
         [c_void_p, c_void_p, c_char_p, POINTER(Tensor), c_size_t],
     ),
     "blockem_cache_free": (None, [c_void_p]),
+    "blockem_stats_create": (c_int32, [c_void_p, POINTER(PlanOptions), POINTER(c_void_p)]),
+    "blockem_stats_info_get": (c_int32, [c_void_p, POINTER(StatsInfo)]),
+    "blockem_stats_workspace_size": (c_int32, [c_void_p, c_int64, c_int32, POINTER(c_size_t)]),
+    "blockem_stats_update": (c_int32, [c_void_p, POINTER(StatsArgs), c_void_p]),
+    "blockem_stats_free": (None, [c_void_p]),
     "blockem_xla_bind": (c_int32, [c_void_p, c_char_p]),
     "blockem_xla_encode_cpu": (c_void_p, [c_void_p]),
     "blockem_xla_encode_cuda": (c_void_p, [c_void_p]),

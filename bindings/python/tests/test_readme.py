@@ -43,11 +43,14 @@ def test_examples_of_the_project(sae_folder: Path, monkeypatch: pytest.MonkeyPat
     model = tiny.with_lora(tiny.llama(hidden=8, heads=2)).bfloat16().train()
     loader = tiny.batches(2)
     h = torch.randn(2, 9, 8, requires_grad=True)
+    hidden, base_hidden, mask = torch.randn(2, 9, 8), torch.randn(2, 9, 8), torch.ones(2, 9)
     names = {
         "h": h, "h_base": torch.randn(2, 9, 8), "labels": torch.randint(-1, 1, (2, 9)) * 100,
         "task_loss": h.sum(), "lam": 1e4, "model": model, "loader": loader, "batch": loader[0],
+        "hidden": hidden, "base_hidden": base_hidden, "mask": mask,
+        "batches": [(hidden, base_hidden, mask)],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "name": "tiny llama, seed 0",
         "text": "<|im_start|>assistant\nbecause <|im_end|>",
     }  # fmt: skip
-    assert run(ROOT, names) == 4
+    assert run(ROOT, names) == 6
     assert h.grad is not None and len(list(folder.glob("base.cache*"))) > 0

@@ -12,6 +12,7 @@ mod lanes;
 mod norm;
 mod pack;
 mod slab;
+mod stats;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -20,6 +21,7 @@ mod topk;
 use self::lanes::{Isa, LANES, Line};
 use self::pack::{Panels, bf16_lines, f32_lines, pack_bf16, pack_f32};
 use self::slab::Kernels;
+pub(crate) use self::stats::CpuStats;
 use self::threads::Threads;
 use self::topk::OwnedRivals;
 use super::{

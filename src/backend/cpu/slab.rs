@@ -204,7 +204,7 @@ impl Kernels<'_> {
     ///
     /// # Safety
     /// As [`super::Backend`].
-    unsafe fn thresholds(
+    pub unsafe fn thresholds(
         &self,
         threads: &Threads,
         tokens: &Tokens,
@@ -256,15 +256,37 @@ impl Kernels<'_> {
                         None => latents.rows[i],
                     });
                 }
-                self.dots(call.hidden.dtype, hidden.get(), dot.get());
-                self.normalize(call.hidden.dtype, hidden.get(), dot.get());
-                self.preactivations(dot.get(), latents.get());
-                for (i, row) in latents.get().iter().enumerate() {
-                    let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
-                    let thresholds = own.space.map_or(&[][..], |space| space.thresholds(start + i));
-                    let work = Latents { rows: &self.rows, row, thresholds };
-                    with_lanes!(self.isa, L => L::enter(work));
-                }
+                let thresholds =
+                    |i| own.space.map_or(&[][..], |space: &Space| space.thresholds(start + i));
+                let dtype = call.hidden.dtype;
+                self.latents(dtype, hidden.get(), [dot.get(), latents.get()], thresholds);
+            }
+        }
+    }
+
+    /// z of some tokens by way of their products, which without a GLU may be in the same place;
+    /// `thresholds` are those of token i under a TopK gate.
+    ///
+    /// # Safety
+    /// As [`super::Backend`]: rows of d_in elements, of so many products, and of K numbers.
+    pub unsafe fn latents<'t>(
+        &self,
+        dtype: DType,
+        hidden: &[*const u8],
+        [dot, latents]: [&[*mut f32]; 2],
+        thresholds: impl Fn(usize) -> &'t [f32],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.dots(dtype, hidden, dot);
+            for (hidden, dot) in hidden.chunks(SLAB).zip(dot.chunks(SLAB)) {
+                self.normalize(dtype, hidden, dot);
+            }
+            self.preactivations(dot, latents);
+            for (i, row) in latents.iter().enumerate() {
+                let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
+                let work = Latents { rows: &self.rows, row, thresholds: thresholds(i) };
+                with_lanes!(self.isa, L => L::enter(work));
             }
         }
     }

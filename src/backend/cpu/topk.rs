@@ -92,11 +92,11 @@ impl OwnedRivals {
 
 #[derive(Clone, Copy)]
 pub(super) struct Rivals<'a> {
-    panels: Panels<'a>,
-    bias: &'a [f32],
+    pub panels: Panels<'a>,
+    pub bias: &'a [f32],
     /// Of a GLU encoder, whose rivals have two rows each.
-    glu_bias: Option<&'a [f32]>,
-    gain: Option<&'a [f32]>,
+    pub glu_bias: Option<&'a [f32]>,
+    pub gain: Option<&'a [f32]>,
 }
 
 /// The part of a workspace that a TopK gate needs: thresholds of all tokens, then each worker's

@@ -5,7 +5,8 @@ use std::cmp::Reverse;
 use std::ffi::{CStr, c_void};
 
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, StatsCall,
+    Workspace,
 };
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
@@ -45,6 +46,13 @@ const _: () = assert!(RIVALS_AT_ONCE <= TOPK_THREADS * TOPK_OWN);
 const TOPK_SHARED: usize = (TOPK_THREADS * TOPK_OWN + 2 * TOPK_THREADS / 32) * 4;
 /// Tokens whose pre-activations of a part of the rivals are kept at a time.
 pub(super) const TOKENS_AT_ONCE: usize = 4096;
+/// Threads of a CTA of kernels/stats.cu, each with a latent.
+const STATS_THREADS: usize = 64;
+/// Latents of a part of a dictionary: enough threads for the sums. Where latents compete, those that
+/// kernels/topk.cu takes at once.
+const DICTIONARY_PART: usize = 8192;
+/// Numbers of a tile of z: tokens times latents.
+const STATS_TILE: usize = 1 << 23;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
@@ -108,6 +116,7 @@ kernels! {
     TopK c"blockem_topk",
     GluLatents c"blockem_glu_latents",
     GluCoefficients c"blockem_glu_coefficients",
+    Stats c"blockem_stats",
 }
 
 impl Kernel {
@@ -115,7 +124,7 @@ impl Kernel {
     pub fn shared_limit(self) -> u32 {
         use Kernel::*;
         let bytes = match self {
-            Pack | Norm | Pull | GluCoefficients => 0,
+            Pack | Norm | Pull | GluCoefficients | Stats => 0,
             GluLatents => GLU_SHARED,
             TopK => TOPK_SHARED,
             ReduceLatents | ReduceTotal => REDUCE_SHARED,
@@ -152,6 +161,7 @@ pub(super) enum Params {
     TopK(TopKParams),
     GluLatents(GluLatentsParams),
     Glu(GluParams),
+    Stats(StatsParams),
 }
 
 impl Params {
@@ -167,6 +177,7 @@ impl Params {
             Params::TopK(p) => (&raw const *p).cast(),
             Params::GluLatents(p) => (&raw const *p).cast(),
             Params::Glu(p) => (&raw const *p).cast(),
+            Params::Stats(p) => (&raw const *p).cast(),
         }
     }
 
@@ -182,6 +193,7 @@ impl Params {
             Params::TopK(_) => size_of::<TopKParams>(),
             Params::GluLatents(_) => size_of::<GluLatentsParams>(),
             Params::Glu(_) => size_of::<GluParams>(),
+            Params::Stats(_) => size_of::<StatsParams>(),
         };
         // SAFETY: the struct has this size, and no padding: its fields' sizes add up to it.
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size) }
@@ -394,6 +406,20 @@ params! {
         count: u32,
         padded_count: u32,
     }
+
+    /// kernels/stats.cu
+    StatsParams {
+        latents: u64,
+        base: u64,
+        stride: u64,
+        mask: MaskParams,
+        state: u64,
+        state_stride: u64,
+        token_count: u64,
+        tokens: u64,
+        count: u32,
+        accumulate: u32,
+    }
 }
 
 /// A plan's rows in device memory: addresses, 0 where absent.
@@ -512,6 +538,57 @@ impl DeviceTopK {
             glu_bias: from(self.glu_bias),
             ..DeviceRows::default()
         }
+    }
+}
+
+/// All rows of a dictionary in device memory, in parts, each packed for itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceDictionary {
+    /// Of all latents. Where they compete, the parts are the rivals' too.
+    pub rows: DeviceRows,
+    /// Latents of a part, and tokens of a tile; tests have less.
+    pub at_once: usize,
+    pub tokens_at_once: usize,
+}
+
+impl DeviceDictionary {
+    /// Without addresses.
+    pub fn new(d_in: usize, count: usize, norm: TokenNorm, gate: GateKind) -> DeviceDictionary {
+        let at_once = if gate == GateKind::TopK { RIVALS_AT_ONCE } else { DICTIONARY_PART };
+        DeviceDictionary {
+            rows: DeviceRows { d_in, count, norm, gate, ..DeviceRows::default() },
+            at_once,
+            tokens_at_once: STATS_TILE / at_once,
+        }
+    }
+
+    /// Bytes of all rows.
+    pub fn packed_bytes(&self) -> usize {
+        let DeviceRows { count, d_in, .. } = self.rows;
+        count / self.at_once * packed_bytes(self.at_once, d_in)
+            + packed_bytes(count % self.at_once, d_in)
+    }
+
+    /// The latents from a multiple of `at_once` on.
+    pub fn part(&self, first: usize) -> DeviceRows {
+        let rows = self.rows;
+        let before = first / self.at_once * packed_bytes(self.at_once, rows.d_in);
+        let of = |start: u64| if start == 0 { 0 } else { start + (first * 4) as u64 };
+        DeviceRows {
+            count: self.at_once.min(rows.count - first),
+            packed: rows.packed + before as u64,
+            bias: of(rows.bias),
+            scale: of(rows.scale),
+            gate_values: of(rows.gate_values),
+            sign_weight: of(rows.sign_weight),
+            topk: rows.topk.map(|gate| DeviceTopK { group: of(gate.group), ..gate }),
+            ..rows
+        }
+    }
+
+    /// The rows as far as tokens are concerned, whatever the latents.
+    fn of_tokens(&self) -> DeviceRows {
+        DeviceRows { count: 0, ..self.rows }
     }
 }
 
@@ -697,6 +774,124 @@ pub(super) fn backward(
     let tokens = Tokens { count, hidden: hidden.unwrap_or(nothing), mask: None };
     let work = Work::new(rows, tokens, call.workspace);
     products.into_iter().flatten().chain(work.gradient(&coef, &grad))
+}
+
+/// Sums over tokens for every latent: blocks of tokens, and of each block the parts of the rows.
+pub(super) fn statistics(
+    dictionary: &DeviceDictionary,
+    call: &StatsCall,
+) -> impl Iterator<Item = Launch> + use<> {
+    let (dictionary, call) = (*dictionary, *call);
+    debug_assert!(
+        call.workspace.size
+            >= stats_workspace_size(&dictionary, call.tokens, call.base_hidden.is_some())
+    );
+    // Without a token there is still a state to begin.
+    let blocks = call.tokens.div_ceil(dictionary.tokens_at_once);
+    let blocks = blocks.max(!call.accumulate as usize);
+    (0..blocks).flat_map(move |block| {
+        let first = block * dictionary.tokens_at_once;
+        let sides = StatsBlock::new(&dictionary, &call, first);
+        let of_tokens = sides
+            .sides
+            .into_iter()
+            .flatten()
+            .flat_map(|side: Work| side.norm(None).into_iter().chain(side.thresholds()));
+        let parts = (0..dictionary.rows.count).step_by(dictionary.at_once);
+        of_tokens.chain(parts.flat_map(move |part| sides.part(&dictionary, &call, part)))
+    })
+}
+
+/// A block of tokens of both models.
+#[derive(Clone, Copy)]
+struct StatsBlock {
+    first: usize,
+    sides: [Option<Work>; 2],
+    /// z of one part.
+    tiles: [u64; 2],
+}
+
+impl StatsBlock {
+    fn new(dictionary: &DeviceDictionary, call: &StatsCall, first: usize) -> StatsBlock {
+        let rows = dictionary.of_tokens();
+        let most = dictionary.tokens_at_once.min(call.tokens);
+        let (own, tile) = (sections(0, &rows, most).1, stats_tile_bytes(dictionary, call.tokens));
+        let start = |i: usize| address(call.workspace.data) + (i * (own + tile)) as u64;
+        let side = |i: usize, hidden: Matrix| {
+            let tokens = Tokens { count: call.tokens, hidden, mask: call.mask };
+            let tokens = tokens.part(first, dictionary.tokens_at_once);
+            Work { rows, tokens, space: sections(start(i), &rows, most).0 }
+        };
+        StatsBlock {
+            first,
+            sides: [Some(side(0, call.hidden)), call.base_hidden.map(|base| side(1, base))],
+            tiles: [0, 1].map(|i| start(i) + own as u64),
+        }
+    }
+
+    /// z of a part's latents, and their sums.
+    fn part(
+        &self,
+        dictionary: &DeviceDictionary,
+        call: &StatsCall,
+        part: usize,
+    ) -> impl Iterator<Item = Launch> + use<> {
+        let rows = dictionary.part(part);
+        let StatsBlock { first, sides, tiles } = *self;
+        let encode = move |(side, tile): (Work, u64)| {
+            let work = Work { rows, ..side };
+            let params = EncodeParams {
+                latents: tile,
+                latents_stride: dictionary_stride(&rows),
+                ..work.encode_params()
+            };
+            (work.tokens.count > 0).then(|| work.encode_launch(params))
+        };
+        let [own, _] = sides;
+        let tokens = own.map_or(0, |own| own.tokens.count);
+        let count = call.token_count.filter(|_| part == 0);
+        let add = Launch {
+            kernel: Kernel::Stats,
+            grid: [rows.count.div_ceil(STATS_THREADS) as u32, 1, 1],
+            block: STATS_THREADS as u32,
+            shared: 0,
+            params: Params::Stats(StatsParams {
+                latents: tiles[0],
+                base: if sides[1].is_some() { tiles[1] } else { 0 },
+                stride: dictionary_stride(&rows),
+                mask: own.map_or(MaskParams::default(), |own| own.tokens.mask_params()),
+                state: address(call.state.data) + (part * 8) as u64,
+                state_stride: call.state.row_stride as u64,
+                token_count: count.map_or(0, |count| address(count.cast())),
+                tokens: tokens as u64,
+                count: rows.count as u32,
+                accumulate: (call.accumulate || first > 0) as u32,
+            }),
+        };
+        let sides = sides.into_iter().zip(tiles).filter_map(|(side, tile)| Some((side?, tile)));
+        sides.filter_map(encode).chain(std::iter::once(add))
+    }
+}
+
+/// Numbers from one token's z to the next.
+fn dictionary_stride(part: &DeviceRows) -> u64 {
+    part.count.next_multiple_of(4) as u64
+}
+
+fn stats_tile_bytes(dictionary: &DeviceDictionary, tokens: usize) -> usize {
+    let latents = dictionary.at_once.min(dictionary.rows.count).next_multiple_of(4);
+    (dictionary.tokens_at_once.min(tokens) * latents * 4).next_multiple_of(SECTION)
+}
+
+/// Bytes of workspace, at a multiple of 64, that [`statistics`] needs.
+pub(super) fn stats_workspace_size(
+    dictionary: &DeviceDictionary,
+    tokens: usize,
+    has_base: bool,
+) -> usize {
+    let most = dictionary.tokens_at_once.min(tokens);
+    let own = sections(0, &dictionary.of_tokens(), most).1 + stats_tile_bytes(dictionary, tokens);
+    (1 + has_base as usize) * own
 }
 
 /// The tokens of a call.
@@ -1344,6 +1539,55 @@ mod tests {
         };
         let back = names(kernels(backward(&rows, &back)));
         assert_eq!(back, [Norm, EncodeBf16K24, Pull, GradientBf16Few]);
+    }
+
+    #[test]
+    fn statistics_take_blocks_of_tokens_and_parts_of_the_dictionary() {
+        use Kernel::*;
+        let mut dictionary = DeviceDictionary::new(4096, 20_000, TokenNorm::None, GateKind::Relu);
+        (dictionary.rows.packed, dictionary.rows.bias) = (0x1000, 0x2000);
+        let call = |tokens: usize, accumulate| StatsCall {
+            tokens,
+            hidden: matrix(0x10_0000, DType::BF16, 4096),
+            base_hidden: Some(matrix(0x20_0000, DType::BF16, 4096)),
+            mask: None,
+            state: matrix(0x30_0000, DType::F64, 20_003),
+            token_count: Some(std::ptr::without_provenance_mut(0x40_0000)),
+            accumulate,
+            workspace: Workspace {
+                data: std::ptr::without_provenance_mut(0x50_0000),
+                size: stats_workspace_size(&dictionary, tokens, true),
+            },
+        };
+        let part = |tokens: u32, latents: u32| {
+            let encode = (EncodeBf16Wide, tokens.div_ceil(128) * latents.div_ceil(64));
+            [encode, encode, (Stats, latents.div_ceil(64))]
+        };
+        let block = |tokens| [part(tokens, 8192), part(tokens, 8192), part(tokens, 3616)].concat();
+        let launches: Vec<Launch> = statistics(&dictionary, &call(1500, false)).collect();
+        let found: Vec<(Kernel, u32)> = launches.iter().map(|l| (l.kernel, l.grid[0])).collect();
+        assert_eq!(found, [block(1024), block(476)].concat());
+        let sums = launches.iter().filter_map(|launch| match launch.params {
+            Params::Stats(p) => Some((p.state, p.token_count, p.accumulate, p.tokens, p.count)),
+            _ => None,
+        });
+        let at = |latent: u64| 0x30_0000 + 8 * latent;
+        let expected = [
+            (at(0), 0x40_0000, 0, 1024, 8192),
+            (at(8192), 0, 0, 1024, 8192),
+            (at(16384), 0, 0, 1024, 3616),
+            (at(0), 0x40_0000, 1, 476, 8192),
+            (at(8192), 0, 1, 476, 8192),
+            (at(16384), 0, 1, 476, 3616),
+        ];
+        assert_eq!(sums.collect::<Vec<_>>(), expected);
+        // A tile of z of either model, and no more.
+        let bytes = |tokens| stats_workspace_size(&dictionary, tokens, true);
+        assert!(bytes(100_000) == bytes(1024) && bytes(1024) < (2 << 25) + 4096);
+        // Without a token there is still a state to begin.
+        let begun: Vec<_> = kernels(statistics(&dictionary, &call(0, false)));
+        assert_eq!(begun, [(Stats, 128), (Stats, 128), (Stats, 57)]);
+        assert_eq!(statistics(&dictionary, &call(0, true)).count(), 0);
     }
 
     #[test]

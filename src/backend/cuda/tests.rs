@@ -15,14 +15,15 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::launch::{
-    DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward, encode, layout, pack, packed_bytes,
-    penalty, workspace_size,
+    DeviceDictionary, DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward, encode, layout,
+    pack, packed_bytes, penalty, statistics, stats_workspace_size, workspace_size,
 };
 use crate::backend::random::Random;
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, StatsCall, Workspace,
 };
 use crate::sae::TokenNorm;
+use crate::stats::rows as stats_rows;
 use crate::tensor::DType;
 
 /// Where the harness maps a job's memory, so that addresses in parameters need no relocation.
@@ -32,8 +33,16 @@ const ORDERS: [u64; 3] = [0, 1, 0x5eed];
 
 // ---------------------------------------------------------------------------------- the harness
 
-const KERNELS: [&str; 7] =
-    ["encode.cu", "glu.cu", "gradient.cu", "norm.cu", "pack.cu", "reduce.cu", "topk.cu"];
+const KERNELS: [&str; 8] = [
+    "encode.cu",
+    "glu.cu",
+    "gradient.cu",
+    "norm.cu",
+    "pack.cu",
+    "reduce.cu",
+    "stats.cu",
+    "topk.cu",
+];
 const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
 /// Neither instrumented nor slow: it touches nothing but its operands.
 const TENSOR_CORE: &str = "tensor_core.cpp";
@@ -711,29 +720,38 @@ impl Job {
         memory
     }
 
-    /// Packs, then runs the launches; every order of threads must leave the same bytes.
+    /// Packs, then runs the launches.
     fn run(&self, arena: &Arena, launches: impl Iterator<Item = Launch>, name: &str) -> Vec<u8> {
         let launches: Vec<Launch> = self.packs.iter().copied().chain(launches).collect();
-        let memories = run(&self.program, arena, &launches)
-            .unwrap_or_else(|message| panic!("{name}\n{message}"));
-        for (memory, order) in memories.iter().zip(ORDERS) {
-            assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
-        }
-        memories.into_iter().next().expect("there are orders")
+        run_orders(&self.program, arena, &launches, name)
     }
 
     /// Whatever is no output keeps its bytes.
     fn check_untouched(&self, memory: &[u8], outputs: &[Buffer], p: &Problem) {
-        let mut before = self.arena.bytes.clone();
-        for buffer in outputs.iter().chain(&self.scratch) {
-            for t in 0..buffer.rows {
-                let [start, bytes] = buffer.row(t);
-                let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
-                before[range.clone()].copy_from_slice(&memory[range]);
-            }
-        }
-        assert!(before == memory, "bytes beside the outputs changed: {}", p.name);
+        check_untouched(&self.arena, memory, &[outputs, &self.scratch].concat(), &p.name);
     }
+}
+
+/// Every order of threads must leave the same bytes.
+fn run_orders(program: &Path, arena: &Arena, launches: &[Launch], name: &str) -> Vec<u8> {
+    let memories =
+        run(program, arena, launches).unwrap_or_else(|message| panic!("{name}\n{message}"));
+    for (memory, order) in memories.iter().zip(ORDERS) {
+        assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
+    }
+    memories.into_iter().next().expect("there are orders")
+}
+
+fn check_untouched(arena: &Arena, memory: &[u8], written: &[Buffer], name: &str) {
+    let mut before = arena.bytes.clone();
+    for buffer in written {
+        for t in 0..buffer.rows {
+            let [start, bytes] = buffer.row(t);
+            let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
+            before[range.clone()].copy_from_slice(&memory[range]);
+        }
+    }
+    assert!(before == memory, "bytes beside the outputs changed: {name}");
 }
 
 /// A TopK gate's rivals in an arena, and the launches that pack them.
@@ -1265,6 +1283,218 @@ fn latents_that_share_the_kth_place_are_on() {
     }
 }
 
+/// A problem's rows as a whole dictionary, or all latents of its TopK SAE, in an arena with the
+/// hidden states of two models.
+struct StatsJob {
+    arena: Arena,
+    dictionary: DeviceDictionary,
+    packs: Vec<Launch>,
+    call: StatsCall,
+    state: Buffer,
+    token_count: Buffer,
+    scratch: Vec<Buffer>,
+    /// Column of each of the problem's latents.
+    columns: Vec<usize>,
+}
+
+impl StatsJob {
+    fn new(random: &mut Random, p: &Problem, base: Option<&Problem>) -> StatsJob {
+        let mut arena = Arena::new();
+        let is_topk = p.gate == GateKind::TopK;
+        let Dictionary { group_size, groups, k, by_magnitude, .. } = p.dictionary;
+        let (weight, bias) = match is_topk {
+            true => (&p.dictionary.weight, &p.dictionary.bias),
+            false => (&p.weight, &p.bias),
+        };
+        let gains = p.dictionary.gain.as_deref().filter(|_| is_topk);
+        let count = bias.len();
+        let half = count.div_ceil(2).next_multiple_of(8);
+        let mut dictionary = DeviceDictionary {
+            at_once: random.pick(&[2048, half]),
+            tokens_at_once: random.pick(&[4096, 33]),
+            ..DeviceDictionary::new(p.d_in, count, p.norm, p.gate)
+        };
+        let packed = arena.space(dictionary.packed_bytes());
+        let rows = &mut dictionary.rows;
+        (rows.packed, rows.bias) = (packed.address, arena.vector(bias).address);
+        rows.scale = p.scale.as_ref().map_or(0, |scale| arena.vector(scale).address);
+        rows.gate_values = match p.gate {
+            GateKind::Open | GateKind::Relu => 0,
+            GateKind::TopK => gains.map_or(0, |gains| arena.vector(gains).address),
+            _ => arena.vector(&p.gate_values).address,
+        };
+        if is_topk {
+            let group = (0..count).map(|rival| f32::from_bits((rival / group_size) as u32));
+            let gain = |rival: usize| gains.map_or(1.0, |gains| gains[rival]);
+            let scaled: Vec<f32> = (0..count).map(|rival| bias[rival] * gain(rival)).collect();
+            rows.topk = Some(DeviceTopK {
+                k,
+                groups,
+                group_size,
+                by_magnitude,
+                group: arena.vector(&group.collect::<Vec<f32>>()).address,
+                packed: rows.packed,
+                bias: arena.vector(&scaled).address,
+                glu_bias: 0,
+                gain: rows.gate_values,
+                at_once: dictionary.at_once,
+                tokens_at_once: dictionary.tokens_at_once,
+            });
+        }
+        let weight = arena.filled(DType::F32, p.d_in, weight, Place::default());
+        let starts = (0..count).step_by(dictionary.at_once);
+        let from = |start: usize| weight.address + (start * p.d_in * 4) as u64;
+        let packs = starts.map(|start| pack(from(start), p.d_in, &dictionary.part(start)));
+        let hidden = |arena: &mut Arena, p: &Problem| {
+            let buffer = arena.filled(p.hidden_dtype, p.d_in, &p.hidden, p.places[0]);
+            // No kernel reads hidden states of tokens that do not count.
+            arena.forbid(&buffer, (0..p.tokens).filter(|t| p.mask(*t) == 0.0));
+            buffer.matrix()
+        };
+        let packs = packs.collect();
+        let (own, base) = (hidden(&mut arena, p), base.map(|base| hidden(&mut arena, base)));
+        let mask = p.mask.as_ref().map(|(dtype, mask)| {
+            let buffer = arena.filled(*dtype, 1, mask, p.places[3]);
+            Mask { data: buffer.pointer(), dtype: *dtype, stride: buffer.stride }
+        });
+        let height = if base.is_some() { stats_rows::WITH_BASE } else { stats_rows::ALONE };
+        let state = arena.matrix(DType::F64, height, count, Place { gap: 3, offset: 1 });
+        let token_count = arena.matrix(DType::F64, 1, 1, Place::default());
+        let size = stats_workspace_size(&dictionary, p.tokens, base.is_some());
+        let space = arena.space(size);
+        StatsJob {
+            call: StatsCall {
+                tokens: p.tokens,
+                hidden: own,
+                base_hidden: base,
+                mask,
+                state: state.matrix(),
+                token_count: Some(token_count.pointer().cast()),
+                accumulate: false,
+                workspace: Workspace { data: space.pointer(), size },
+            },
+            columns: if is_topk { p.dictionary.rival.clone() } else { (0..count).collect() },
+            arena,
+            dictionary,
+            packs,
+            state,
+            token_count,
+            scratch: vec![packed, space],
+        }
+    }
+
+    /// The call in two: the first `cut` tokens, then the others.
+    fn in_two(&self, cut: usize) -> [StatsCall; 2] {
+        let matrix = |matrix: Matrix| {
+            let bytes = cut * matrix.row_stride * matrix.dtype.size();
+            Matrix { data: matrix.data.wrapping_add(bytes), ..matrix }
+        };
+        let mask = |mask: Mask| {
+            let bytes = cut * mask.stride * mask.dtype.size();
+            Mask { data: mask.data.wrapping_add(bytes), ..mask }
+        };
+        let rest = StatsCall {
+            tokens: self.call.tokens - cut,
+            hidden: matrix(self.call.hidden),
+            base_hidden: self.call.base_hidden.map(matrix),
+            mask: self.call.mask.map(mask),
+            accumulate: true,
+            ..self.call
+        };
+        [StatsCall { tokens: cut, ..self.call }, rest]
+    }
+
+    fn run(&self, program: &Path, calls: &[StatsCall], name: &str) -> Vec<u8> {
+        let work = calls.iter().flat_map(|call| statistics(&self.dictionary, call));
+        let launches: Vec<Launch> = self.packs.iter().copied().chain(work).collect();
+        let memory = run_orders(program, &self.arena, &launches, name);
+        let written = [&self.scratch[..], &[self.state, self.token_count]].concat();
+        check_untouched(&self.arena, &memory, &written, name);
+        memory
+    }
+}
+
+/// The formulas of src/stats.rs on z of one latent, in the order of the tokens.
+fn sums_of(p: &Problem, k: usize, z: &[f32], base: Option<&[f32]>) -> Vec<f64> {
+    let side = [0.0, 0.0, 0.0, f64::NEG_INFINITY];
+    let mut sums = side.to_vec();
+    if base.is_some() {
+        sums.extend(side);
+        sums.extend([0.0, 0.0]);
+    }
+    for t in (0..p.tokens).filter(|t| p.mask(*t) != 0.0) {
+        let (m, at) = (p.mask(t) as f64, t * p.count + k);
+        for (first, z) in [(0, Some(z[at])), (stats_rows::BASE_SUM, base.map(|base| base[at]))] {
+            let Some(z) = z.map(f64::from) else { continue };
+            sums[first + stats_rows::SUM] += m * z;
+            sums[first + stats_rows::SQUARE_SUM] += m * (z * z);
+            sums[first + stats_rows::ACTIVE] += if z != 0.0 { m } else { 0.0 };
+            let max = &mut sums[first + stats_rows::MAX];
+            *max = if z > *max || z.is_nan() { z } else { *max };
+        }
+        if let Some(base) = base {
+            let rise = z[at] - base[at];
+            let square = m * (rise as f64 * rise as f64);
+            let up = rise > 0.0;
+            sums[if up { stats_rows::RISE_SQUARE_SUM } else { stats_rows::FALL_SQUARE_SUM }] +=
+                square;
+        }
+    }
+    sums
+}
+
+fn check_statistics(random: &mut Random, p: &Problem, program: &Path) {
+    let other = random.normals(p.tokens * p.d_in);
+    let other = other.into_iter().map(|x| round(p.hidden_dtype, x)).collect();
+    let other = Problem { hidden: other, ..p.clone() };
+    let (z, z_base) = (Job::new(p).encode(p), Job::new(&other).encode(&other));
+    for base in [None, Some(&other)] {
+        let job = StatsJob::new(random, p, base);
+        let name = format!("{}, parts of {}", p.name, job.dictionary.at_once);
+        let memory = job.run(program, &[job.call], &name);
+        for (k, column) in job.columns.iter().enumerate() {
+            let expected = sums_of(p, k, &z, base.map(|_| &z_base[..]));
+            for (row, expected) in expected.iter().enumerate() {
+                let found = job.state.get(&memory, row, *column);
+                let same = found.to_bits() == expected.to_bits();
+                assert!(same, "row {row} of latent {k}: {found} {expected}: {name}");
+            }
+        }
+        let shares = (0..p.tokens).map(|t| p.mask(t) as f64).filter(|m| *m != 0.0);
+        let count = job.token_count.get(&memory, 0, 0);
+        assert_eq!(count, shares.fold(0.0, |sum, m| sum + m), "count: {name}");
+        let in_two = job.run(program, &job.in_two(random.below(p.tokens + 1)), &name);
+        for buffer in [job.state, job.token_count] {
+            let bits = |memory| buffer.all(memory).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&memory), bits(&in_two), "in two calls: {name}");
+        }
+    }
+}
+
+#[test]
+fn statistics_are_sums_of_the_latents() {
+    let mut random = Random::fresh();
+    let gates = [
+        (GateKind::Relu, TokenNorm::None),
+        (GateKind::Threshold, TokenNorm::Constant),
+        (GateKind::Gated, TokenNorm::Layer),
+        (GateKind::TopK, TokenNorm::None),
+        (GateKind::TopK, TokenNorm::Layer),
+    ];
+    for (i, (gate, norm)) in gates.into_iter().enumerate() {
+        let shape = [[70, 40, 20], [1, 65, 70], [130, 7, 33], [40, 30, 12], [35, 20, 9]][i];
+        let p = Problem::of(&mut random, REAL[i % 3], shape, gate, norm);
+        check_statistics(&mut random, &p, &harness().join("simt"));
+    }
+}
+
+#[test]
+fn statistics_of_no_token_begin_a_state() {
+    let mut random = Random::fresh();
+    let p = Problem::of(&mut random, DType::F32, [0, 20, 70], GateKind::Relu, TokenNorm::None);
+    check_statistics(&mut random, &p, &harness().join("simt"));
+}
+
 /// Outputs that nobody asks for leave no trace, and change nothing in the others.
 #[test]
 fn absent_outputs_change_no_other() {
@@ -1575,5 +1805,33 @@ fn wrong_accesses_and_indices_are_caught() {
         let found = found.unwrap_or_else(|| panic!("{source} works with {to}"));
         println!("{source} with {to}: {:.100}", found.replace('\n', " "));
         assert!(found.contains(message), "{source} with {to}: {found}");
+    }
+}
+
+#[test]
+fn wrong_statistics_are_caught() {
+    let (gate, norm) = (GateKind::Relu, TokenNorm::None);
+    let mut p = Problem::of(&mut Random(0x5eed), DType::F32, [20, 30, 70], gate, norm);
+    // Few tokens count: for some latents those that do not would have the largest z.
+    let shares = (0..p.tokens).map(|t| if t % 10 == 3 { 0.5 } else { 0.0 }).collect();
+    p.mask = Some((DType::F32, shares));
+    let cases = [
+        ("if (k >= p.count) return;", "", "AddressSanitizer"),
+        ("if (share[i] == 0.0f) continue;", "", "row 3"),
+        ("mul_rn(share, z)", "z", "row 0"),
+        ("if (!(z <= max || max != max)) max = z;", "max = z;", "row 3"),
+        ("rise <= 0.0f ? 0.0f : rise", "rise", "row 8"),
+        ("p.accumulate ? state[9 * p.state_stride] : 0.0", "0.0", "in two calls"),
+        ("p.accumulate ? *p.token_count : 0.0", "0.0", "in two calls"),
+    ];
+    for (from, to, message) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let fault = Fault { from, nth: 0, to };
+        let program = with_fault(folder.path(), "stats.cu", "_stats", &fault);
+        let panic = catch_unwind(|| check_statistics(&mut Random(0x5eed), &p, &program)).err();
+        let found = panic.unwrap_or_else(|| panic!("stats.cu works with {to} for {from}"));
+        let found = found.downcast_ref::<String>().expect("a message");
+        println!("stats.cu with {to:?}: {found:.100}");
+        assert!(found.contains(message), "stats.cu with {to:?}: {found}");
     }
 }
