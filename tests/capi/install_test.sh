@@ -96,8 +96,8 @@ check_moved_pkg_config() {
 
 # Its tree is that of `make install` without the command line and the CMake package.
 check_cargo_c() {
-  cargo cinstall --quiet --release --locked --no-default-features --features tokenizers --prefix "$1" --libdir "$1/lib" \
-    --target-dir target/cargo-c
+  cargo cinstall --release --locked --no-default-features --features tokenizers --prefix "$1" \
+    --libdir "$1/lib" --target-dir target/cargo-c
   local name
   for name in include/blockem.h include/blockem.hpp include/blockem/dlpack.h; do
     cmp "$name" "$1/$name" || fail "$name is another than the committed one"
