@@ -1,0 +1,38 @@
+"""A line on standard error: what is done, of what, and the time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """A context; nothing is shown for work that is already done, or where it is not wanted."""
+
+    def __init__(self, what: str, total: int, shown: bool) -> None:
+        self._what, self._total, self._shown = what, total, shown and total > 0
+        self._done, self._start, self._told = 0, time.monotonic(), 0.0
+        self._tty = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown and self._tty:
+            print(file=sys.stderr)
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        # A terminal shows a moving line, a log a line now and then.
+        if self._shown and (self._done == self._total or now - self._told > (0.2 if self._tty else 30)):
+            self._told = now
+            left = (now - self._start) / self._done * (self._total - self._done)
+            line = f"{self._what}: {self._done} of {self._total}, {_span(left)} left"
+            print(f"\r{line:<70}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+
+
+def _span(seconds: float) -> str:
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds % 60:02} s"
