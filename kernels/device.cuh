@@ -61,6 +61,8 @@ DEVICE double mul_rn(double x, double y) { return __dmul_rn(x, y); }
 
 DEVICE float float_of_bits(uint32_t x) { return __uint_as_float(x); }
 DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
+DEVICE double double_of_bits(uint64_t x) { return __longlong_as_double((long long)x); }
+DEVICE uint64_t bits_of_double(double x) { return (uint64_t)__double_as_longlong(x); }
 
 // To the nearest pair, ties to even: the first in the low half.
 DEVICE uint32_t round_to_bf16(float low, float high) {

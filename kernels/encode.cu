@@ -23,6 +23,7 @@
 // A NaN in h makes all latents of its token NaN. So may an infinity: its products with the terms of
 // one weight can have both signs.
 #include "device.cuh"
+#include "latent.cuh"
 #include "params.cuh"
 #include "tokens.cuh"
 
@@ -94,34 +95,6 @@ DEVICE_MEMBER void Eight<F32>::load(const unsigned char *row, uint32_t r, uint32
         }
     }
 }
-
-// A latent with its own numbers.
-struct Latent {
-    float scale, bias, gate_value;
-    uint32_t group;
-
-    DEVICE_MEMBER void load(const RowsParams &rows, uint32_t k) {
-        scale = rows.scale ? rows.scale[k] : 1.0f;
-        bias = rows.bias ? rows.bias[k] : 0.0f;
-        gate_value = rows.gate_values ? rows.gate_values[k] : 0.0f;
-        group = rows.group ? rows.group[k] : 0;
-    }
-
-    // Written so that NaN leaves the latent on.
-    DEVICE_MEMBER bool off(const EncodeParams &p, uint64_t t, float dot, float pre) const {
-        if (p.rows.gate == GATE_OPEN) return false;
-        if (p.rows.gate == GATE_GATED) return (add_rn(dot, gate_value) <= 0.0f) | (pre <= 0.0f);
-        if (p.rows.gate == GATE_TOPK) {
-            // With a gain, in the order in which the rivals' own was computed.
-            const float placed = p.rows.gate_values
-                                     ? add_rn(mul_rn(dot, gate_value), mul_rn(gate_value, bias))
-                                     : pre;
-            const float rank = p.rows.by_magnitude ? fabsf(placed) : placed;
-            return rank <= p.thresholds[t * p.rows.groups + group];
-        }
-        return pre <= gate_value;
-    }
-};
 
 template <typename H, int WARPS_M_, int WARPS_N_, int TILES_M_, int TILES_N_>
 struct Shape {
@@ -371,7 +344,6 @@ DEVICE void write_penalty(const EncodeParams &p, const Dots<H, S> &dots, uint64_
                 Latent own;
                 own.load(p.rows, k);
                 const float sign_weight = p.rows.sign_weight[k];
-                const double weight = fabsf(sign_weight);
                 UNROLL
                 for (int m = 0; m < S::TILES_M; m++) {
                     UNROLL
@@ -385,15 +357,11 @@ DEVICE void write_penalty(const EncodeParams &p, const Dots<H, S> &dots, uint64_
                             if (p.dots) p.dots[t * p.dots_stride + k] = dot;
                             const float pre = add_rn(mul_rn(dot, own.scale), own.bias);
                             const bool off = own.off(p, t, dot, pre);
-                            const float z = off ? 0.0f : pre;
                             const float reference = p.reference[t * p.reference_stride + k];
-                            const float x = sign_weight < 0.0f ? add_rn(reference, -z)
-                                                               : add_rn(z, -reference);
-                            const float r = x <= 0.0f ? 0.0f : x;
-                            const float slope = mul_rn(mul_rn(2.0f, sign_weight), r);
-                            if (!off) coef = mul_rn(mul_rn(mask[m][half], slope), own.scale);
-                            const double share = mul_rn(weight, mul_rn((double)r, (double)r));
-                            loss = add_rn(loss, mul_rn((double)mask[m][half], share));
+                            const Share share =
+                                own.share(off ? 0.0f : pre, reference, sign_weight, mask[m][half]);
+                            if (!off) coef = share.coef;
+                            loss = add_rn(loss, share.loss);
                         }
                         if (p.coef) p.coef[t * p.coef_stride + k] = coef;
                     }
@@ -409,22 +377,6 @@ DEVICE void write_penalty(const EncodeParams &p, const Dots<H, S> &dots, uint64_
             }
         }
     }
-}
-
-// The mask's sum over the tile's tokens, by one warp.
-template <typename S>
-DEVICE void write_count(const EncodeParams &p, uint64_t first_token, uint64_t tile) {
-    double count = 0.0;
-    UNROLL
-    for (int i = 0; i < S::TOKENS; i += 32) {
-        const uint64_t t = first_token + i + thread_index() % 32;
-        if (t < p.tokens) count = add_rn(count, (double)mask_of(p.mask, t));
-    }
-    UNROLL
-    for (uint32_t lanes = 1; lanes < 32; lanes *= 2) {
-        count = add_rn(count, shuffle_xor(count, lanes));
-    }
-    if (thread_index() % 32 == 0) p.count_partials[tile] = count;
 }
 
 template <typename H, typename S>
@@ -475,7 +427,7 @@ DEVICE void encode(const EncodeParams &p) {
     sync_block();
     write_penalty(p, dots, token, latent, scratch);
     if (!p.loss_partials) return;
-    if (p.mask.data && first_latent == 0 && warp == 0) write_count<S>(p, first_token, token_tile);
+    if (p.mask.data && first_latent == 0 && warp == 0) write_count<S::TOKENS>(p, first_token, token_tile);
     sync_block();
     const uint32_t k = first_latent + thread_index();
     if (thread_index() < S::LATENTS && k < p.rows.count) {

@@ -54,9 +54,9 @@ DEVICE double sum_of(const NormParams &p, uint64_t t, double mean) {
 
 DEVICE void normalise(const NormParams &p, uint64_t t, double &scale, double &mean, double &slope) {
     const double d = p.d_in;
-    mean = p.is_layer ? sum_of<false>(p, t, 0.0) / d : 0.0;
+    mean = p.norm == NORM_LAYER ? sum_of<false>(p, t, 0.0) / d : 0.0;
     const double squares = sum_of<true>(p, t, mean);
-    if (p.is_layer) {
+    if (p.norm == NORM_LAYER) {
         const double deviation = sqrt(squares / (d - 1.0));
         scale = 1.0 / add_rn(deviation, LAYER_NORM_EPS);
         slope = scale / mul_rn(d - 1.0, deviation);
@@ -80,13 +80,15 @@ KERNEL(blockem_norm, NormParams, THREADS, 1) {
     const uint64_t t = own_token();
     if (t >= p.tokens) return;
     const bool live = mask_of(p.mask, t) != 0.0f && (!p.coef || has_coefficient(p, t));
+    const bool normed = p.norm != NORM_NONE;
     double scale = 0.0, mean = 0.0, slope = 0.0;
-    if (live) normalise(p, t, scale, mean, slope);
+    if (live && normed) normalise(p, t, scale, mean, slope);
     if (thread_index() % 32 != 0) return;
+    if (p.live) p.live[t] = live ? 1.0f : 0.0f;
+    if (!normed) return;
     p.scales[t] = (float)scale;
     p.means[t] = (float)mean;
     p.slopes[t] = slope;
-    if (p.live) p.live[t] = live ? 1.0f : 0.0f;
 }
 
 KERNEL(blockem_pull, PullParams, THREADS, 1) {

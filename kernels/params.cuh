@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 enum Gate : uint32_t { GATE_OPEN, GATE_RELU, GATE_THRESHOLD, GATE_GATED, GATE_TOPK };
+enum Norm : uint32_t { NORM_NONE, NORM_CONSTANT, NORM_LAYER };
 enum Dtype : uint32_t { DTYPE_F32, DTYPE_F16, DTYPE_BF16 };
 
 // Encoder rows on the device; null where absent.
@@ -91,7 +92,8 @@ struct TopKParams {
     uint32_t by_magnitude;
 };
 
-// With coefficients: only tokens that have one other than zero are live.
+// With coefficients: only tokens that have one other than zero are live. Without a norm nothing but
+// that is written.
 struct NormParams {
     HiddenParams hidden;
     MaskParams mask;
@@ -102,7 +104,7 @@ struct NormParams {
     double *slopes;
     float *live;
     uint64_t tokens;
-    uint64_t is_layer;
+    uint64_t norm;
     uint32_t d_in;
     uint32_t count;
 };
@@ -120,6 +122,27 @@ struct PullParams {
     float *pulls;
     const float *scale_tensor;
     double scale;
+    uint64_t tokens;
+    uint64_t count;
+};
+
+// Rows have no bias here, hidden states are not read, and `dots` are [T, 2K] products to read.
+struct GluLatentsParams {
+    EncodeParams encode;
+    const float *bias;
+    const float *glu_bias;
+};
+
+// Coefficients of latents [T, K] and products [T, 2K], then coefficients of rows [T, 2K].
+struct GluParams {
+    const float *coef;
+    uint64_t coef_stride;
+    const float *dots;
+    uint64_t dots_stride;
+    const float *bias;
+    const float *glu_bias;
+    float *out;
+    uint64_t out_stride;
     uint64_t tokens;
     uint64_t count;
 };
@@ -164,4 +187,21 @@ struct ReduceParams {
     OutputParams latent_loss;
     uint32_t count;
     uint32_t padded_count;
+};
+
+// z of a block of tokens for a part of a dictionary, and the sums that it is added to.
+struct StatsParams {
+    // [tokens, count]; base null for one model.
+    const float *latents;
+    const float *base;
+    uint64_t stride;
+    MaskParams mask;
+    // The first sum of the part's first latent, and numbers from one row of sums to the next.
+    double *state;
+    uint64_t state_stride;
+    // Null, or where the tokens' shares are added up too.
+    double *token_count;
+    uint64_t tokens;
+    uint32_t count;
+    uint32_t accumulate;
 };

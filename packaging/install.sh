@@ -43,8 +43,8 @@ main() {
 }
 
 build() {
-  $CARGO rustc --release --locked --lib --no-default-features --crate-type cdylib,staticlib \
-    --target-dir "$TARGET/install" -- -C "link-arg=-Wl,-soname,$SONAME"
+  $CARGO rustc --release --locked --lib --no-default-features --features tokenizers \
+    --crate-type cdylib,staticlib --target-dir "$TARGET/install" -- -C "link-arg=-Wl,-soname,$SONAME"
   $CARGO build --release --locked --bin blockem
 }
 

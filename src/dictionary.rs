@@ -4,10 +4,10 @@
 use std::ops::Range;
 
 use crate::backend::cpu::Cpu;
-use crate::backend::{
-    Backend, EncodeCall, Matrix, OwnedGate, OwnedRows, Workspace, kth_largest, rank_threshold,
-};
+use crate::backend::{Backend, EncodeCall, Matrix, Workspace, kth_largest, rank_threshold};
 use crate::error::{Result, bail};
+use crate::penalty::WORKSPACE_ALIGN;
+use crate::plan::{Activation, gated_rows};
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection};
 use crate::tensor::{DType, Stream};
 
@@ -39,6 +39,19 @@ pub(crate) struct Chunk<'a> {
     pub z: &'a [f32],
 }
 
+/// Refuses a file that holds only some of the latents.
+pub(crate) fn expect_whole(sae: &Sae) -> Result<()> {
+    if let Some(stored) = sae.stored_latents() {
+        bail!(
+            Unsupported,
+            "the file is partial: it holds {stored} of {} latents, and this needs them all; open \
+             the whole SAE",
+            sae.recipe().d_sae
+        );
+    }
+    Ok(())
+}
+
 impl Dictionary<'_> {
     /// Hands every latent's z to `each`, in the order of the dictionary.
     pub fn encode(
@@ -46,14 +59,7 @@ impl Dictionary<'_> {
         hidden: Hidden<'_>,
         each: &mut dyn FnMut(Chunk<'_>) -> Result<()>,
     ) -> Result<()> {
-        if let Some(stored) = self.sae.stored_latents() {
-            bail!(
-                Unsupported,
-                "the file is partial: it holds {stored} of {} latents, and this needs them all; \
-                 open the whole SAE",
-                self.recipe.d_sae
-            );
-        }
+        expect_whole(self.sae)?;
         if self.recipe.architecture != Architecture::TopK {
             return self.pass(hidden, &mut |chunk, _| each(chunk));
         }
@@ -75,6 +81,10 @@ impl Dictionary<'_> {
     /// One pass over the rows: z, or pre-activations where latents compete, and their rank gains.
     fn pass(&self, hidden: Hidden<'_>, each: &mut Visit<'_>) -> Result<()> {
         let Recipe { d_in, d_sae, .. } = *self.recipe;
+        let activation = match self.recipe.architecture {
+            Architecture::TopK => Activation::Preactivation,
+            _ => Activation::Native,
+        };
         let step = (CHUNK_VALUES / hidden.tokens.max(1)).clamp(64, CHUNK);
         for start in (0..d_sae).step_by(step) {
             let latents = start..d_sae.min(start + step);
@@ -82,7 +92,11 @@ impl Dictionary<'_> {
             let mut rows = self.sae.gather_by(self.recipe, &ids)?;
             let gain = rows.rank_gain.take();
             let count = ids.len();
-            let cpu = Cpu::new(&chunk_rows(rows, self.recipe).borrow(), &no_rivals, 0)?;
+            let rows = gated_rows(rows, self.recipe, activation, None);
+            let cpu = Cpu::new(&rows.borrow(), &no_rivals, 0)?;
+            let needed = if self.recipe.glu { cpu.workspace_size(hidden.tokens) } else { 0 };
+            let mut space = vec![0u8; needed + WORKSPACE_ALIGN];
+            let start = space.as_ptr().align_offset(WORKSPACE_ALIGN);
             let mut z = vec![0.0f32; hidden.tokens * count];
             let matrix = |data: *mut f32, row_stride| Matrix {
                 data: data.cast(),
@@ -93,33 +107,14 @@ impl Dictionary<'_> {
                 tokens: hidden.tokens,
                 hidden: matrix(hidden.values.as_ptr().cast_mut(), d_in),
                 latents: matrix(z.as_mut_ptr(), count),
-                workspace: Workspace::NONE,
+                workspace: Workspace { data: space[start..].as_mut_ptr(), size: needed },
             };
-            // SAFETY: both matrices have their rows, and the backend only reads hidden.
+            // SAFETY: both matrices have their rows, and the backend only reads hidden; the workspace
+            // is as large as it asks for.
             unsafe { cpu.encode(&call, Stream::NULL)? };
             each(Chunk { latents, z: &z }, gain.as_deref())?;
         }
         Ok(())
-    }
-}
-
-/// Rows whose gate is the recipe's; where latents compete, none.
-fn chunk_rows(rows: EncoderRows, recipe: &Recipe) -> OwnedRows {
-    let (gate_bias, scale) = rows.gate.map(|gate| (gate.bias, gate.scale)).unzip();
-    let gate = match (recipe.architecture, rows.threshold, gate_bias) {
-        (Architecture::TopK, ..) => OwnedGate::Open,
-        (Architecture::JumpRelu, Some(threshold), _) => OwnedGate::Threshold(threshold),
-        (Architecture::Gated, _, Some(bias)) => OwnedGate::Gated(bias),
-        _ => OwnedGate::Relu,
-    };
-    OwnedRows {
-        d_in: rows.d_in,
-        weight: rows.weight,
-        sign_weight: vec![1.0; rows.bias.len()],
-        bias: rows.bias,
-        scale,
-        norm: recipe.token_norm,
-        gate,
     }
 }
 

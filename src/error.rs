@@ -1,5 +1,6 @@
 //! Status codes and the one error type.
 
+use std::any::Any;
 use std::fmt;
 
 /// What went wrong, as it crosses the C boundary. Numbers are never reused: 1xx the caller,
@@ -27,10 +28,11 @@ pub enum Status {
     UnsafePickle = 204,
     NonFinite = 205,
     CacheStale = 206,
-    // 207 MASK_EMPTY comes with the text masks.
+    MaskEmpty = 207,
     ProvenanceMismatch = 208,
     CacheMiss = 209,
     CacheBusy = 210,
+    MaskUnaligned = 211,
     CudaUnavailable = 300,
     CudaDriver = 301,
     NoKernelImage = 302,
@@ -43,7 +45,7 @@ pub enum Status {
 }
 
 impl Status {
-    pub const ALL: [Status; 32] = [
+    pub const ALL: [Status; 34] = [
         Status::Ok,
         Status::InvalidArgument,
         Status::NullPointer,
@@ -64,9 +66,11 @@ impl Status {
         Status::UnsafePickle,
         Status::NonFinite,
         Status::CacheStale,
+        Status::MaskEmpty,
         Status::ProvenanceMismatch,
         Status::CacheMiss,
         Status::CacheBusy,
+        Status::MaskUnaligned,
         Status::CudaUnavailable,
         Status::CudaDriver,
         Status::NoKernelImage,
@@ -109,9 +113,11 @@ impl Status {
             Status::UnsafePickle => "UNSAFE_PICKLE",
             Status::NonFinite => "NON_FINITE",
             Status::CacheStale => "CACHE_STALE",
+            Status::MaskEmpty => "MASK_EMPTY",
             Status::ProvenanceMismatch => "PROVENANCE_MISMATCH",
             Status::CacheMiss => "CACHE_MISS",
             Status::CacheBusy => "CACHE_BUSY",
+            Status::MaskUnaligned => "MASK_UNALIGNED",
             Status::CudaUnavailable => "CUDA_UNAVAILABLE",
             Status::CudaDriver => "CUDA_DRIVER",
             Status::NoKernelImage => "NO_KERNEL_IMAGE",
@@ -157,6 +163,12 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// What a caught panic said.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(|s| &s[..])).unwrap_or("no message")
+}
 
 /// `bail!(Shape, "hidden has {} columns", d)` returns that error.
 macro_rules! bail {

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result, Status, bail};
-use crate::plan::Plan;
+use crate::plan::{Part, Plan};
 use crate::sae::{Sae, read_small};
 
 /// The key under which [`Latents::save`] records where a set belongs.
@@ -40,16 +40,22 @@ pub struct Provenance {
 }
 
 impl Provenance {
-    /// What a plan knows about itself.
-    pub fn of(plan: &Plan) -> Provenance {
-        Provenance {
+    /// What a plan knows about itself. A part of a plan has another d and identity: refused.
+    pub fn of(plan: &Plan) -> Result<Provenance> {
+        if plan.part() != Part::Whole {
+            bail!(
+                InvalidArgument,
+                "a latent set is saved with a whole plan, not with a part of one"
+            );
+        }
+        Ok(Provenance {
             d_in: plan.d_in(),
             d_sae: plan.d_sae(),
             identity: plan.identity_in_file(),
             activation: plan.activation().name().to_owned(),
             layer: plan.layer(),
             sae_sha256: None,
-        }
+        })
     }
 }
 

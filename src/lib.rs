@@ -2,7 +2,8 @@
 //!
 //! The penalty is a pure function of arrays ([`penalty`]); everything else prepares its inputs:
 //! [`sae`] reads dictionaries, [`latents`] holds the blocked sets, [`plan`] joins the two on a
-//! device. Only the C ABI (`include/blockem.h`, generated from [`capi`]) is promised stable.
+//! device, [`mask`] and [`tokenizer`] tell which tokens count. Only the C ABI
+//! (`include/blockem.h`, generated from [`capi`]) is promised stable.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
@@ -13,10 +14,14 @@ pub mod capi;
 mod dictionary;
 pub mod error;
 pub mod latents;
+pub mod mask;
 mod output;
 pub mod penalty;
 pub mod penalty_file;
 pub mod plan;
 pub mod sae;
+pub mod stats;
 pub mod tensor;
+pub mod tokenizer;
 pub mod verify;
+mod xla;

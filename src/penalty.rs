@@ -10,6 +10,9 @@
 //! dH[t,:] (+)= scale · Σ_k coef[t,k] · W_k
 //! ```
 //!
+//! A token norm or a GLU encoder makes the pre-activation another function of h; coef is still what
+//! stands before its gradient, and dH is exact.
+//!
 //! This is L_block of BLOCK-EM (arXiv 2602.00767) before its mean over tokens: a trainer minimises
 //! SFT + λ · loss_sum / count. NaN reaches the loss; a token with m_t = 0 contributes nothing, even
 //! if its h is NaN.
@@ -23,7 +26,7 @@ use crate::backend::{
     reference,
 };
 use crate::error::{Result, bail};
-use crate::plan::{BackendKind, Plan, resolve_backend};
+use crate::plan::{BackendKind, Part, Plan, resolve_backend};
 use crate::sae::TokenNorm;
 use crate::tensor::{DType, Device, Stream, Tensor, TensorMut};
 
@@ -99,7 +102,7 @@ impl Scratch<'_> {
     }
 
     /// Its bytes, to compare addresses with.
-    fn view(&self) -> Result<Tensor<'_>> {
+    pub(crate) fn view(&self) -> Result<Tensor<'_>> {
         // SAFETY: nothing is read through it.
         unsafe { Tensor::from_raw(self.data, DType::U8, Device::Cpu, &[self.size], &[1]) }
     }
@@ -151,7 +154,7 @@ pub struct RawRows<'a> {
     pub gate_scale: Option<Tensor<'a>>,
 }
 
-type NamedTensor<'a> = (&'static str, Option<Tensor<'a>>);
+pub(crate) type NamedTensor<'a> = (&'static str, Option<Tensor<'a>>);
 
 impl<'a> RawRows<'a> {
     fn named(&self) -> [NamedTensor<'a>; 6] {
@@ -232,7 +235,7 @@ impl Plan {
             (true, None) => bail!(
                 NullPointer,
                 "hidden is required by the backward call of this plan: its SAE normalises every \
-                 token, and the gradient depends on the norm"
+                 token or gates every latent, and the gradient depends on the norm or the gate"
             ),
         };
         // SAFETY: `backward_call` checked every view against the plan.
@@ -244,6 +247,13 @@ impl Plan {
     }
 
     fn penalty_call(&self, stream: Stream, args: &PenaltyArgs<'_>, with_grad: bool) -> Result<()> {
+        if matches!(self.part(), Part::Columns { .. }) {
+            bail!(
+                Unsupported,
+                "some columns of hidden have no penalty: add up what encode gives over the \
+                 processes, and call a plan of the part GATE with the sums as hidden"
+            );
+        }
         let call = self.shape().penalty_call(args, with_grad, &[])?;
         let needed = self.workspace_size(call.tokens);
         let workspace = checked_workspace(&args.workspace, needed)?;
@@ -439,6 +449,7 @@ impl<'a> RawArrays<'a> {
             weight_stride: self.weight.row_stride,
             bias: vector(self.bias),
             scale: self.scale.map(vector),
+            glu_bias: None,
             gate: match self.gate {
                 RawGate::Open => Gate::Open,
                 RawGate::Relu => Gate::Relu,
@@ -489,7 +500,7 @@ fn checked_or_own(given: &Scratch<'_>, own: &mut Vec<u8>, needed: usize) -> Resu
 /// Workspaces must start at a multiple of this.
 pub const WORKSPACE_ALIGN: usize = 64;
 
-fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
+pub(crate) fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
     if given.size < needed {
         bail!(
             WorkspaceTooSmall,
@@ -504,11 +515,11 @@ fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Workspace> {
 }
 
 /// What every view of a call is compared with.
-struct CallShape {
-    d_in: usize,
-    num_latents: usize,
-    device: Device,
-    takes_f64: bool,
+pub(crate) struct CallShape {
+    pub d_in: usize,
+    pub num_latents: usize,
+    pub device: Device,
+    pub takes_f64: bool,
 }
 
 impl CallShape {
@@ -518,7 +529,7 @@ impl CallShape {
     }
 
     fn encode_call(&self, args: &EncodeArgs<'_>) -> Result<EncodeCall> {
-        let (tokens, hidden) = self.hidden(&args.hidden)?;
+        let (tokens, hidden) = self.hidden("hidden", &args.hidden)?;
         let out = args.latents.view();
         let latents = self.matrix("latents", out, tokens, self.num_latents, self.values())?;
         check_rows_apart("latents", out)?;
@@ -535,7 +546,7 @@ impl CallShape {
         with_grad: bool,
         rows: &[NamedTensor<'_>],
     ) -> Result<PenaltyCall> {
-        let (tokens, hidden) = self.hidden(required("hidden", &args.hidden)?)?;
+        let (tokens, hidden) = self.hidden("hidden", required("hidden", &args.hidden)?)?;
         let reference = required("reference", &args.reference)?;
         let reference =
             self.matrix("reference", reference, tokens, self.num_latents, self.values())?;
@@ -571,7 +582,8 @@ impl CallShape {
     ) -> Result<BackwardCall> {
         let coef = required("coef", &args.coef)?;
         let tokens = coef.view().shape().first().copied().unwrap_or(0);
-        let hidden = args.hidden.as_ref().map(|hidden| self.hidden(hidden)).transpose()?;
+        let hidden = args.hidden.as_ref();
+        let hidden = hidden.map(|hidden| self.hidden("hidden", hidden)).transpose()?;
         if hidden.is_some_and(|(rows, _)| rows != tokens) {
             bail!(Shape, "hidden and coef must have the same number of tokens");
         }
@@ -582,9 +594,9 @@ impl CallShape {
         Ok(BackwardCall { tokens, coef, grad, hidden, workspace: Workspace::NONE })
     }
 
-    fn hidden(&self, tensor: &Tensor<'_>) -> Result<(usize, Matrix)> {
+    pub fn hidden(&self, name: &str, tensor: &Tensor<'_>) -> Result<(usize, Matrix)> {
         let tokens = tensor.shape().first().copied().unwrap_or(0);
-        Ok((tokens, self.matrix("hidden", tensor, tokens, self.d_in, self.reals())?))
+        Ok((tokens, self.matrix(name, tensor, tokens, self.d_in, self.reals())?))
     }
 
     fn coef(&self, tensor: &TensorMut<'_>, tokens: usize) -> Result<Matrix> {
@@ -610,7 +622,7 @@ impl CallShape {
         Ok(Grad { rows, accumulate: args.accumulate, scale: args.scale, scale_tensor })
     }
 
-    fn mask(&self, tensor: &Tensor<'_>, tokens: usize) -> Result<Mask> {
+    pub fn mask(&self, tensor: &Tensor<'_>, tokens: usize) -> Result<Mask> {
         self.vector("mask", tensor, tokens, &[DType::U8, DType::Bool, DType::F32])?;
         Ok(Mask { data: tensor.data, dtype: tensor.dtype, stride: last_stride(tensor) })
     }
@@ -636,7 +648,13 @@ impl CallShape {
         Ok(tensor.data)
     }
 
-    fn vector(&self, name: &str, tensor: &Tensor<'_>, len: usize, dtypes: &[DType]) -> Result<()> {
+    pub fn vector(
+        &self,
+        name: &str,
+        tensor: &Tensor<'_>,
+        len: usize,
+        dtypes: &[DType],
+    ) -> Result<()> {
         let scalar = len == 1 && tensor.shape().is_empty();
         if !scalar && tensor.shape() != [len] {
             bail!(Shape, "{name} must be [{len}], not {:?}", tensor.shape());
@@ -644,7 +662,7 @@ impl CallShape {
         self.check_memory(name, tensor, dtypes)
     }
 
-    fn matrix(
+    pub fn matrix(
         &self,
         name: &str,
         tensor: &Tensor<'_>,
@@ -714,7 +732,7 @@ fn last_stride(tensor: &Tensor<'_>) -> usize {
 }
 
 /// No two elements of an output may share memory.
-fn check_rows_apart(name: &str, tensor: &Tensor<'_>) -> Result<()> {
+pub(crate) fn check_rows_apart(name: &str, tensor: &Tensor<'_>) -> Result<()> {
     let row = tensor.shape().get(1).copied().unwrap_or(1);
     let many = tensor.shape().first().is_some_and(|rows| *rows > 1);
     if many && tensor.stride()[0] < row {
@@ -742,9 +760,17 @@ fn check_overlaps(args: &PenaltyArgs<'_>, with_grad: bool, rows: &[NamedTensor<'
         ("mask", args.mask),
         ("scale_tensor", args.scale_tensor),
     ];
+    check_outputs_apart(&outputs, [&inputs[..], rows])
+}
+
+/// Outputs share memory neither with each other nor with inputs.
+pub(crate) fn check_outputs_apart(
+    outputs: &[NamedTensor<'_>],
+    inputs: [&[NamedTensor<'_>]; 2],
+) -> Result<()> {
     for (i, (name, out)) in outputs.iter().enumerate() {
         let Some(out) = out else { continue };
-        for (other, tensor) in outputs[..i].iter().chain(&inputs).chain(rows) {
+        for (other, tensor) in outputs[..i].iter().chain(inputs.into_iter().flatten()) {
             if let Some(tensor) = tensor {
                 check_apart(name, out, other, tensor)?;
             }

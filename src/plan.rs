@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::reference::Reference;
-use crate::backend::{Backend, OwnedGate, OwnedRows, TopK};
+use crate::backend::{Backend, OwnedGate, OwnedRows, TopK, side_by_side};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
 use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, TokenNorm};
-use crate::tensor::Device;
+use crate::tensor::{Device, Stream};
 
 /// From pre-activation to latent: the file's rule, or one of the two that BLOCK-EM's users choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,6 +62,20 @@ impl BackendKind {
     }
 }
 
+/// What of z a plan computes: all of it, or one of two steps where the columns of hidden lie on
+/// several processes (tensor parallelism). The processes add up what [`Part::Columns`] encodes; the
+/// sums [T, K] take the place of hidden in calls of [`Part::Gate`]; their gradient takes the place of
+/// coef in [`Part::Columns`]' backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    #[default]
+    Whole,
+    /// W · h over these columns, without bias and gate.
+    Columns { begin: usize, end: usize },
+    /// From W · h on: bias, gate and penalty.
+    Gate,
+}
+
 /// How a plan is made.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanOptions {
@@ -70,6 +84,7 @@ pub struct PlanOptions {
     pub activation: Activation,
     /// CPU worker threads of a run call; 0 means one for each available core.
     pub num_threads: usize,
+    pub part: Part,
 }
 
 impl Default for PlanOptions {
@@ -79,6 +94,7 @@ impl Default for PlanOptions {
             backend: BackendKind::Auto,
             activation: Activation::Native,
             num_threads: 0,
+            part: Part::Whole,
         }
     }
 }
@@ -89,6 +105,7 @@ pub struct Plan {
     kind: BackendKind,
     device: Device,
     activation: Activation,
+    part: Part,
     d_in: usize,
     d_sae: usize,
     num_latents: usize,
@@ -97,6 +114,7 @@ pub struct Plan {
     /// The gate is TopK's.
     has_topk: bool,
     token_norm: TokenNorm,
+    glu: bool,
     columns: Columns,
     identity: String,
 }
@@ -105,14 +123,17 @@ impl Plan {
     pub fn new(sae: &Sae, latents: &Latents, options: &PlanOptions) -> Result<Plan> {
         let kind = resolve_backend(options.device, options.backend)?;
         latents.check_against(sae)?;
+        check_part(options.part, sae.recipe(), latents.len(), options.activation)?;
         let contest = match (sae.recipe().architecture, options.activation) {
-            (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents)?),
+            (Architecture::TopK, Activation::Native) => Some(Contest::new(sae, latents.ids())?),
             _ => None,
         };
         let encoder = sae.gather(latents.ids())?;
         let mut columns = Columns::new(sae, latents, &encoder, options.activation);
         let topk = contest.as_ref().map(|contest| contest.gate.clone());
         let rows = latent_rows(encoder, latents, sae.recipe(), options.activation, topk);
+        let rows = part_of(rows, options.part);
+        let d_in = rows.d_in;
         let read = |range| contest.as_ref().map_or(Ok(EncoderRows::default()), |c| c.read(range));
         let backend: Box<dyn Backend> = match kind {
             BackendKind::Reference => Box::new(Reference::new(rows, &read)?),
@@ -127,27 +148,36 @@ impl Plan {
         if let Some(contest) = contest {
             columns.recipe.extend(contest.digest());
         }
+        let whole = columns.identity(0..latents.len());
+        check_provenance(latents, &whole, options.activation)?;
+        columns.recipe.extend(part_name(options.part).into_bytes());
         let identity = columns.identity(0..latents.len());
-        check_provenance(latents, &identity, options.activation)?;
         Ok(Plan {
             backend,
             kind,
             device: options.device,
             activation: options.activation,
-            d_in: sae.recipe().d_in,
+            part: options.part,
+            d_in,
             d_sae: sae.recipe().d_sae,
             num_latents: latents.len(),
             num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
             layer: sae.recipe().layer,
             has_topk,
             token_norm: sae.recipe().token_norm,
+            glu: sae.recipe().glu,
             columns,
             identity,
         })
     }
 
+    /// Columns of hidden.
     pub fn d_in(&self) -> usize {
         self.d_in
+    }
+
+    pub fn part(&self) -> Part {
+        self.part
     }
 
     pub fn d_sae(&self) -> usize {
@@ -214,16 +244,22 @@ impl Plan {
         self.backend.numerics()
     }
 
-    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, or a CUDA
-    /// device normalises every token first.
+    /// [`Plan::encode`] needs a workspace: latents are chosen among all of the dictionary, a second
+    /// encoder gates them, or a CUDA device normalises every token first.
     pub fn encode_needs_workspace(&self) -> bool {
         let normed = self.token_norm != TokenNorm::None;
-        self.has_topk || (normed && self.kind == BackendKind::Cuda)
+        self.has_topk || self.glu || (normed && self.kind == BackendKind::Cuda)
     }
 
-    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised.
+    /// [`Plan::backward`] needs hidden and a workspace: every token is normalised, or a second
+    /// encoder gates the latents.
     pub fn backward_needs_hidden(&self) -> bool {
-        self.token_norm != TokenNorm::None
+        self.token_norm != TokenNorm::None || self.glu
+    }
+
+    /// Whether work that is put on a CUDA stream runs on the plan's device, in its context.
+    pub(crate) fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        self.backend.owns_stream(stream)
     }
 
     /// Bytes of scratch that the penalty calls need for so many tokens, and the others where they
@@ -253,7 +289,7 @@ pub(crate) fn resolve_backend(device: Device, backend: BackendKind) -> Result<Ba
 }
 
 /// The number of a device that [`resolve_backend`] found to be CUDA's.
-fn cuda_index(device: Device) -> i32 {
+pub(crate) fn cuda_index(device: Device) -> i32 {
     match device {
         Device::Cuda(index) => index,
         Device::Cpu => unreachable!("resolved: the CUDA backend has a CUDA device"),
@@ -261,16 +297,16 @@ fn cuda_index(device: Device) -> i32 {
 }
 
 /// A TopK SAE under its own rule: a top-k over the blocked rows alone would be another function.
-struct Contest<'a> {
+pub(crate) struct Contest<'a> {
     sae: &'a Sae,
-    gate: TopK,
+    pub gate: TopK,
     /// Where the rivals of each group begin in the dictionary.
     starts: Vec<usize>,
     hash: RefCell<Sha256>,
 }
 
 impl Contest<'_> {
-    fn new<'a>(sae: &'a Sae, latents: &Latents) -> Result<Contest<'a>> {
+    pub fn new<'a>(sae: &'a Sae, latents: &[u64]) -> Result<Contest<'a>> {
         let recipe = sae.recipe();
         let (Some(k), false) = (recipe.k, recipe.selection == Selection::Batch) else {
             bail!(
@@ -294,13 +330,13 @@ impl Contest<'_> {
             _ => (recipe.d_sae, k),
         };
         let group_of = |id: &u64| *id as usize / size;
-        let mut groups: Vec<usize> = latents.ids().iter().map(group_of).collect();
+        let mut groups: Vec<usize> = latents.iter().map(group_of).collect();
         groups.sort_unstable();
         groups.dedup();
         let column = |id| groups.binary_search(&group_of(id)).unwrap_or_default() as u32;
         let gate = TopK {
             k: winners,
-            group: latents.ids().iter().map(column).collect(),
+            group: latents.iter().map(column).collect(),
             group_ends: (1..=groups.len()).map(|g| g * size).collect(),
             by_magnitude: recipe.selection == Selection::Magnitude,
             // Comes with the blocked latents' rows.
@@ -316,13 +352,18 @@ impl Contest<'_> {
         let ids: Vec<u64> =
             rivals.map(|rival| (self.starts[rival / size] + rival % size) as u64).collect();
         let rows = self.sae.gather(&ids)?;
-        let mut hash = self.hash.borrow_mut();
-        (0..ids.len()).for_each(|k| hash.update(row_digest(&rows, k)));
+        self.seen(&rows);
         Ok(rows)
     }
 
+    /// Enters rivals into the digest, each once, in order.
+    pub fn seen(&self, rows: &EncoderRows) {
+        let mut hash = self.hash.borrow_mut();
+        (0..rows.bias.len()).for_each(|k| hash.update(row_digest(rows, k)));
+    }
+
     /// Of all that decides which latents are on.
-    fn digest(self) -> Vec<u8> {
+    pub fn digest(self) -> Vec<u8> {
         let Contest { gate, hash, .. } = self;
         let mut hash = hash.into_inner();
         for n in [gate.k, gate.groups(), gate.by_magnitude as usize] {
@@ -354,17 +395,101 @@ fn check_provenance(latents: &Latents, identity: &str, activation: Activation) -
     Ok(())
 }
 
+/// Whether z of an SAE can be computed in two steps, and the columns exist.
+fn check_part(part: Part, recipe: &Recipe, count: usize, activation: Activation) -> Result<()> {
+    if part == Part::Whole {
+        return Ok(());
+    }
+    if recipe.token_norm != TokenNorm::None {
+        bail!(
+            Unsupported,
+            "this SAE normalises every token ({}), which takes all columns of hidden: gather them \
+             and use a whole plan",
+            recipe.token_norm.name()
+        );
+    }
+    if recipe.glu {
+        bail!(
+            Unsupported,
+            "this SAE has a GLU encoder, whose two products are not added up but multiplied: gather \
+             hidden and use a whole plan"
+        );
+    }
+    if recipe.architecture == Architecture::TopK && activation == Activation::Native {
+        bail!(
+            Unsupported,
+            "the activation 'native' of a topk SAE compares the whole dictionary, which no part of \
+             a plan does; use 'dense_relu' or 'preactivation', or gather hidden for a whole plan"
+        );
+    }
+    match part {
+        Part::Columns { begin, end } if begin >= end || end > recipe.d_in => bail!(
+            InvalidArgument,
+            "the columns {begin} to {end} are none of the SAE's: it has {}",
+            recipe.d_in
+        ),
+        Part::Gate if count > MOST_GATED => bail!(
+            Unsupported,
+            "the part GATE keeps K x K numbers, and serves up to {MOST_GATED} latents, not {count}"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Whose one-hot rows take 1 GiB.
+const MOST_GATED: usize = 1 << 14;
+
+/// The rows with which a backend computes the part.
+fn part_of(rows: OwnedRows, part: Part) -> OwnedRows {
+    let count = rows.bias.len();
+    match part {
+        Part::Whole => rows,
+        Part::Columns { begin, end } => {
+            let columns = rows.weight.chunks_exact(rows.d_in).flat_map(|row| &row[begin..end]);
+            OwnedRows {
+                d_in: end - begin,
+                weight: columns.copied().collect(),
+                bias: vec![0.0; count],
+                scale: None,
+                gate: OwnedGate::Open,
+                ..rows
+            }
+        }
+        // A product with one-hot rows copies W · h, to the last bit.
+        Part::Gate => {
+            let one_hot = |i: usize| if i.is_multiple_of(count + 1) { 1.0 } else { 0.0 };
+            OwnedRows { d_in: count, weight: (0..count * count).map(one_hot).collect(), ..rows }
+        }
+    }
+}
+
+/// What the identity of a part has beyond that of the whole plan.
+fn part_name(part: Part) -> String {
+    match part {
+        Part::Whole => String::new(),
+        Part::Columns { begin, end } => format!("columns {begin}..{end}"),
+        Part::Gate => "gate".into(),
+    }
+}
+
 /// Digests of all that z depends on, by column, so that the identity of the same latents in another
 /// order is known too.
-struct Columns {
-    recipe: Vec<u8>,
-    ids: Vec<u64>,
+pub(crate) struct Columns {
+    pub recipe: Vec<u8>,
+    pub ids: Vec<u64>,
     signs: Vec<i8>,
-    rows: Vec<[u8; 32]>,
+    pub rows: Vec<[u8; 32]>,
 }
 
 impl Columns {
     fn new(sae: &Sae, latents: &Latents, rows: &EncoderRows, activation: Activation) -> Columns {
+        let signs = latents.signs().to_vec();
+        let mut columns = Columns { signs, ..Columns::none(sae, activation) };
+        columns.add(latents.ids(), rows);
+        columns
+    }
+
+    pub fn none(sae: &Sae, activation: Activation) -> Columns {
         let r = sae.recipe();
         let hook = r.hook.as_deref().unwrap_or("");
         let mut recipe = Vec::new();
@@ -380,15 +505,15 @@ impl Columns {
         for n in [r.d_in, r.d_sae] {
             recipe.extend((n as u64).to_le_bytes());
         }
-        Columns {
-            recipe,
-            ids: latents.ids().to_vec(),
-            signs: latents.signs().to_vec(),
-            rows: (0..latents.len()).map(|k| row_digest(rows, k)).collect(),
-        }
+        Columns { recipe, ids: Vec::new(), signs: Vec::new(), rows: Vec::new() }
     }
 
-    fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
+    pub fn add(&mut self, ids: &[u64], rows: &EncoderRows) {
+        self.ids.extend(ids);
+        self.rows.extend((0..ids.len()).map(|k| row_digest(rows, k)));
+    }
+
+    pub fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {
         let mut hash = Sha256::new();
         hash.update(&self.recipe);
         hash.update((self.ids.len() as u64).to_le_bytes());
@@ -426,6 +551,11 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
         bytes.extend(number.unwrap_or(0.0).to_le_bytes());
     }
     bytes.extend(gain.into_iter().flat_map(f32::to_le_bytes));
+    if let Some(glu) = &rows.glu {
+        let weights = &glu.weight[k * rows.d_in..][..rows.d_in];
+        bytes.extend(b"glu");
+        bytes.extend([glu.bias[k]].iter().chain(weights).flat_map(|w| w.to_le_bytes()));
+    }
     Sha256::digest(&bytes).into()
 }
 
@@ -433,6 +563,18 @@ fn row_digest(rows: &EncoderRows, k: usize) -> [u8; 32] {
 fn latent_rows(
     rows: EncoderRows,
     latents: &Latents,
+    recipe: &Recipe,
+    activation: Activation,
+    topk: Option<TopK>,
+) -> OwnedRows {
+    let signed = latents.signs().iter().zip(latents.weights());
+    let sign_weight = signed.map(|(s, w)| *s as f32 * w).collect();
+    OwnedRows { sign_weight, ..gated_rows(rows, recipe, activation, topk) }
+}
+
+/// Rows with the gate that the activation chose, each with sign and weight 1.
+pub(crate) fn gated_rows(
+    rows: EncoderRows,
     recipe: &Recipe,
     activation: Activation,
     topk: Option<TopK>,
@@ -452,14 +594,15 @@ fn latent_rows(
         }
         _ => OwnedGate::Relu,
     };
-    let signed = latents.signs().iter().zip(latents.weights());
+    let (weight, glu_bias) = side_by_side(rows.weight, rows.glu, rows.d_in);
     OwnedRows {
         d_in: rows.d_in,
-        weight: rows.weight,
+        weight,
+        sign_weight: vec![1.0; rows.bias.len()],
         bias: rows.bias,
         scale,
+        glu_bias,
         norm: recipe.token_norm,
         gate,
-        sign_weight: signed.map(|(s, w)| *s as f32 * w).collect(),
     }
 }

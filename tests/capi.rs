@@ -14,6 +14,8 @@ mod header;
 mod stub_cuda;
 #[path = "capi/toolbox.rs"]
 mod toolbox;
+#[path = "capi/xla.rs"]
+mod xla;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -67,6 +69,12 @@ fn fork() {
 #[test]
 fn reference_cache() {
     check_program("tests/capi/cache.c", "c99");
+}
+
+#[test]
+#[cfg(feature = "tokenizers")]
+fn text_masks() {
+    check_program("tests/capi/mask.c", "c99");
 }
 
 #[test]
@@ -163,7 +171,7 @@ fn check_program(source: &str, dialect: &str) {
 }
 
 fn plain<'a>(sources: &'a [&'a str], dialect: &'a str) -> Program<'a> {
-    Program { sources, dialect, sanitize: false, link: Link::Shared }
+    Program { sources, dialect, sanitize: false, link: Link::Shared, headers: None }
 }
 
 /// A bare safetensors file that states its recipe: d = 4, F = 6.

@@ -3,6 +3,8 @@
 //! tests/data/formats is made by tests/make_format_fixtures.py; each folder's note.json says whose
 //! code wrote the files and computed the values.
 
+mod support;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -32,14 +34,13 @@ fn given(name: &str) -> SaeOptions {
 }
 
 /// Layouts that are not read yet, or never: each says so with this status.
-const REFUSED: [(&str, Status); 7] = [
+const REFUSED: [(&str, Status); 6] = [
     ("dl_backup", Status::Unsupported),
     ("dl_batch_topk_old", Status::RecipeIncomplete),
     ("dl_batch_topk_uncalibrated", Status::RecipeIncomplete),
     ("dl_matryoshka_uncalibrated", Status::RecipeIncomplete),
     ("openmoss_batch_norm", Status::Unsupported),
     ("openmoss_no_norm", Status::NonFinite),
-    ("openmoss_glu", Status::Unsupported),
 ];
 
 fn root() -> PathBuf {
@@ -135,7 +136,7 @@ fn values_are_the_owners() {
         let file = match &name[..] {
             // The owner keeps the largest of a batch; what comes before that is a latent's own.
             "goodfire_r1_logic" | "goodfire_r1_math" => "expected_relu.safetensors",
-            "openmoss_batchtopk" => continue,
+            "openmoss_batchtopk" | "openmoss_glu_batchtopk" => continue,
             _ => "expected.safetensors",
         };
         check_values(&name, &sae, file);
@@ -156,6 +157,60 @@ fn llama_scope_is_read_by_either_rule() {
     assert_ne!(gather_all(&theirs), gather_all(&authors));
 }
 
+/// The second encoder of an OpenMOSS SAE is neither overlooked nor made up.
+#[test]
+fn a_glu_encoder_is_told_and_must_be_whole() {
+    let sae = open("openmoss_glu", &SaeOptions::default()).unwrap();
+    assert!(sae.recipe().glu);
+    assert_eq!(sae.describe().unwrap()["glu"], true);
+    assert!(!open("openmoss_relu", &SaeOptions::default()).unwrap().recipe().glu);
+    let said = |glu: bool| SaeOptions {
+        recipe: json!({ "use_glu_encoder": glu }).as_object().cloned(),
+        ..SaeOptions::default()
+    };
+    for (name, glu, status, word) in [
+        ("openmoss_glu", false, Status::Format, "use_glu_encoder"),
+        ("openmoss_relu", true, Status::TensorMissing, "b_E_glu"),
+    ] {
+        let error = open(name, &said(glu)).err().unwrap();
+        assert_eq!(error.status, status, "{name}: {error}");
+        assert!(error.message.contains(word), "{name}: {error}");
+    }
+}
+
+/// Under the other two activations u is what is rectified, or left as it is.
+#[test]
+fn a_glu_encoder_gates_in_every_activation() {
+    for name in ["openmoss_glu", "openmoss_glu_topk", "openmoss_glu_batchtopk"] {
+        let sae = open(name, &SaeOptions::default()).unwrap();
+        let (d, count) = (sae.recipe().d_in, sae.recipe().d_sae);
+        let rows = gather_all(&sae);
+        let glu = rows.glu.as_ref().unwrap();
+        let mut rng = support::Rng::of(7);
+        let x: Vec<f64> = rng.normals(5 * d).iter().map(|x| *x as f64).collect();
+        for (activation, backend) in [
+            (Activation::DenseRelu, BackendKind::Reference),
+            (Activation::Preactivation, BackendKind::Reference),
+            (Activation::DenseRelu, BackendKind::Cpu),
+            (Activation::Preactivation, BackendKind::Cpu),
+        ] {
+            let z = encode(&sae, activation, backend, &x);
+            for (i, z) in z.iter().enumerate() {
+                let (h, k) = (&x[i / count * d..][..d], i % count);
+                let sum = |weight: &[f32], bias: &[f32]| -> f64 {
+                    let products = weight[k * d..][..d].iter().zip(h);
+                    products.map(|(w, h)| *w as f64 * h).sum::<f64>() + bias[k] as f64
+                };
+                let (value, gate) = (sum(&rows.weight, &rows.bias), sum(&glu.weight, &glu.bias));
+                let u = value / (1.0 + (-gate).exp());
+                let on = activation == Activation::Preactivation || u > 0.0;
+                let expected = if on { u } else { 0.0 };
+                assert!((z - expected).abs() <= 1e-5, "{name}, {activation:?}: {z} {expected}");
+            }
+        }
+    }
+}
+
 /// What an owner's file becomes as one safetensors file is the same SAE.
 #[test]
 fn converted_files_have_the_same_rows() {
@@ -170,6 +225,7 @@ fn converted_files_have_the_same_rows() {
         let (told, recipe) = (again.describe().unwrap(), again.recipe());
         assert_eq!(told["converted"]["source_format"], sae.recipe().format, "{name}");
         assert_eq!(recipe.selection, sae.recipe().selection, "{name}");
+        assert_eq!(recipe.glu, sae.recipe().glu, "{name}");
         assert_eq!(recipe.token_norm, sae.recipe().token_norm, "{name}");
         assert_eq!(again.recipe().k, sae.recipe().k, "{name}");
         assert_eq!(again.recipe().layer, sae.recipe().layer, "{name}");

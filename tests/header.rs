@@ -6,8 +6,22 @@ use std::path::Path;
 fn committed_header_is_current() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
-    let sections =
-        ["status", "version", "device", "tensor", "raw", "sae", "latents", "plan", "run", "cache"];
+    let sections = [
+        "status",
+        "version",
+        "device",
+        "tensor",
+        "raw",
+        "sae",
+        "latents",
+        "plan",
+        "run",
+        "cache",
+        "xla",
+        "stats",
+        "mask",
+        "tokenizer",
+    ];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for section in sections {
         builder = builder.with_src(root.join(format!("src/capi/{section}.rs")));

@@ -65,7 +65,7 @@ fn saving_keeps_foreign_keys_and_records_where_the_set_belongs() {
     let set = Latents::open(&source, &sae).unwrap();
     let options = PlanOptions { activation: Activation::DenseRelu, ..PlanOptions::default() };
     let plan = Plan::new(&sae, &set, &options).unwrap();
-    set.save(&saved, Some(&Provenance::of(&plan))).unwrap();
+    set.save(&saved, Some(&Provenance::of(&plan).unwrap())).unwrap();
     let text = std::fs::read_to_string(&saved).unwrap();
     assert!(text.contains("selected_latents"), "{text}");
 
@@ -95,7 +95,7 @@ fn a_set_of_mixed_signs_belongs_to_its_sae_after_saving() {
     let path = folder.path().join("K0.json");
     let set = Latents::new(&[5, 2, 9, 0], &[-1, 1, -1, 1], Some(&[1.0, 2.0, 3.0, 4.0])).unwrap();
     let plan = Plan::new(&sae, &set, &PlanOptions::default()).unwrap();
-    set.save(&path, Some(&Provenance::of(&plan))).unwrap();
+    set.save(&path, Some(&Provenance::of(&plan).unwrap())).unwrap();
     let again = Latents::open(&path, &sae).unwrap();
     assert_eq!(again.ids(), [2, 0, 5, 9]);
     assert_eq!(again.weights(), [2.0, 4.0, 1.0, 3.0]);

@@ -479,7 +479,7 @@ def openmoss(name, d, times, seed, act, norm="dataset-wise", gain=True, glu=Fals
     )  # fmt: skip
     note(
         folder, "", SCOPIUM,
-        f"u = norm(x) @ W_E + b_E{' * sigmoid(norm(x) @ W_E_glu + b_E_glu)' if glu else ''}; "
+        f"u = {'(norm(x) @ W_E + b_E) * sigmoid(norm(x) @ W_E_glu + b_E_glu)' if glu else 'norm(x) @ W_E + b_E'}; "
         f"{act}{' (k*T largest of all T tokens given)' if act == 'batchtopk' else ''} of {'u*||W_D[j]||, divided back' if gain else 'u'}; norm {norm}",
         "SparseDictionary.from_pretrained(dtype=float64), normalize_activations, SparseAutoEncoder.encode; saved by save_checkpoint", **refuse,
     )  # fmt: skip
@@ -889,6 +889,9 @@ def main() -> None:
     openmoss("openmoss_topk_token", 12, 4, 226, "topk", norm="token-wise", gain=False)
     openmoss("openmoss_batchtopk", 16, 3, 227, "batchtopk")
     openmoss("openmoss_glu", 12, 4, 228, "jumprelu", glu=True)
+    openmoss("openmoss_glu_relu", 20, 1, 232, "relu", norm="token-wise", gain=False, glu=True)
+    openmoss("openmoss_glu_topk", 12, 4, 233, "topk", glu=True)
+    openmoss("openmoss_glu_batchtopk", 12, 4, 234, "batchtopk", glu=True)
     openmoss("openmoss_pt", 16, 3, 229, "jumprelu", suffix="pt")
     openmoss("openmoss_batch_norm", 16, 3, 230, "relu", norm="batch-wise", why="the input scale depends on the batch")
     openmoss("openmoss_no_norm", 16, 3, 231, "relu", average=None, why="dataset-wise, but the stored average norm is not a number (the owner wrote uninitialised memory)")

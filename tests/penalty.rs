@@ -3,10 +3,10 @@
 
 mod support;
 
-use blockem::error::Status;
-use blockem::latents::Latents;
+use blockem::error::{Result, Status};
+use blockem::latents::{Latents, Provenance};
 use blockem::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN};
-use blockem::plan::{Activation, BackendKind, Plan, PlanOptions};
+use blockem::plan::{Activation, BackendKind, Part, Plan, PlanOptions};
 use blockem::sae::{Architecture, Sae, SaeOptions, Selection, TokenNorm};
 use blockem::tensor::{DType, Element, Tensor, TensorMut};
 use half::{bf16, f16};
@@ -14,39 +14,58 @@ use support::{RandomSae, Rng};
 
 /// How a latent comes about.
 #[derive(Clone, Copy, Debug)]
-struct Rule(Architecture, Selection, TokenNorm, Activation);
+struct Rule(Encoder, Architecture, Selection, TokenNorm, Activation);
 
-/// Every architecture and activation; the selections and norms of TopK and other SAEs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Encoder {
+    Plain,
+    /// Gated by the sigmoid of a second one.
+    Glu,
+}
+
+/// Every architecture and activation; the selections and norms of TopK and other SAEs; GLU encoders
+/// with each of them.
 fn rules() -> Vec<Rule> {
     use Activation::{DenseRelu, Native, Preactivation};
     use Architecture::{Gated, JumpRelu, Standard, TopK};
+    use Encoder::{Glu, Plain};
     use Selection::{Groups, Largest, Magnitude};
     use TokenNorm::{Constant, Layer, None};
     vec![
-        Rule(Standard, Largest, None, Native),
-        Rule(JumpRelu, Largest, None, Native),
-        Rule(Gated, Largest, None, Native),
-        Rule(JumpRelu, Largest, None, DenseRelu),
-        Rule(Gated, Largest, None, DenseRelu),
-        Rule(TopK, Largest, None, DenseRelu),
-        Rule(Gated, Largest, None, Preactivation),
-        Rule(TopK, Largest, None, Native),
-        Rule(TopK, Magnitude, None, Native),
-        Rule(TopK, Groups, None, Native),
-        Rule(TopK, Largest, Layer, Native),
-        Rule(TopK, Groups, Constant, Native),
-        Rule(Standard, Largest, Layer, Native),
-        Rule(JumpRelu, Largest, Constant, Native),
-        Rule(Gated, Largest, Layer, Native),
+        Rule(Plain, Standard, Largest, None, Native),
+        Rule(Plain, JumpRelu, Largest, None, Native),
+        Rule(Plain, Gated, Largest, None, Native),
+        Rule(Plain, JumpRelu, Largest, None, DenseRelu),
+        Rule(Plain, Gated, Largest, None, DenseRelu),
+        Rule(Plain, TopK, Largest, None, DenseRelu),
+        Rule(Plain, Gated, Largest, None, Preactivation),
+        Rule(Plain, TopK, Largest, None, Native),
+        Rule(Plain, TopK, Magnitude, None, Native),
+        Rule(Plain, TopK, Groups, None, Native),
+        Rule(Plain, TopK, Largest, Layer, Native),
+        Rule(Plain, TopK, Groups, Constant, Native),
+        Rule(Plain, Standard, Largest, Layer, Native),
+        Rule(Plain, JumpRelu, Largest, Constant, Native),
+        Rule(Plain, Gated, Largest, Layer, Native),
+        Rule(Glu, Standard, Largest, None, Native),
+        Rule(Glu, JumpRelu, Largest, None, Native),
+        Rule(Glu, JumpRelu, Largest, None, DenseRelu),
+        Rule(Glu, JumpRelu, Largest, None, Preactivation),
+        Rule(Glu, TopK, Largest, None, Native),
+        Rule(Glu, TopK, Groups, Constant, Native),
+        Rule(Glu, JumpRelu, Largest, Constant, Native),
+        Rule(Glu, Standard, Largest, Layer, Native),
     ]
 }
 
 impl Rule {
     /// An SAE whose first K latents are blocked; TopK ones have as many more.
     fn sae(self, rng: &mut Rng, d: usize, k: usize) -> RandomSae {
-        let Rule(architecture, selection, token_norm, _) = self;
+        let Rule(encoder, architecture, selection, token_norm, _) = self;
         let f = if architecture == Architecture::TopK { 2 * k } else { k };
-        RandomSae { selection, token_norm, ..RandomSae::new(rng, architecture, d, f) }
+        let sae = RandomSae::new(rng, architecture, d, f);
+        let sae = if encoder == Encoder::Glu { sae.with_glu(rng) } else { sae };
+        RandomSae { selection, token_norm, ..sae }
     }
 }
 
@@ -66,6 +85,18 @@ fn plan(
 ) -> Plan {
     let options = PlanOptions { backend, activation, num_threads, ..PlanOptions::default() };
     Plan::new(&sae.open(), set, &options).unwrap()
+}
+
+fn part_plan(
+    sae: &RandomSae,
+    set: &Latents,
+    backend: BackendKind,
+    activation: Activation,
+    part: Part,
+) -> Result<Plan> {
+    let options =
+        PlanOptions { backend, activation, num_threads: 1, part, ..PlanOptions::default() };
+    Plan::new(&sae.open(), set, &options)
 }
 
 fn workspace(plan: &Plan, tokens: usize) -> Vec<u8> {
@@ -143,7 +174,7 @@ fn rounding<T: Element>(plan: &Plan) -> f64 {
 /// CPU against reference for one hidden dtype. A latent at its gate's edge may fall on either side
 /// in f32, so those inputs are drawn away from the edge.
 fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
-    for rule @ Rule(_, _, norm, activation) in rules() {
+    for rule @ Rule(.., norm, activation) in rules() {
         for (tokens, k, d) in [(0, 3, 5), (1, 1, 1), (31, 7, 63), (33, 64, 17), (65, 129, 200)] {
             if norm != TokenNorm::None && d == 1 {
                 // One input has no deviation.
@@ -332,20 +363,24 @@ fn nan_reaches_the_loss_unless_masked() {
 }
 
 #[test]
-fn a_topk_plan_needs_a_workspace_to_encode() {
+fn topk_and_glu_plans_need_a_workspace_to_encode() {
     let mut rng = Rng::fresh();
-    let sae = RandomSae::new(&mut rng, Architecture::TopK, 8, 16);
-    let plan = plan(&sae, &latents(&mut rng, 3), BackendKind::Cpu, Activation::Native, 1);
-    let (hidden, mut z) = (rng.normals(8), [f32::NAN; 3]);
-    let error = plan
-        .encode(&mut EncodeArgs {
-            hidden: Tensor::from_slice(&hidden, &[1, 8]).unwrap(),
-            latents: TensorMut::from_slice(&mut z, &[1, 3]).unwrap(),
-            workspace: Scratch::NONE,
-        })
-        .unwrap_err();
-    assert_eq!(error.status, Status::WorkspaceTooSmall, "{error}");
-    assert!(z.iter().all(|z| z.is_nan()), "nothing is written");
+    let topk = RandomSae::new(&mut rng, Architecture::TopK, 8, 16);
+    let glu = RandomSae::new(&mut rng, Architecture::Standard, 8, 16).with_glu(&mut rng);
+    for sae in [topk, glu] {
+        let plan = plan(&sae, &latents(&mut rng, 3), BackendKind::Cpu, Activation::Native, 1);
+        assert!(plan.encode_needs_workspace());
+        let (hidden, mut z) = (rng.normals(8), [f32::NAN; 3]);
+        let error = plan
+            .encode(&mut EncodeArgs {
+                hidden: Tensor::from_slice(&hidden, &[1, 8]).unwrap(),
+                latents: TensorMut::from_slice(&mut z, &[1, 3]).unwrap(),
+                workspace: Scratch::NONE,
+            })
+            .unwrap_err();
+        assert_eq!(error.status, Status::WorkspaceTooSmall, "{error}");
+        assert!(z.iter().all(|z| z.is_nan()), "nothing is written");
+    }
 }
 
 /// Without the whole dictionary, or where other tokens decide, there is no native activation.
@@ -391,4 +426,148 @@ fn identity_follows_what_z_depends_on() {
     assert_eq!(dense, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "no rivals");
     sae.token_norm = TokenNorm::Layer;
     assert_ne!(dense, of(&sae, &[1, 4], &[1, 1], Activation::DenseRelu), "another norm");
+    let mut sae = RandomSae::new(&mut rng, Architecture::Standard, 12, 9).with_glu(&mut rng);
+    let first = of(&sae, &[1, 4], &[1, 1], Activation::Native);
+    sae.glu.as_mut().unwrap().1[4] += 0.25;
+    let second = of(&sae, &[1, 4], &[1, 1], Activation::Native);
+    assert_ne!(first, second, "another bias of the second encoder");
+    sae.glu.as_mut().unwrap().0[4 * 12] += 0.25;
+    assert_ne!(second, of(&sae, &[1, 4], &[1, 1], Activation::Native), "another row of it");
+}
+
+/// What processes that hold some columns each compute together is what one computes alone.
+fn parts_agree<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
+    let (tokens, k, d) = (37, 21, 130);
+    let cuts = [0, 64, 65, 130];
+    for rule @ Rule(encoder, architecture, _, norm, activation) in rules() {
+        let native_topk = (architecture, activation) == (Architecture::TopK, Activation::Native);
+        let whole_only = match (encoder, norm) {
+            (_, TokenNorm::Constant | TokenNorm::Layer) => Some("norm"),
+            (Encoder::Glu, _) => Some("GLU"),
+            _ => native_topk.then_some("topk"),
+        };
+        let sae = rule.sae(rng, d, k);
+        let set = latents(rng, k);
+        for backend in [BackendKind::Cpu, BackendKind::Reference] {
+            let make = |part| part_plan(&sae, &set, backend, activation, part);
+            if let Some(word) = whole_only {
+                for part in [Part::Gate, Part::Columns { begin: 0, end: d }] {
+                    let error = make(part).err().unwrap();
+                    assert_eq!(error.status, Status::Unsupported, "{rule:?}: {error}");
+                    assert!(error.message.contains(word), "{error}");
+                }
+                continue;
+            }
+            let (whole, gate) = (make(Part::Whole).unwrap(), make(Part::Gate).unwrap());
+            let columns: Vec<Plan> = cuts
+                .windows(2)
+                .map(|cut| make(Part::Columns { begin: cut[0], end: cut[1] }).unwrap())
+                .collect();
+            let eps = rounding::<T>(&whole);
+            let hidden: Vec<T> = rng.normals(tokens * d).into_iter().map(from).collect();
+            let of_columns = |cut: &[usize]| -> Vec<T> {
+                hidden.chunks(d).flat_map(|row| row[cut[0]..cut[1]].to_vec()).collect()
+            };
+            let mut dots = vec![0.0f32; tokens * k];
+            for (plan, cut) in columns.iter().zip(cuts.windows(2)) {
+                assert_eq!((plan.d_in(), gate.d_in()), (cut[1] - cut[0], k));
+                let share: Vec<f32> = encode(plan, &of_columns(cut));
+                dots.iter_mut().zip(&share).for_each(|(sum, dot)| *sum += dot);
+            }
+            let exact: Vec<f32> = encode(&whole, &hidden);
+            let found: Vec<f32> = encode(&gate, &dots);
+            let mut reference = rng.normals(tokens * k);
+            for i in 0..tokens * k {
+                if (exact[i] == 0.0) != (found[i] == 0.0) {
+                    // Both sides of the edge are right: keep it out of the sums.
+                    reference[i] = if set.signs()[i % k] > 0 { 1e3 } else { -1e3 };
+                    continue;
+                }
+                let size = hidden[i / k * d..][..d].iter().map(|x| to(*x).powi(2)).sum::<f32>();
+                let about = 2.0 * eps * (1.0 + size.sqrt() as f64);
+                assert_close("z", found[i] as f64, exact[i] as f64, about);
+            }
+            let mask: Vec<bool> = (0..tokens).map(|_| rng.below(4) > 0).collect();
+            let view = || Some(Tensor::from_slice(&mask, &[tokens]).unwrap());
+            let expected = penalty(&whole, &hidden, &reference, view(), f32::NAN);
+            let mut found = penalty(&gate, &dots, &reference, view(), f32::NAN);
+            let about = 10.0 * eps * (1.0 + expected.loss_sum);
+            assert_close("loss_sum", found.loss_sum, expected.loss_sum, about);
+            assert_eq!(found.token_count, expected.token_count);
+            let largest = expected.grad.iter().fold(0.0f64, |m, g| m.max(g.abs() as f64));
+            for (plan, cut) in columns.iter().zip(cuts.windows(2)) {
+                let width = cut[1] - cut[0];
+                let mut grad = vec![f32::NAN; tokens * width];
+                plan.backward(&mut PenaltyArgs {
+                    coef: Some(TensorMut::from_slice(&mut found.grad, &[tokens, k]).unwrap()),
+                    grad_hidden: Some(TensorMut::from_slice(&mut grad, &[tokens, width]).unwrap()),
+                    ..PenaltyArgs::default()
+                })
+                .unwrap();
+                for (i, g) in grad.iter().enumerate() {
+                    let e = expected.grad[i / width * d + cut[0] + i % width] as f64;
+                    assert_close("grad", *g as f64, e, 20.0 * eps * (1.0 + largest));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_over_columns_are_the_whole() {
+    let mut rng = Rng::fresh();
+    parts_agree::<f32>(&mut rng, |x| x, |x| x);
+    parts_agree::<bf16>(&mut rng, bf16::from_f32, bf16::to_f32);
+}
+
+/// The gate of exact sums has the bits of a whole plan's: nothing is lost on the way through it.
+#[test]
+fn the_gate_takes_sums_as_they_are() {
+    let mut rng = Rng::fresh();
+    let (tokens, k, d) = (9, 70, 12);
+    let sae = RandomSae::new(&mut rng, Architecture::Standard, d, k);
+    let set = latents(&mut rng, k);
+    let make = |part| part_plan(&sae, &set, BackendKind::Cpu, Activation::Preactivation, part);
+    let hidden = rng.normals(tokens * d);
+    let dots: Vec<f32> = encode(&make(Part::Columns { begin: 0, end: d }).unwrap(), &hidden);
+    let found: Vec<f32> = encode(&make(Part::Gate).unwrap(), &dots);
+    for (i, (z, dot)) in found.iter().zip(&dots).enumerate() {
+        assert_eq!(z.to_bits(), (dot + sae.bias[i % k]).to_bits());
+    }
+}
+
+#[test]
+fn what_a_part_cannot_do_is_refused() {
+    let mut rng = Rng::fresh();
+    let (k, d) = (3, 8);
+    let sae = RandomSae::new(&mut rng, Architecture::Standard, d, k);
+    let set = latents(&mut rng, k);
+    let make = |part| part_plan(&sae, &set, BackendKind::Cpu, Activation::Native, part);
+    for (begin, end) in [(0, 9), (4, 4), (5, 4), (8, 8)] {
+        let error = make(Part::Columns { begin, end }).err().unwrap();
+        assert_eq!(error.status, Status::InvalidArgument, "{error}");
+    }
+    let columns = make(Part::Columns { begin: 2, end: 8 }).unwrap();
+    let (hidden, reference) = (rng.normals(6), rng.normals(k));
+    let mut loss_sum = [f64::NAN];
+    let error = columns
+        .forward(&mut PenaltyArgs {
+            hidden: Some(Tensor::from_slice(&hidden, &[1, 6]).unwrap()),
+            reference: Some(Tensor::from_slice(&reference, &[1, k]).unwrap()),
+            loss_sum: Some(TensorMut::from_slice(&mut loss_sum, &[1]).unwrap()),
+            ..PenaltyArgs::default()
+        })
+        .unwrap_err();
+    assert_eq!(error.status, Status::Unsupported, "{error}");
+    assert!(Provenance::of(&columns).is_err());
+    let gate = make(Part::Gate).unwrap();
+    let whole = make(Part::Whole).unwrap();
+    let other = make(Part::Columns { begin: 0, end: 8 }).unwrap();
+    let plans = [&columns, &gate, &whole, &other];
+    for (i, one) in plans.iter().enumerate() {
+        for another in &plans[..i] {
+            assert_ne!(one.identity(), another.identity());
+            assert_ne!(one.column_digest(0), another.column_digest(0));
+        }
+    }
 }

@@ -138,6 +138,42 @@ fn what_is_read_rightly_is_not_flagged() {
     }
 }
 
+/// A second encoder that halves what the first one finds, and a decoder that doubles it again.
+#[test]
+fn a_glu_encoder_is_verified_and_cannot_be_overlooked() {
+    let world = World::new(&mut Rng::fresh());
+    let hidden = world.hidden_file("hidden.safetensors", 1.0);
+    for architecture in ["topk", "jumprelu"] {
+        let path = world.folder.path().join(format!("{architecture}.safetensors"));
+        let doubled = world.features.iter().map(|x| 2.0 * x).collect();
+        let mut tensors = vec![
+            ("W_enc", vec![F, D], world.features.clone()),
+            ("W_dec", vec![F, D], doubled),
+            ("b_enc", vec![F], vec![0.0; F]),
+            ("b_dec", vec![D], world.offset.clone()),
+            ("W_enc_glu", vec![F, D], vec![0.0; F * D]),
+            ("b_enc_glu", vec![F], vec![0.0; F]),
+        ];
+        if architecture == "jumprelu" {
+            tensors.push(("threshold", vec![F], vec![1.2; F]));
+        }
+        let cfg = json!({
+            "architecture": architecture, "k": K, "d_in": D, "d_sae": F, "layout": "latent_major",
+            "apply_b_dec_to_input": true, "use_glu_encoder": true,
+        });
+        write(&path, &tensors, Some(HashMap::from([("cfg".to_string(), cfg.to_string())])));
+        let report = report_of(&path, &hidden, Value::Null, None);
+        assert_eq!(flags(&report), Vec::<&str>::new(), "{report:#}");
+        let rest = &report["without_first_token"];
+        assert!(number(&rest["explained_variance"]) > 0.7, "{report:#}");
+        assert!(number(&rest["mean_l0"]) < 8.0, "{report:#}");
+        let recipe = json!({"use_glu_encoder": false}).as_object().cloned();
+        let error = Sae::open(&path, &SaeOptions { recipe, input_scale: None }).err().unwrap();
+        assert_eq!(error.status, Status::Format, "{error}");
+        assert!(error.message.contains("use_glu_encoder"), "{error}");
+    }
+}
+
 #[test]
 fn topk_read_as_relu_is_flagged() {
     let world = World::new(&mut Rng::fresh());

@@ -37,7 +37,7 @@ def cargo_version() -> str:
 def cargo_build(*options: str) -> Path:
     """Builds the shared library and returns its path, wherever cargo's settings put it."""
     command = ["cargo", "build", "--release", "--lib", "--no-default-features",
-               "--message-format=json-render-diagnostics", *options]
+               "--features=tokenizers", "--message-format=json-render-diagnostics", *options]
     if shutil.which("cargo") is None:
         raise SetupError("cargo is not on PATH: libblockem is in Rust; see https://rustup.rs")
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

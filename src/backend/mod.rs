@@ -3,27 +3,31 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod glu;
 #[cfg(test)]
-mod random;
+pub(crate) mod random;
 pub(crate) mod reference;
 
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::sae::{EncoderRows, TokenNorm};
+use crate::sae::{EncoderRows, GluRows, TokenNorm};
 use crate::tensor::{DType, Stream};
 
 /// Encoder rows of one latent set with the gate that the plan's activation chose, borrowed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows<'a> {
     pub d_in: usize,
-    /// [K, d_in] with `weight_stride` elements from row to row.
+    /// [K · width, d_in] with `weight_stride` elements from row to row.
     pub weight: &'a [f32],
     pub weight_stride: usize,
     /// [K]
     pub bias: &'a [f32],
     /// [K] or absent: pre = scale · dot + bias, where dot = a · (weight · h).
     pub scale: Option<&'a [f32]>,
+    /// [K] or absent: latent k of a GLU encoder has rows 2k and 2k + 1, and no scale:
+    /// pre = (dot_2k + bias) · sigmoid(dot_2k+1 + glu_bias).
+    pub glu_bias: Option<&'a [f32]>,
     /// What a is; 1 without.
     pub norm: TokenNorm,
     pub gate: Gate<'a>,
@@ -37,8 +41,23 @@ impl Rows<'_> {
         self.bias.len()
     }
 
-    pub fn row(&self, k: usize) -> &[f32] {
-        &self.weight[k * self.weight_stride..][..self.d_in]
+    /// Rows of each latent.
+    pub fn width(&self) -> usize {
+        if self.glu_bias.is_some() { 2 } else { 1 }
+    }
+
+    /// Rows of all latents, and so dot products of a token.
+    pub fn products(&self) -> usize {
+        self.count() * self.width()
+    }
+
+    /// The slope of a latent is not its rows' alone.
+    pub fn backward_needs_hidden(&self) -> bool {
+        self.norm != TokenNorm::None || self.glu_bias.is_some()
+    }
+
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.weight[row * self.weight_stride..][..self.d_in]
     }
 
     /// Copies of all but the weights.
@@ -48,6 +67,7 @@ impl Rows<'_> {
             weight: Vec::new(),
             bias: self.bias.to_vec(),
             scale: self.scale.map(<[f32]>::to_vec),
+            glu_bias: self.glu_bias.map(<[f32]>::to_vec),
             norm: self.norm,
             gate: match self.gate {
                 Gate::Open => OwnedGate::Open,
@@ -57,6 +77,27 @@ impl Rows<'_> {
                 Gate::TopK(gate) => OwnedGate::TopK(gate.clone()),
             },
             sign_weight: self.sign_weight.to_vec(),
+        }
+    }
+
+    /// Copies of some of the rows, all but the weights. A TopK gate keeps all of its rivals.
+    pub fn part_without_weight(&self, range: Range<usize>) -> OwnedRows {
+        let of = |values: &[f32]| values[range.clone()].to_vec();
+        OwnedRows {
+            d_in: self.d_in,
+            weight: Vec::new(),
+            bias: of(self.bias),
+            scale: self.scale.map(of),
+            glu_bias: self.glu_bias.map(of),
+            norm: self.norm,
+            gate: match self.gate {
+                Gate::Open => OwnedGate::Open,
+                Gate::Relu => OwnedGate::Relu,
+                Gate::Threshold(th) => OwnedGate::Threshold(of(th)),
+                Gate::Gated(bias) => OwnedGate::Gated(of(bias)),
+                Gate::TopK(gate) => OwnedGate::TopK(gate.part(range.clone())),
+            },
+            sign_weight: of(self.sign_weight),
         }
     }
 }
@@ -119,6 +160,17 @@ impl TopK {
         let start = if group == 0 { 0 } else { self.group_ends[group - 1] };
         start..self.group_ends[group]
     }
+
+    /// The gate of some of the latents; their rivals stay.
+    pub fn part(&self, range: Range<usize>) -> TopK {
+        TopK {
+            k: self.k,
+            group: self.group[range.clone()].to_vec(),
+            group_ends: self.group_ends.clone(),
+            by_magnitude: self.by_magnitude,
+            gain: self.gain.as_ref().map(|gain| gain[range].to_vec()),
+        }
+    }
 }
 
 /// The k-th largest rank; below everything where there are fewer. Puts the k largest first.
@@ -143,13 +195,17 @@ pub(crate) type ReadRivals<'a> = &'a dyn Fn(Range<usize>) -> Result<EncoderRows>
 /// read each.
 pub(crate) const RIVALS_AT_ONCE: usize = 2048;
 
+/// Rows of a range of a dictionary's latents. A backend reads each once, in order.
+pub(crate) type ReadRows<'a> = &'a dyn Fn(Range<usize>) -> Result<OwnedRows>;
+
 /// [`Rows`] that own their arrays.
 pub(crate) struct OwnedRows {
     pub d_in: usize,
-    /// [K, d_in], or empty where a backend keeps the weights in a form of its own.
+    /// [K · width, d_in], or empty where a backend keeps the weights in a form of its own.
     pub weight: Vec<f32>,
     pub bias: Vec<f32>,
     pub scale: Option<Vec<f32>>,
+    pub glu_bias: Option<Vec<f32>>,
     pub norm: TokenNorm,
     pub gate: OwnedGate,
     pub sign_weight: Vec<f32>,
@@ -163,6 +219,17 @@ pub(crate) enum OwnedGate {
     TopK(TopK),
 }
 
+/// Weights with the rows of a GLU encoder's latent side by side, and the biases of its second ones.
+pub(crate) fn side_by_side(
+    weight: Vec<f32>,
+    glu: Option<GluRows>,
+    d_in: usize,
+) -> (Vec<f32>, Option<Vec<f32>>) {
+    let Some(glu) = glu else { return (weight, None) };
+    let pairs = weight.chunks_exact(d_in).zip(glu.weight.chunks_exact(d_in));
+    (pairs.flat_map(|(value, gate)| [value, gate]).flatten().copied().collect(), Some(glu.bias))
+}
+
 impl OwnedRows {
     pub fn borrow(&self) -> Rows<'_> {
         Rows {
@@ -171,6 +238,7 @@ impl OwnedRows {
             weight_stride: self.d_in,
             bias: &self.bias,
             scale: self.scale.as_deref(),
+            glu_bias: self.glu_bias.as_deref(),
             norm: self.norm,
             gate: match &self.gate {
                 OwnedGate::Open => Gate::Open,
@@ -273,7 +341,8 @@ pub(crate) struct EncodeCall {
     pub tokens: usize,
     pub hidden: Matrix,
     pub latents: Matrix,
-    /// Empty unless the gate is [`Gate::TopK`], or on CUDA if rows have a [`TokenNorm`].
+    /// Empty unless the gate is [`Gate::TopK`], the encoder a GLU's, or on CUDA if rows have a
+    /// [`TokenNorm`].
     pub workspace: Workspace,
 }
 
@@ -298,8 +367,22 @@ pub(crate) struct BackwardCall {
     pub tokens: usize,
     pub coef: Matrix,
     pub grad: Grad,
-    /// Given if rows have a [`TokenNorm`], as is the workspace.
+    /// Given if [`Rows::backward_needs_hidden`], as is the workspace.
     pub hidden: Option<Matrix>,
+    pub workspace: Workspace,
+}
+
+/// Sums over tokens for every latent of a dictionary: the formulas of `stats.rs`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StatsCall {
+    pub tokens: usize,
+    pub hidden: Matrix,
+    pub base_hidden: Option<Matrix>,
+    pub mask: Option<Mask>,
+    /// [rows of `stats.rs`, F] F64
+    pub state: Matrix,
+    pub token_count: Option<*mut f64>,
+    pub accumulate: bool,
     pub workspace: Workspace,
 }
 
@@ -332,6 +415,11 @@ pub(crate) trait Backend: Send + Sync {
         false
     }
 
+    /// Whether work that is put on a stream runs where this backend's rows are.
+    fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        Ok(stream == Stream::NULL)
+    }
+
     /// Bytes of scratch that any call needs for this many tokens.
     fn workspace_size(&self, tokens: usize) -> usize;
 
@@ -343,4 +431,26 @@ pub(crate) trait Backend: Send + Sync {
     unsafe fn encode(&self, call: &EncodeCall, stream: Stream) -> Result<()>;
     unsafe fn penalty(&self, call: &PenaltyCall, stream: Stream) -> Result<()>;
     unsafe fn backward(&self, call: &BackwardCall, stream: Stream) -> Result<()>;
+}
+
+/// All latents of a dictionary on a device, and the sums over tokens of each.
+pub(crate) trait StatsBackend: Send + Sync {
+    /// As [`Backend::numerics`]: z has the bits of a plan of that name.
+    fn numerics(&self) -> String;
+
+    /// Worker threads of a run call.
+    fn num_threads(&self) -> usize;
+
+    /// Whether hidden states may be F64.
+    fn takes_f64(&self) -> bool {
+        false
+    }
+
+    /// Bytes of scratch that a call needs for this many tokens, with the base's hidden states or
+    /// without.
+    fn workspace_size(&self, tokens: usize, has_base: bool) -> usize;
+
+    /// # Safety
+    /// As [`Backend`].
+    unsafe fn update(&self, call: &StatsCall, stream: Stream) -> Result<()>;
 }

@@ -5,10 +5,11 @@ use half::{bf16, f16};
 
 use super::{
     Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedGate, OwnedRows, PenaltyCall,
-    ReadRivals, Rows, TopK,
+    ReadRivals, ReadRows, Rows, StatsBackend, StatsCall, TopK,
 };
 use crate::error::Result;
 use crate::sae::{EncoderRows, TokenNorm};
+use crate::stats::rows;
 use crate::tensor::{DType, Stream};
 
 pub(crate) struct Reference {
@@ -67,6 +68,54 @@ impl Backend for Reference {
     }
 }
 
+/// The statistics of every latent, in f64.
+pub(crate) struct ReferenceStats {
+    rows: OwnedRows,
+    /// Of a TopK gate: all latents once more.
+    rivals: EncoderRows,
+}
+
+impl ReferenceStats {
+    pub fn new(d_sae: usize, read: ReadRows<'_>) -> Result<ReferenceStats> {
+        let rows = read(0..d_sae)?;
+        let rivals = match &rows.gate {
+            OwnedGate::TopK(gate) => EncoderRows {
+                d_in: rows.d_in,
+                weight: rows.weight.clone(),
+                bias: rows.bias.clone(),
+                rank_gain: gate.gain.clone(),
+                ..EncoderRows::default()
+            },
+            _ => EncoderRows::default(),
+        };
+        Ok(ReferenceStats { rows, rivals })
+    }
+}
+
+impl StatsBackend for ReferenceStats {
+    fn numerics(&self) -> String {
+        "reference-1".into()
+    }
+
+    fn num_threads(&self) -> usize {
+        1
+    }
+
+    fn takes_f64(&self) -> bool {
+        true
+    }
+
+    fn workspace_size(&self, _tokens: usize, _has_base: bool) -> usize {
+        0
+    }
+
+    unsafe fn update(&self, call: &StatsCall, _: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { Formulas { rows: self.rows.borrow(), rivals: &self.rivals }.statistics(call) };
+        Ok(())
+    }
+}
+
 /// # Safety
 /// As [`Backend`].
 pub(crate) unsafe fn penalty(rows: &Rows<'_>, call: &PenaltyCall) {
@@ -102,8 +151,14 @@ pub(crate) struct Token {
 /// A latent for one hidden state.
 pub(crate) struct Latent {
     pub z: f64,
-    /// dz/d(dot)
+    /// dz/d(dot), or of a GLU encoder dz/du
     pub slope: f64,
+}
+
+/// u = value · sigmoid of a GLU encoder's latent.
+struct Pair {
+    value: f64,
+    sigmoid: f64,
 }
 
 impl Formulas<'_> {
@@ -133,10 +188,16 @@ impl Formulas<'_> {
 
     /// The k-th largest rank of a group; NaN ranks above all.
     fn kth(&self, gate: &TopK, group: usize, token: &Token) -> f64 {
+        let row = |weight: &'_ [f32], rival: usize| {
+            token.dot(&weight[rival * self.rivals.d_in..][..self.rivals.d_in])
+        };
         let rank = |rival: usize| {
-            let row = &self.rivals.weight[rival * self.rivals.d_in..][..self.rivals.d_in];
+            let mut pre = row(&self.rivals.weight, rival) + self.rivals.bias[rival] as f64;
+            if let Some(glu) = &self.rivals.glu {
+                pre *= sigmoid(row(&glu.weight, rival) + glu.bias[rival] as f64);
+            }
             let gain = self.rivals.rank_gain.as_ref().map_or(1.0, |gain| gain[rival]);
-            gate.rank(gain as f64 * (token.dot(row) + self.rivals.bias[rival] as f64))
+            gate.rank(gain as f64 * pre)
         };
         let mut ranks: Vec<f64> = gate.rivals_of(group).map(rank).collect();
         ranks.sort_by(|a, b| b.total_cmp(a));
@@ -145,9 +206,12 @@ impl Formulas<'_> {
 
     pub fn latent(&self, k: usize, token: &Token) -> Latent {
         let rows = &self.rows;
-        let dot = token.dot(rows.row(k));
+        let dot = token.dot(rows.row(k * rows.width()));
         let scale = rows.scale.map_or(1.0, |s| s[k] as f64);
-        let pre = scale * dot + rows.bias[k] as f64;
+        let pre = match self.pair(k, token) {
+            Some(pair) => pair.value * pair.sigmoid,
+            None => scale * dot + rows.bias[k] as f64,
+        };
         let off = match rows.gate {
             Gate::Open => false,
             Gate::Relu => pre <= 0.0,
@@ -163,6 +227,34 @@ impl Formulas<'_> {
         Latent { z, slope }
     }
 
+    /// Of a GLU encoder.
+    fn pair(&self, k: usize, token: &Token) -> Option<Pair> {
+        let rows = &self.rows;
+        let gate = |bias: &[f32]| token.dot(rows.row(2 * k + 1)) + bias[k] as f64;
+        rows.glu_bias.map(|bias| Pair {
+            value: token.dot(rows.row(2 * k)) + rows.bias[k] as f64,
+            sigmoid: sigmoid(gate(bias)),
+        })
+    }
+
+    /// The coefficient of each row's dot product, from those of the latents: a GLU encoder has
+    ///
+    /// ```text
+    /// du/d(dot_2k) = sigmoid(g)      du/d(dot_2k+1) = value · sigmoid(g) · (1 − sigmoid(g))
+    /// ```
+    fn row_coefs(&self, coef: &[f64], token: Option<&Token>) -> Vec<f64> {
+        let Some(token) = token.filter(|_| self.rows.glu_bias.is_some()) else {
+            let mut all = vec![0.0; self.rows.products()];
+            all[..coef.len()].copy_from_slice(coef);
+            return all;
+        };
+        let of_latent = |(k, c): (usize, &f64)| match self.pair(k, token).filter(|_| *c != 0.0) {
+            Some(Pair { value, sigmoid }) => [c * sigmoid, c * value * sigmoid * (1.0 - sigmoid)],
+            None => [0.0; 2],
+        };
+        coef.iter().enumerate().flat_map(of_latent).collect()
+    }
+
     /// # Safety
     /// As [`Backend`].
     unsafe fn encode(&self, call: &EncodeCall) {
@@ -173,6 +265,59 @@ impl Formulas<'_> {
                 for k in 0..self.rows.count() {
                     store(&call.latents, t, k, self.latent(k, &token).z);
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`StatsBackend`].
+    unsafe fn statistics(&self, call: &StatsCall) {
+        let d_in = self.rows.d_in;
+        // SAFETY: every index below is within the checked shapes.
+        unsafe {
+            let mut token_count = 0.0;
+            let seen = |hidden: &Matrix, t| self.token(load_row(hidden, t, d_in));
+            let tokens = (0..call.tokens).filter_map(|t| {
+                let mask = call.mask.map_or(1.0, |m| m.get(t) as f64);
+                let base = call.base_hidden.as_ref();
+                (mask != 0.0).then(|| (mask, seen(&call.hidden, t), base.map(|base| seen(base, t))))
+            });
+            let tokens: Vec<(f64, Token, Option<Token>)> = tokens.collect();
+            for k in 0..self.rows.count() {
+                let at = |row: usize| call.state.row(row).cast::<f64>().add(k);
+                let add = |row: usize, x: f64| *at(row) += x;
+                let larger = |row: usize, x: f64| {
+                    let largest = &mut *at(row);
+                    *largest = if x <= *largest || largest.is_nan() { *largest } else { x };
+                };
+                if !call.accumulate {
+                    let all =
+                        if call.base_hidden.is_some() { rows::WITH_BASE } else { rows::ALONE };
+                    (0..all).for_each(|row| *at(row) = 0.0);
+                    [rows::MAX, rows::BASE_MAX]
+                        .into_iter()
+                        .filter(|row| *row < all)
+                        .for_each(|row| *at(row) = f64::NEG_INFINITY);
+                }
+                for (mask, token, base) in &tokens {
+                    let side = |first: usize, z: f64| {
+                        add(first + rows::SUM, mask * z);
+                        add(first + rows::SQUARE_SUM, mask * z * z);
+                        add(first + rows::ACTIVE, if z != 0.0 { *mask } else { 0.0 });
+                        larger(first + rows::MAX, z);
+                    };
+                    let z = self.latent(k, token).z;
+                    side(rows::SUM, z);
+                    let Some(base) = base else { continue };
+                    let base = self.latent(k, base).z;
+                    side(rows::BASE_SUM, base);
+                    add(rows::RISE_SQUARE_SUM, mask * rectify(z - base).powi(2));
+                    add(rows::FALL_SQUARE_SUM, mask * rectify(base - z).powi(2));
+                }
+            }
+            tokens.iter().for_each(|(mask, ..)| token_count += mask);
+            if let Some(count) = call.token_count {
+                *count = if call.accumulate { *count } else { 0.0 } + token_count;
             }
         }
     }
@@ -236,20 +381,20 @@ impl Formulas<'_> {
             let factor = call.grad.factor();
             for t in 0..call.tokens {
                 let coef = load_row(&call.coef, t, self.rows.count());
-                let hidden = call.hidden.filter(|_| self.rows.norm != TokenNorm::None);
+                let hidden = call.hidden.filter(|_| self.rows.backward_needs_hidden());
                 let token = hidden.map(|hidden| self.token(load_row(&hidden, t, self.rows.d_in)));
                 self.gradient_row(&call.grad, factor, t, &coef, token.as_ref());
             }
         }
     }
 
-    /// dH[t] (+)= factor · Σ_k coef_k · d(dot_k)/dh, where dot_k = a · (W_k · h):
+    /// dH[t] (+)= factor · Σ_k coef_k · d(dot_k)/dh over all rows, where dot_k = a · (W_k · h):
     ///
     /// ```text
     /// d(dot_k)/dh = a W_k − q dot_k (h − mean)      q = 0 without a norm
     /// ```
     ///
-    /// Latents whose coefficient is 0 take no part.
+    /// Rows whose coefficient is 0 take no part.
     ///
     /// # Safety
     /// Row t must exist and be writable.
@@ -262,6 +407,7 @@ impl Formulas<'_> {
         token: Option<&Token>,
     ) {
         let rows = &self.rows;
+        let coef = self.row_coefs(coef, token);
         let active: Vec<usize> = (0..coef.len()).filter(|k| coef[*k] != 0.0).collect();
         if active.is_empty() && grad.accumulate {
             return;
@@ -292,6 +438,10 @@ impl Token {
         let dot: f64 = row.iter().zip(&self.hidden).map(|(w, h)| *w as f64 * h).sum();
         self.scale * dot
     }
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 /// relu that lets NaN through.

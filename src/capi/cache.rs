@@ -288,6 +288,6 @@ unsafe fn cache_options<'a>(options: &blockem_cache_options) -> Result<CacheOpti
         base_model,
         layer: (options.layer != -1).then_some(options.layer),
         dtype,
-        plan: plan.map(|plan| &plan.0),
+        plan: plan.map(|plan| &*plan.0),
     })
 }

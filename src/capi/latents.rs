@@ -233,10 +233,10 @@ unsafe fn read_provenance(options: &blockem_latents_save_options) -> Result<Opti
     match (plan, sae) {
         (None, None) => Ok(None),
         (None, Some(_)) => bail!(InvalidArgument, "options.sae needs options.plan"),
-        (Some(plan), None) => Ok(Some(Provenance::of(&plan.0))),
+        (Some(plan), None) => Provenance::of(&plan.0).map(Some),
         (Some(plan), Some(sae)) => {
             let sae_sha256 = Some(sae.0.file_sha256(&mut |_, _| {})?);
-            Ok(Some(Provenance { sae_sha256, ..Provenance::of(&plan.0) }))
+            Ok(Some(Provenance { sae_sha256, ..Provenance::of(&plan.0)? }))
         }
     }
 }

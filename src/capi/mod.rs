@@ -13,19 +13,23 @@
 pub mod cache;
 pub mod device;
 pub mod latents;
+pub mod mask;
 pub mod plan;
 pub mod raw;
 pub mod run;
 pub mod sae;
+pub mod stats;
 pub mod status;
 pub mod tensor;
+pub mod tokenizer;
 pub mod version;
+pub mod xla;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-use crate::error::{Error, Result, Status, bail};
+use crate::error::{Error, Result, Status, bail, panic_text};
 use crate::tensor::{Device, Stream};
 use status::blockem_status;
 
@@ -36,9 +40,7 @@ fn guard(body: impl FnOnce() -> Result<()>) -> blockem_status {
         Ok(Ok(())) => return Status::Ok.code(),
         Ok(Err(error)) => error,
         Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map(|s| s.to_string());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-            let text = text.unwrap_or_else(|| "no message".into());
+            let text = panic_text(&*panic);
             Error::new(Status::Panic, format!("a defect of libblockem: {text}"))
         }
     };

@@ -1,4 +1,5 @@
 use std::ffi::c_char;
+use std::sync::Arc;
 
 use super::latents::blockem_latents;
 use super::sae::blockem_sae;
@@ -8,7 +9,7 @@ use super::{
     write_struct,
 };
 use crate::error::{Result, bail};
-use crate::plan::{Activation, BackendKind, Plan, PlanOptions};
+use crate::plan::{Activation, BackendKind, Part, Plan, PlanOptions};
 use crate::tensor::Device;
 
 /// The device's own backend.
@@ -27,9 +28,16 @@ pub const BLOCKEM_ACTIVATION_DENSE_RELU: i32 = 1;
 /// The pre-activation itself: no gate.
 pub const BLOCKEM_ACTIVATION_PREACTIVATION: i32 = 2;
 
+/// All of z.
+pub const BLOCKEM_PART_WHOLE: i32 = 0;
+/// W . h over some columns of hidden, without bias and gate.
+pub const BLOCKEM_PART_COLUMNS: i32 = 1;
+/// From W . h on: bias, gate and penalty.
+pub const BLOCKEM_PART_GATE: i32 = 2;
+
 /// SAE x latent set x device: the blocked rows, gathered and folded. Never changes after creation,
 /// so any number of threads may use it at once.
-pub struct blockem_plan(pub(super) Plan);
+pub struct blockem_plan(pub(super) Arc<Plan>);
 
 /// How a plan is made; all zero is the default.
 #[repr(C)]
@@ -50,8 +58,21 @@ pub struct blockem_plan_options {
     pub num_threads: i32,
     /// Zero.
     pub reserved: i32,
+    /// BLOCKEM_PART_... For tensor parallelism, where each process holds some columns of hidden
+    /// [T, d]: each makes one plan of the part COLUMNS and one of the part GATE. blockem_encode of
+    /// COLUMNS writes the columns' share of W . h; the processes add these [T, K] up (all-reduce). In
+    /// calls of GATE the sums are hidden, F32 [T, K]: blockem_encode gives z, the penalty calls loss,
+    /// coef, and in grad_hidden the gradient of the sums. With that as coef,
+    /// blockem_penalty_backward of COLUMNS writes dH of its columns. GATE keeps K x K numbers.
+    pub part: i32,
+    /// Zero.
+    pub reserved2: i32,
+    /// With COLUMNS: hidden is [T, column_end - column_begin], these columns of the SAE's d; else
+    /// both are zero.
+    pub column_begin: i64,
+    pub column_end: i64,
 }
-versioned!(blockem_plan_options, first_size = 32, last = reserved: i32);
+versioned!(blockem_plan_options, first_size = 32, last = column_end: i64);
 
 /// What a plan is. Filled by blockem_plan_info_get.
 #[repr(C)]
@@ -59,7 +80,7 @@ versioned!(blockem_plan_options, first_size = 32, last = reserved: i32);
 pub struct blockem_plan_info {
     /// sizeof(blockem_plan_info), set by BLOCKEM_PLAN_INFO_INIT.
     pub struct_size: usize,
-    /// d: columns of hidden.
+    /// Columns of hidden: d; of the part COLUMNS theirs, of GATE K.
     pub d_in: i64,
     /// F: latents of the dictionary.
     pub d_sae: i64,
@@ -86,11 +107,11 @@ pub struct blockem_plan_info {
     /// Names the arithmetic: plans with one identity and one numerics give the same z, bit for
     /// bit.
     pub numerics: [c_char; 64],
-    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, and on CUDA
-    /// SAEs that normalise every token.
+    /// 1 where blockem_encode needs a workspace: the native activation of a TOPK SAE, GLU encoders,
+    /// and on CUDA SAEs that normalise every token.
     pub encode_needs_workspace: i32,
     /// 1 where blockem_penalty_backward needs hidden and a workspace: SAEs that normalise every
-    /// token.
+    /// token, and GLU encoders.
     pub backward_needs_hidden: i32,
 }
 versioned!(blockem_plan_info, first_size = 208, last = backward_needs_hidden: i32);
@@ -99,12 +120,13 @@ versioned!(blockem_plan_info, first_size = 208, last = backward_needs_hidden: i3
 /// the set may be freed. Reads only the rows that are needed: those of the set, and for the native
 /// activation of a TOPK SAE all of the dictionary (of GROUPS: of the set's groups), which the plan
 /// keeps too.
-/// options: NULL for the defaults (CPU, native activation, all cores).
+/// options: NULL for the defaults (CPU, native activation, all cores, all of z).
 /// out: a new handle, to be freed with blockem_plan_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, LATENT_RANGE, UNSUPPORTED (native
-/// activation of a TOPK SAE that is partial or selects over a BATCH), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING, NON_FINITE, PROVENANCE_MISMATCH; on CUDA
-/// also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE, DRIVER_TOO_OLD, OUT_OF_MEMORY,
-/// CAPTURE_UNSAFE, FORKED. Thread-safe.
+/// activation of a TOPK SAE that is partial or selects over a BATCH; a part of it, of an SAE that
+/// normalises every token, or of a GLU encoder), OUT_OF_MEMORY, IO, FORMAT, TENSOR_MISSING,
+/// NON_FINITE, PROVENANCE_MISMATCH; on CUDA also CUDA_UNAVAILABLE, CUDA_DRIVER, NO_KERNEL_IMAGE,
+/// DRIVER_TOO_OLD, OUT_OF_MEMORY, CAPTURE_UNSAFE, FORKED. Thread-safe.
 /// On CUDA the plan belongs to the thread's current context where that is one of the device, else
 /// to the device's primary context, which it keeps alive; the current context stays what it was.
 /// A context that the host destroys must outlive its plans. Not for use while a stream is captured.
@@ -127,7 +149,7 @@ pub unsafe extern "C" fn blockem_plan_create(
         };
         let plan = Plan::new(&sae.0, &latents.0, &options)?;
         // SAFETY: checked above.
-        unsafe { *out = Box::into_raw(Box::new(blockem_plan(plan))) };
+        unsafe { *out = Box::into_raw(Box::new(blockem_plan(Arc::new(plan)))) };
         Ok(())
     })
 }
@@ -142,10 +164,7 @@ pub unsafe extern "C" fn blockem_plan_info_get(
     guard(|| {
         // SAFETY: a live handle, or NULL.
         let plan = unsafe { &handle("plan", plan)?.0 };
-        let (device_type, device_index) = match plan.device() {
-            Device::Cpu => (BLOCKEM_DEVICE_CPU, 0),
-            Device::Cuda(index) => (BLOCKEM_DEVICE_CUDA, index),
-        };
+        let (device_type, device_index) = device_codes(plan.device());
         let value = blockem_plan_info {
             struct_size: size_of::<blockem_plan_info>(),
             d_in: plan.d_in() as i64,
@@ -201,9 +220,17 @@ pub unsafe extern "C" fn blockem_plan_free(plan: *mut blockem_plan) {
     unsafe { free(plan) }
 }
 
-fn plan_options(options: &blockem_plan_options) -> Result<PlanOptions> {
-    if options.reserved != 0 {
-        bail!(InvalidArgument, "options.reserved must be 0");
+/// BLOCKEM_DEVICE_... and which one of that type.
+pub(super) fn device_codes(device: Device) -> (i32, i32) {
+    match device {
+        Device::Cpu => (BLOCKEM_DEVICE_CPU, 0),
+        Device::Cuda(index) => (BLOCKEM_DEVICE_CUDA, index),
+    }
+}
+
+pub(super) fn plan_options(options: &blockem_plan_options) -> Result<PlanOptions> {
+    if options.reserved != 0 || options.reserved2 != 0 {
+        bail!(InvalidArgument, "options.reserved and reserved2 must be 0");
     }
     let Some(activation) = Activation::from_code(options.activation) else {
         bail!(InvalidArgument, "there is no activation {}", options.activation);
@@ -213,7 +240,22 @@ fn plan_options(options: &blockem_plan_options) -> Result<PlanOptions> {
         backend: backend(options.backend)?,
         activation,
         num_threads: num_threads(options.num_threads)?,
+        part: part(options)?,
     })
+}
+
+fn part(options: &blockem_plan_options) -> Result<Part> {
+    let (begin, end) = (options.column_begin, options.column_end);
+    match (options.part, usize::try_from(begin), usize::try_from(end)) {
+        (BLOCKEM_PART_COLUMNS, Ok(begin), Ok(end)) => Ok(Part::Columns { begin, end }),
+        (BLOCKEM_PART_WHOLE, Ok(0), Ok(0)) => Ok(Part::Whole),
+        (BLOCKEM_PART_GATE, Ok(0), Ok(0)) => Ok(Part::Gate),
+        (BLOCKEM_PART_WHOLE..=BLOCKEM_PART_GATE, ..) => bail!(
+            InvalidArgument,
+            "the columns {begin} to {end} do not fit the part: COLUMNS takes a range, the others 0"
+        ),
+        (other, ..) => bail!(InvalidArgument, "there is no part {other}"),
+    }
 }
 
 pub(super) fn backend(code: i32) -> Result<BackendKind> {

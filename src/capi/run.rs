@@ -124,8 +124,8 @@ pub unsafe extern "C" fn blockem_penalty_forward(
 /// Reads coef, scale_tensor; writes or adds to grad_hidden. A token without a coefficient other
 /// than 0 gets a row of zeros, and is left untouched when accumulating.
 /// hidden may be absent and no workspace is needed, except where
-/// blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token, and the gradient
-/// is that of the norm too.
+/// blockem_plan_info.backward_needs_hidden is 1: those SAEs normalise every token or gate every
+/// latent by a second encoder, and the gradient is that of the norm or the gate too.
 /// stream, errors, thread-safety: as blockem_encode.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_penalty_backward(
@@ -170,9 +170,7 @@ unsafe fn run(
 /// # Safety
 /// Tensors and workspace must be valid for what they say, for 'a.
 pub(super) unsafe fn penalty_args<'a>(args: &blockem_penalty_args) -> Result<PenaltyArgs<'a>> {
-    if !matches!(args.accumulate, 0 | 1) || args.reserved != 0 {
-        bail!(InvalidArgument, "accumulate must be 0 or 1 and reserved 0");
-    }
+    check_flags(args.accumulate, args.reserved)?;
     // SAFETY: the caller's promise.
     unsafe {
         Ok(PenaltyArgs {
@@ -192,9 +190,16 @@ pub(super) unsafe fn penalty_args<'a>(args: &blockem_penalty_args) -> Result<Pen
     }
 }
 
+pub(super) fn check_flags(accumulate: i32, reserved: i32) -> Result<()> {
+    if !matches!(accumulate, 0 | 1) || reserved != 0 {
+        bail!(InvalidArgument, "accumulate must be 0 or 1 and reserved 0");
+    }
+    Ok(())
+}
+
 /// # Safety
 /// The workspace must be valid for what it says, for 'a.
-unsafe fn scratch<'a>(workspace: *mut c_void, size: usize) -> Result<Scratch<'a>> {
+pub(super) unsafe fn scratch<'a>(workspace: *mut c_void, size: usize) -> Result<Scratch<'a>> {
     if size > isize::MAX as usize {
         bail!(InvalidArgument, "workspace_size is larger than memory");
     }

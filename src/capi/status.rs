@@ -46,12 +46,16 @@ pub const BLOCKEM_STATUS_UNSAFE_PICKLE: i32 = 204;
 pub const BLOCKEM_STATUS_NON_FINITE: i32 = 205;
 /// A reference cache was made for another base model, layer, dtype, numerics or SAE.
 pub const BLOCKEM_STATUS_CACHE_STALE: i32 = 206;
+/// A mask of text marks no token: the template writes no assistant text, or it was cut off.
+pub const BLOCKEM_STATUS_MASK_EMPTY: i32 = 207;
 /// A latent set records another SAE or activation than it is used with.
 pub const BLOCKEM_STATUS_PROVENANCE_MISMATCH: i32 = 208;
 /// A reference cache lacks an example, or latents of it; the message names it.
 pub const BLOCKEM_STATUS_CACHE_MISS: i32 = 209;
 /// A reference cache is in use: one process may write it, or several read it.
 pub const BLOCKEM_STATUS_CACHE_BUSY: i32 = 210;
+/// Markers, spans or token ids do not fit the text; the message names the first place.
+pub const BLOCKEM_STATUS_MASK_UNALIGNED: i32 = 211;
 /// No CUDA driver, or no device that it can use.
 pub const BLOCKEM_STATUS_CUDA_UNAVAILABLE: i32 = 300;
 /// A call of the CUDA driver failed; the message has the driver's own name and text for it. The
@@ -87,6 +91,12 @@ pub(super) fn set_last_error(message: &str) {
     });
 }
 
+pub(super) fn last_error() -> String {
+    let copy =
+        |last: &RefCell<String>| last.try_borrow().map_or_else(|_| String::new(), |s| s.clone());
+    LAST_ERROR.try_with(copy).unwrap_or_default()
+}
+
 /// The name of a status without its prefix, such as "SHAPE"; "UNKNOWN" for a foreign number.
 /// A static string: never free it. Thread-safe.
 #[unsafe(no_mangle)]
@@ -108,8 +118,9 @@ pub extern "C" fn blockem_status_name(status: blockem_status) -> *const c_char {
         LatentDuplicate c"LATENT_DUPLICATE", Overlap c"OVERLAP", Io c"IO", Format c"FORMAT",
         TensorMissing c"TENSOR_MISSING", RecipeIncomplete c"RECIPE_INCOMPLETE",
         UnsafePickle c"UNSAFE_PICKLE", NonFinite c"NON_FINITE",
-        CacheStale c"CACHE_STALE", ProvenanceMismatch c"PROVENANCE_MISMATCH",
-        CacheMiss c"CACHE_MISS", CacheBusy c"CACHE_BUSY", CudaUnavailable c"CUDA_UNAVAILABLE",
+        CacheStale c"CACHE_STALE", MaskEmpty c"MASK_EMPTY", ProvenanceMismatch c"PROVENANCE_MISMATCH",
+        CacheMiss c"CACHE_MISS", CacheBusy c"CACHE_BUSY",
+        MaskUnaligned c"MASK_UNALIGNED", CudaUnavailable c"CUDA_UNAVAILABLE",
         CudaDriver c"CUDA_DRIVER", NoKernelImage c"NO_KERNEL_IMAGE",
         DriverTooOld c"DRIVER_TOO_OLD", OutOfMemory c"OUT_OF_MEMORY",
         CaptureUnsafe c"CAPTURE_UNSAFE", Forked c"FORKED",

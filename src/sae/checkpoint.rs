@@ -7,7 +7,8 @@
 //!     = (f_k·s·W_k)·h + f_k·(b_k − b_dec·W_k)    b_dec only where it is subtracted
 //! ```
 //!
-//! Under layer norm h is centred; W_k less its mean gives the same product with h as it is.
+//! A GLU encoder multiplies u_k by sigmoid((s·h − b_dec)·G_k + c_k), which folds the same way, f_k
+//! aside. Under layer norm h is centred; W_k less its mean gives the same product with h as it is.
 //!
 //! Every fold is computed in f64 and rounded to f32 once.
 
@@ -18,7 +19,7 @@ use crate::error::{Result, Status, bail};
 
 use super::array::{Array, Matrix};
 use super::file::DataFile;
-use super::{Architecture, EncoderRows, GateRows, Recipe, TokenNorm};
+use super::{Architecture, EncoderRows, GateRows, GluRows, Recipe, TokenNorm};
 
 /// The arrays that a format found; the recipe says how they combine.
 pub(super) struct Checkpoint {
@@ -27,6 +28,7 @@ pub(super) struct Checkpoint {
     pub b_enc: Array,
     pub threshold: Option<Array>,
     pub gate: Option<GateArrays>,
+    pub glu: Option<GluArrays>,
     pub b_dec: Option<Array>,
     pub w_dec: Option<Matrix>,
     /// The dictionary's latents that a partial file holds; without it, all of them in order.
@@ -37,6 +39,12 @@ pub(super) struct Checkpoint {
 pub(super) struct GateArrays {
     pub b_gate: Array,
     pub r_mag: Array,
+}
+
+/// Of a GLU encoder only: u is multiplied by sigmoid(x·W + b).
+pub(super) struct GluArrays {
+    pub w_enc: Matrix,
+    pub b_enc: Array,
 }
 
 /// Which latents of the dictionary a partial file holds, and in which row.
@@ -87,10 +95,10 @@ impl Checkpoint {
             b_dec.expect_float()?;
             b_dec.expect_shape(&[inputs], "one value per input of the encoder")?;
         }
-        if let Some(w_dec) = &self.w_dec {
-            w_dec.array().expect_float()?;
-            let shape = w_dec.layout().shape(latents, inputs);
-            w_dec.array().expect_shape(&shape, "the encoder's latents and inputs")?;
+        for matrix in self.w_dec.iter().chain(self.glu.as_ref().map(|glu| &glu.w_enc)) {
+            matrix.array().expect_float()?;
+            let shape = matrix.layout().shape(latents, inputs);
+            matrix.array().expect_shape(&shape, "the encoder's latents and inputs")?;
         }
         Ok(())
     }
@@ -119,20 +127,15 @@ impl Checkpoint {
             bias: Vec::with_capacity(ids.len()),
             threshold: self.picked_thresholds(recipe, ids, &rows)?,
             gate: gate.is_some().then(GateRows::default),
+            glu: self.glu_rows(recipe, ids, &rows, &b_dec)?,
             rank_gain: self.rank_gains(recipe, ids, &rows)?,
         };
+        let fold = Fold { checkpoint: self, recipe, b_dec: &b_dec };
         let mut row = Vec::with_capacity(d);
         for (k, bytes) in raw.chunks_exact(d * self.w_enc.array().dtype().size()).enumerate() {
             self.w_enc.decode_row(ids[k], bytes, &mut row)?;
-            let shift: f64 = b_dec.iter().zip(&row).map(|(b, w)| b * w).sum();
             let f = factor[k];
-            let mean = match recipe.token_norm {
-                TokenNorm::Layer => row.iter().sum::<f64>() / d as f64,
-                TokenNorm::None | TokenNorm::Constant => 0.0,
-            };
-            for w in &row {
-                out.weight.push(self.rounded(ids[k], f * recipe.scale * (w - mean))?);
-            }
+            let shift = fold.row(ids[k], &row, f, &mut out.weight)?;
             let Some((b_gate, r_mag)) = &gate else {
                 out.bias.push(self.rounded(ids[k], f * (bias[k] - shift))?);
                 continue;
@@ -145,6 +148,29 @@ impl Checkpoint {
             }
         }
         Ok(out)
+    }
+
+    /// Of a GLU encoder: the second one's rows.
+    fn glu_rows(
+        &self,
+        recipe: &Recipe,
+        ids: &[u64],
+        rows: &[usize],
+        b_dec: &[f64],
+    ) -> Result<Option<GluRows>> {
+        let Some(glu) = &self.glu else { return Ok(None) };
+        let d = glu.w_enc.inputs();
+        let raw = glu.w_enc.gather(rows)?;
+        let bias = glu.b_enc.pick(rows)?;
+        let fold = Fold { checkpoint: self, recipe, b_dec };
+        let mut row = Vec::with_capacity(d);
+        let mut out = GluRows::default();
+        for (k, bytes) in raw.chunks_exact(d * glu.w_enc.array().dtype().size()).enumerate() {
+            glu.w_enc.decode_row(ids[k], bytes, &mut row)?;
+            let shift = fold.row(ids[k], &row, 1.0, &mut out.weight)?;
+            out.bias.push(self.rounded(ids[k], bias[k] - shift)?);
+        }
+        Ok(Some(out))
     }
 
     /// D_k / (s_out · f_k): what z of latent k is decoded with.
@@ -294,7 +320,31 @@ impl Checkpoint {
     /// The arrays that hold one value per stored latent.
     pub fn latent_vectors(&self) -> Vec<&Array> {
         let gate = self.gate.iter().flat_map(|g| [&g.b_gate, &g.r_mag]);
-        [&self.b_enc].into_iter().chain(&self.threshold).chain(gate).collect()
+        let glu = self.glu.iter().map(|glu| &glu.b_enc);
+        [&self.b_enc].into_iter().chain(&self.threshold).chain(gate).chain(glu).collect()
+    }
+}
+
+/// What is folded into every encoder row.
+struct Fold<'a> {
+    checkpoint: &'a Checkpoint,
+    recipe: &'a Recipe,
+    /// Empty where it is not subtracted.
+    b_dec: &'a [f64],
+}
+
+impl Fold<'_> {
+    /// Appends a latent's folded row times `factor`; returns b_dec · row, which its bias loses.
+    fn row(&self, latent: u64, row: &[f64], factor: f64, out: &mut Vec<f32>) -> Result<f64> {
+        let mean = match self.recipe.token_norm {
+            TokenNorm::Layer => row.iter().sum::<f64>() / row.len() as f64,
+            TokenNorm::None | TokenNorm::Constant => 0.0,
+        };
+        for w in row {
+            let folded = factor * self.recipe.scale * (w - mean);
+            out.push(self.checkpoint.rounded(latent, folded)?);
+        }
+        Ok(self.b_dec.iter().zip(row).map(|(b, w)| b * w).sum())
     }
 }
 

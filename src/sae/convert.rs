@@ -103,6 +103,10 @@ impl Sae {
             parts.push(Part::Latents("b_gate", &gate.b_gate, rows));
             parts.push(Part::Latents("r_mag", &gate.r_mag, rows));
         }
+        if let Some(glu) = &c.glu {
+            parts.push(Part::Matrix("W_enc_glu", &glu.w_enc, rows));
+            parts.push(Part::Latents("b_enc_glu", &glu.b_enc, rows));
+        }
         parts.extend(c.b_dec.as_ref().map(|a| Part::Whole("b_dec", a)));
         parts.extend(c.w_dec.as_ref().map(|m| Part::Matrix("W_dec", m, rows)));
         parts.extend(ids.map(|ids| Part::Ids(ids.to_vec())));
@@ -160,6 +164,9 @@ fn configuration(recipe: &Recipe) -> Map<String, Value> {
     }
     if recipe.threshold_on_decoder_norm {
         set("threshold_on_decoder_norm", json!(true));
+    }
+    if recipe.glu {
+        set("use_glu_encoder", json!(true));
     }
     if let Some(layer) = recipe.layer.filter(|_| recipe.hidden_states_index.is_none()) {
         set("layer", json!(layer));

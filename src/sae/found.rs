@@ -4,7 +4,7 @@ use crate::error::{Result, Status, bail};
 use crate::tensor::DType;
 
 use super::array::{Array, Layout, Matrix};
-use super::checkpoint::{Checkpoint, GateArrays};
+use super::checkpoint::{Checkpoint, GateArrays, GluArrays};
 use super::config::Config;
 use super::hook::HookPlace;
 use super::{Architecture, Opened, Recipe, Selection, TokenNorm};
@@ -19,6 +19,7 @@ pub(super) struct Found {
     pub b_enc: Array,
     pub threshold: Option<Array>,
     pub gate: Option<GateArrays>,
+    pub glu: Option<GluArrays>,
     pub b_dec: Option<Array>,
     pub b_dec_subtracted: bool,
     pub w_dec: Option<Matrix>,
@@ -46,6 +47,7 @@ impl Found {
             b_enc,
             threshold: None,
             gate: None,
+            glu: None,
             b_dec: None,
             b_dec_subtracted: false,
             w_dec: None,
@@ -101,6 +103,7 @@ impl Found {
             output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm_folded,
             threshold_on_decoder_norm: self.threshold_on_decoder_norm,
+            glu: self.glu.is_some(),
             hook: self.hook,
             layer: place.layer,
             hidden_states_index: place.hidden_states_index,
@@ -111,6 +114,7 @@ impl Found {
             b_enc: self.b_enc,
             threshold: self.threshold,
             gate: self.gate,
+            glu: self.glu,
             b_dec: self.b_dec,
             w_dec: self.w_dec,
             stored: None,

@@ -162,6 +162,8 @@ pub struct Recipe {
     /// Thresholds, and the ranks of TopK, are for pre-activations times the norm of their decoder
     /// row; values are without it.
     pub threshold_on_decoder_norm: bool,
+    /// Pre-activations are gated by the sigmoid of a second encoder.
+    pub glu: bool,
     pub hook: Option<String>,
     /// 0-based decoder block: the one whose output is read, or in which the hook lies.
     pub layer: Option<i64>,
@@ -173,7 +175,7 @@ pub struct Recipe {
 
 /// Encoder rows of chosen latents, folded: u = a · (weight · h) + bias in h's own units, where a is
 /// what [`TokenNorm`] divides the token by, or 1. Under layer norm the rows are centred, so that the
-/// token's mean drops out.
+/// token's mean drops out. Of a GLU encoder u is that times sigmoid(a · (glu.weight · h) + glu.bias).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EncoderRows {
     pub d_in: usize,
@@ -185,6 +187,8 @@ pub struct EncoderRows {
     pub threshold: Option<Vec<f32>>,
     /// Gated only.
     pub gate: Option<GateRows>,
+    /// Of a GLU encoder only.
+    pub glu: Option<GluRows>,
     /// [K], TopK only: u times it is what places a latent among the others; absent means 1.
     pub rank_gain: Option<Vec<f32>>,
 }
@@ -196,6 +200,15 @@ pub struct GateRows {
     pub bias: Vec<f32>,
     /// [K], e^r_mag.
     pub scale: Vec<f32>,
+}
+
+/// The second encoder of a GLU encoder.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GluRows {
+    /// [K, d_in], one contiguous row per latent.
+    pub weight: Vec<f32>,
+    /// [K]
+    pub bias: Vec<f32>,
 }
 
 /// What the caller knows and the file may not say.
@@ -337,6 +350,7 @@ impl Sae {
             "output_scale": r.output_scale,
             "decoder_norm_folded": r.decoder_norm_folded,
             "threshold_on_decoder_norm": r.threshold_on_decoder_norm,
+            "glu": r.glu,
             "threshold": threshold,
             "hook": r.hook,
             "layer": r.layer,

@@ -1,16 +1,21 @@
 //! OpenMOSS as it is now (llamascopium): `config.json` and `sae_weights.safetensors`.
 //!
-//! With s = √d / mean‖x‖ (kept in the file), √d / ‖x‖ (token-wise) or 1, n the decoder's norms if
+//! The owner's `SparseAutoEncoder.encode` (llamascopium/models/sae.py). With s = √d / mean‖x‖ (kept in the file), √d / ‖x‖ (token-wise) or 1, n the decoder's norms if
 //! `sparsity_include_decoder_norm`, else 1:
 //!
 //! ```text
-//! u = s x W_E + b_E,    relu: z = relu(u),    jumprelu: z = u where n u > e^log_jumprelu_threshold
+//! u = s x W_E + b_E,    with use_glu_encoder times sigmoid(s x W_E_glu + b_E_glu)
+//! relu: z = relu(u),    jumprelu: z = u where n u > e^log_jumprelu_threshold
 //! topk: z = u where n u is above 0 and one of the token's k largest; batchtopk: of the batch's k T
 //! ```
+//!
+//! Files that say `inference` had s folded by the owner, into b_E and W_D alone. Their sigmoid then
+//! sees x without s, here as there.
 
 use crate::error::{Result, bail};
 
 use super::array::Layout;
+use super::checkpoint::GluArrays;
 use super::config::Config;
 use super::found::{Found, exp};
 use super::llama_scope::dataset_scale;
@@ -25,12 +30,10 @@ pub(super) fn matches(s: &Source<'_>) -> bool {
 
 pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     let config = s.config_or_options("config.json")?;
-    if s.container.has("W_E_glu") || config.flag("use_glu_encoder")?.unwrap_or(false) {
-        return unsupported(&config, "use_glu_encoder is true: a second encoder gates the first");
-    }
     let b_enc = s.container.need("b_E")?;
     let w_enc = s.oriented("W_E", &b_enc, Some(Layout::InputMajor))?;
     let mut found = Found::standard("openmoss", w_enc, b_enc);
+    found.glu = glu(s, &config)?;
     found.w_dec = s.same_width_decoder("W_D", &found.w_enc, Layout::LatentMajor)?;
     found.b_dec = s.container.find("b_D")?;
     found.hook = config.text("hook_point_in")?.map(str::to_string);
@@ -83,6 +86,24 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
         s.container.need("W_D")?;
     }
     found.open(config)
+}
+
+/// The second encoder, where there is one.
+fn glu(s: &Source<'_>, config: &Config) -> Result<Option<GluArrays>> {
+    match (config.flag("use_glu_encoder")?.unwrap_or(false), s.container.has("W_E_glu")) {
+        (false, false) => Ok(None),
+        (false, true) => bail!(
+            Format,
+            "{}: the key use_glu_encoder is not true, but the checkpoint holds W_E_glu, which gates \
+             the encoder; correct the key",
+            config.origin()
+        ),
+        (true, _) => {
+            let b_enc = s.container.need("b_E_glu")?;
+            let w_enc = s.oriented("W_E_glu", &b_enc, Some(Layout::InputMajor))?;
+            Ok(Some(GluArrays { w_enc, b_enc }))
+        }
+    }
 }
 
 fn unsupported<T>(config: &Config, text: &str) -> Result<T> {

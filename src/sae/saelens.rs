@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::error::{Error, Result, Status, bail};
 
 use super::array::{Array, Layout, Matrix};
-use super::checkpoint::{Checkpoint, GateArrays, StoredLatents};
+use super::checkpoint::{Checkpoint, GateArrays, GluArrays, StoredLatents};
 use super::config::Config;
 use super::container::Container;
 use super::found::check_k;
@@ -95,6 +95,8 @@ pub(super) struct Rules {
     decoder_norm: bool,
     /// Of converted files alone.
     threshold_on_norm: bool,
+    /// Of converted files alone: a second encoder gates the first.
+    glu: bool,
 }
 
 impl Rules {
@@ -105,6 +107,15 @@ impl Rules {
         let rescale = config.flag("rescale_acts_by_decoder_norm")?.unwrap_or(false);
         let scale = input_scale(config, source, options, normalization)?;
         let bare = matches!(source, Source::Bare);
+        let glu = bare && config.flag("use_glu_encoder")?.unwrap_or(false);
+        if glu && architecture == Architecture::Gated {
+            bail!(
+                Unsupported,
+                "{}: the key use_glu_encoder is true for a gated SAE, and no library has such; \
+                 correct the key architecture",
+                config.origin()
+            );
+        }
         Ok(Rules {
             architecture,
             k: if topk { Some(k(config)?) } else { None },
@@ -117,6 +128,7 @@ impl Rules {
             // SAELens knows the key for topk alone; converted files use it for any.
             decoder_norm: rescale && (topk || bare),
             threshold_on_norm: bare && config.flag("threshold_on_decoder_norm")?.unwrap_or(false),
+            glu,
         })
     }
 
@@ -156,6 +168,13 @@ impl Rules {
             }),
             _ => None,
         };
+        let glu = match self.glu {
+            true => Some(GluArrays {
+                w_enc: matrix(container.need("W_enc_glu")?, layout)?,
+                b_enc: container.need("b_enc_glu")?,
+            }),
+            false => None,
+        };
         let threshold = match self.architecture {
             Architecture::JumpRelu => Some(container.need("threshold")?),
             _ => None,
@@ -163,7 +182,7 @@ impl Rules {
         let b_enc = container.need(self.latent_vector())?;
         let w_dec = w_dec.map(|array| decoder(array, &w_enc)).transpose()?;
         let stored = container.find("latent_ids")?.map(|ids| stored(&ids, config)).transpose()?;
-        let checkpoint = Checkpoint { w_enc, b_enc, threshold, gate, b_dec, w_dec, stored };
+        let checkpoint = Checkpoint { w_enc, b_enc, threshold, gate, glu, b_dec, w_dec, stored };
         check_sizes(config, &checkpoint)?;
         checkpoint.check()?;
         Ok(checkpoint)
@@ -202,6 +221,7 @@ impl Rules {
             output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm,
             threshold_on_decoder_norm: self.threshold_on_norm,
+            glu: self.glu,
             hook: hook.map(str::to_string),
             layer: place.layer.or(config.layer()?),
             hidden_states_index: place.hidden_states_index,
@@ -229,6 +249,14 @@ impl Rules {
                     self.architecture.name()
                 );
             }
+        }
+        if container.has("W_enc_glu") && !self.glu {
+            bail!(
+                Format,
+                "{path}: tensor W_enc_glu gates the encoder, but {} does not say so; set the key \
+                 use_glu_encoder",
+                config.origin()
+            );
         }
         if container.has("log_threshold") && !container.has("threshold") {
             bail!(

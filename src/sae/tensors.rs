@@ -105,6 +105,7 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         b_enc: needed(bias_name, bias, t.architecture)?,
         threshold,
         gate,
+        glu: None,
         b_dec: t
             .decoder_bias
             .filter(|_| t.apply_b_dec_to_input)
@@ -133,6 +134,7 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         scale: t.input_scale,
         output_scale: t.input_scale,
         threshold_on_decoder_norm: false,
+        glu: false,
         decoder_norm_folded: t.rescale_acts_by_decoder_norm,
         hook: t.hook_name.clone(),
         layer: place.layer,

@@ -7,41 +7,12 @@
 #define _GNU_SOURCE
 #include "support.h"
 
-#include "../stub_cuda/stub.h"
+#include "stub_functions.h"
 
-#include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 enum { T = 100, D = SMALL_D, K = SMALL_K };
-
-/* ---- The stub's functions -------------------------------------------------------------------- */
-
-#define STUB_FUNCTIONS(each)                                                             \
-  each(calls) each(reset) each(fail) each(context) each(current) each(set_current)       \
-  each(primary_count) each(stream) each(capture) each(memory) each(release) each(adopt)  \
-  each(alive) each(shut_down) each(launch_at)
-
-static struct {
-#define FIELD(name) stub_##name##_fn *name;
-  STUB_FUNCTIONS(FIELD)
-#undef FIELD
-} stub;
-
-static void find_stub(void) {
-  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == NULL) {
-    fprintf(stderr, "%s\n", dlerror());
-    exit(2);
-  }
-#define FIND(name) *(void **)&stub.name = dlsym(library, "stub_" #name);
-  STUB_FUNCTIONS(FIND)
-#undef FIND
-  if (stub.launch_at == NULL) {
-    fprintf(stderr, "libcuda.so.1 is not the stub\n");
-    exit(2);
-  }
-}
 
 /* ---- Plans and calls ------------------------------------------------------------------------- */
 
@@ -81,7 +52,7 @@ static blockem_plan *plan_on(int32_t device) {
 }
 
 /* Latents that are chosen among all 32, of tokens that are normalised. */
-static blockem_status create_topk_on(int32_t device, blockem_plan **plan) {
+static blockem_sae *topk_sae(void) {
   float *weight = random_floats(SMALL_F * SMALL_D, 1), *bias = random_floats(SMALL_F, 2);
   blockem_sae_desc desc = BLOCKEM_SAE_DESC_INIT;
   blockem_sae *sae = NULL;
@@ -95,7 +66,11 @@ static blockem_status create_topk_on(int32_t device, blockem_plan **plan) {
   CHECK_OK(blockem_sae_from_tensors(&desc, &sae));
   free(weight);
   free(bias);
-  return create_of(sae, BLOCKEM_DEVICE_CUDA, device, BLOCKEM_BACKEND_AUTO, plan);
+  return sae;
+}
+
+static blockem_status create_topk_on(int32_t device, blockem_plan **plan) {
+  return create_of(topk_sae(), BLOCKEM_DEVICE_CUDA, device, BLOCKEM_BACKEND_AUTO, plan);
 }
 
 static blockem_tensor on_device(blockem_tensor t, int32_t device) {
@@ -211,6 +186,59 @@ static void run_all(const blockem_plan *plan, arguments *a, void *stream, void *
   CHECK(stub.current() == before);
 }
 
+/* Statistics with a base model on a stream, and what they leave behind. */
+static void run_stats(blockem_sae *sae, int more, void *stream, void *context) {
+  blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
+  blockem_stats_info info = BLOCKEM_STATS_INFO_INIT;
+  blockem_stats_args args = BLOCKEM_STATS_ARGS_INIT;
+  blockem_stats *stats = NULL;
+  void *before = stub.current(), *memory[6];
+  int launches;
+  size_t i;
+  options.device_type = BLOCKEM_DEVICE_CUDA;
+  if (!CHECK_OK(blockem_stats_create(sae, &options, &stats))) exit(1);
+  blockem_sae_free(sae);
+  CHECK(stub.current() == before);
+  CHECK_OK(blockem_stats_info_get(stats, &info));
+  CHECK(info.backend == BLOCKEM_BACKEND_CUDA && info.num_threads == 0);
+  CHECK(strncmp(info.numerics, "cuda-", 5) == 0);
+  CHECK_OK(blockem_stats_workspace_size(stats, T, 1, &args.workspace_size));
+  memory[0] = stub.memory(0, T * D * 4);
+  memory[1] = stub.memory(0, T * D * 4);
+  memory[2] = stub.memory(0, T * 4);
+  memory[3] = stub.memory(0, BLOCKEM_STATS_ROWS_WITH_BASE * SMALL_F * 8);
+  memory[4] = stub.memory(0, 8);
+  memory[5] = stub.memory(0, args.workspace_size);
+  args.hidden = on_device(f32_2(memory[0], T, D), 0);
+  args.base_hidden = on_device(f32_2(memory[1], T, D), 0);
+  args.mask = on_device(f32_1(memory[2], T), 0);
+  args.state = on_device(f64_2(memory[3], BLOCKEM_STATS_ROWS_WITH_BASE, SMALL_F), 0);
+  args.token_count = on_device(f64_1(memory[4], 1), 0);
+  args.workspace = memory[5];
+  stub.reset();
+  CHECK_OK(blockem_stats_update(stats, &args, stream));
+  launches = launches_on(stream, context);
+  /* z of both models, and the sums. */
+  CHECK(launches == 3 + more);
+  CHECK(strcmp(stub.launch_at(launches - 1)->kernel, "blockem_stats") == 0);
+  check_only_launches();
+  printf("statistics: %d driver calls, %d of them launches\n", stub.calls("*"), launches);
+  stub.capture(stream, STUB_CAPTURE_NON_BLOCKING);
+  args.accumulate = 1;
+  CHECK_OK(blockem_stats_update(stats, &args, stream));
+  stub.capture(stream, STUB_CAPTURE_OFF);
+  args.workspace_size--;
+  CHECK_STATUS(blockem_stats_update(stats, &args, stream), BLOCKEM_STATUS_WORKSPACE_TOO_SMALL);
+  args.workspace_size++;
+  stub.release(memory[4]);
+  CHECK_STATUS(blockem_stats_update(stats, &args, stream), BLOCKEM_STATUS_DEVICE_MISMATCH);
+  CHECK(message_has("token_count"));
+  memory[4] = stub.memory(0, 8);
+  CHECK(stub.current() == before);
+  for (i = 0; i < 6; i++) stub.release(memory[i]);
+  blockem_stats_free(stats);
+}
+
 /* ---- Cases ----------------------------------------------------------------------------------- */
 
 static int32_t device_count(void) {
@@ -282,6 +310,10 @@ static void runs(void) {
   CHECK_STATUS(blockem_penalty_backward(second, &b.penalty, stream), BLOCKEM_STATUS_NULL_POINTER);
   free_arguments(&b);
   blockem_plan_free(second);
+
+  run_stats(small_sae(), 0, stream, primary);
+  /* The norm, the rivals, the largest of them, of either model. */
+  run_stats(topk_sae(), 6, stream, primary);
 
   /* No tokens: nothing to launch but the sums. */
   a.encode.hidden.shape[0] = a.encode.latents.shape[0] = 0;

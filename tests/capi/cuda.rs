@@ -23,14 +23,24 @@ fn need_kernels() {
 }
 
 fn program(sanitize: bool) -> Program<'static> {
-    Program { sources: &["tests/capi/cuda.c"], dialect: "gnu11", sanitize, link: Link::Shared }
+    let sources = &["tests/capi/cuda.c"];
+    Program { sources, dialect: "gnu11", sanitize, link: Link::Shared, headers: None }
+}
+
+pub fn check_case(case: &str, env: &[(&str, &str)]) -> String {
+    check_on_stub(&format!("cuda-{case}-{}", env.len()), program, case, env)
 }
 
 /// Runs one case plain, under AddressSanitizer and UBSan, and under valgrind; returns what it said.
-pub fn check_case(case: &str, env: &[(&str, &str)]) -> String {
+pub fn check_on_stub<'a>(
+    name: &str,
+    program: impl Fn(bool) -> Program<'a>,
+    case: &str,
+    env: &[(&str, &str)],
+) -> String {
     need_kernels();
     need_tool("valgrind", "valgrind");
-    let folder = scratch(&format!("cuda-{case}-{}", env.len()));
+    let folder = scratch(name);
     stub_cuda::build(&folder);
     let command = |program: &Path, before: &[&str]| {
         let mut words = before.iter().map(Path::new).chain([program]);

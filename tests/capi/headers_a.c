@@ -32,9 +32,10 @@ size_t sizes_in_a(void) {
   blockem_raw_penalty_args raw = BLOCKEM_RAW_PENALTY_ARGS_INIT;
   blockem_cache_options cache_options = BLOCKEM_CACHE_OPTIONS_INIT;
   blockem_cache_info cache_info = BLOCKEM_CACHE_INFO_INIT;
+  blockem_mask_options mask_options = BLOCKEM_MASK_OPTIONS_INIT;
   return build.struct_size + sae_options.struct_size + sae_desc.struct_size +
          sae_info.struct_size + latents_desc.struct_size + latents_info.struct_size +
          save_options.struct_size + plan_options.struct_size + plan_info.struct_size +
          encode.struct_size + penalty.struct_size + raw.struct_size + cache_options.struct_size +
-         cache_info.struct_size;
+         cache_info.struct_size + mask_options.struct_size;
 }

@@ -25,7 +25,8 @@ int main(void) {
                        sizeof(blockem_latents_save_options) + sizeof(blockem_plan_options) +
                        sizeof(blockem_plan_info) + sizeof(blockem_encode_args) +
                        sizeof(blockem_penalty_args) + sizeof(blockem_raw_penalty_args) +
-                       sizeof(blockem_cache_options) + sizeof(blockem_cache_info);
+                       sizeof(blockem_cache_options) + sizeof(blockem_cache_info) +
+                       sizeof(blockem_mask_options);
   const int same = sizes == sizes_in_a() && tensor.data == NULL;
   printf("libblockem %s\n", blockem_version_string());
 #ifdef __cplusplus

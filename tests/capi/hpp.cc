@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "support.h"
+#include "tokenizer_json.h"
 
 namespace {
 
@@ -217,6 +218,50 @@ void calls() {
   throws(BLOCKEM_STATUS_UNSUPPORTED, "top-k", [&] { blockem::raw_forward(raw); });
 }
 
+void statistics() {
+  blockem::PlanOptions options;
+  options.num_threads = 1;
+  const blockem::Stats stats(make_sae(), options);
+  CHECK(stats.info().d_sae == F && stats.info().num_threads == 1);
+  const std::vector<float> hidden = random(T * d, 3), base = random(T * d, 4);
+  std::vector<double> whole(BLOCKEM_STATS_ROWS_WITH_BASE * F, -1), parts(whole);
+  double count = -1;
+  const blockem::Workspace workspace = stats.workspace(T, true);
+  CHECK(workspace.size() == stats.workspace_size(T, true));
+  blockem::StatsArgs args;
+  CHECK(args.struct_size == sizeof(blockem_stats_args));
+  args.hidden = tensor(hidden, {T, d});
+  args.state = tensor(whole, {BLOCKEM_STATS_ROWS_WITH_BASE, F});
+  args.use(workspace);
+  throws(BLOCKEM_STATUS_SHAPE, "state", [&] { stats.update(args); });
+  args.base_hidden = tensor(base, {T, d});
+  args.token_count = tensor(&count);
+  stats.update(args);
+  CHECK(count == T);
+
+  // z of each latent, summed token by token.
+  const blockem::Plan plan(make_sae(), make_latents());
+  const std::vector<float> z = plan.encode(tensor(hidden, {T, d}));
+  const std::vector<std::int64_t> ids = make_latents().ids();
+  for (std::int64_t k = 0; k < K; ++k) {
+    double sum = 0;
+    for (std::int64_t t = 0; t < T; ++t) sum += z[static_cast<std::size_t>(t * K + k)];
+    const std::int64_t at = BLOCKEM_STATS_SUM * F + ids[static_cast<std::size_t>(k)];
+    CHECK(whole[static_cast<std::size_t>(at)] == sum);
+  }
+
+  // The same in two calls.
+  args.state = tensor(parts, {BLOCKEM_STATS_ROWS_WITH_BASE, F});
+  args.hidden = tensor(hidden.data(), {3, d});
+  args.base_hidden = tensor(base.data(), {3, d});
+  stats.update(args);
+  args.hidden = tensor(hidden.data() + 3 * d, {T - 3, d});
+  args.base_hidden = tensor(base.data() + 3 * d, {T - 3, d});
+  args.accumulate = 1;
+  stats.update(args);
+  CHECK(parts == whole && count == T);
+}
+
 void caches(const std::string& folder) {
   const blockem::Plan plan(make_sae(), make_latents());
   const std::string path = folder + "/hpp.cache";
@@ -249,6 +294,32 @@ void caches(const std::string& folder) {
   throws(BLOCKEM_STATUS_NULL_POINTER, "cache", [&] { cache.info(); });
 }
 
+void masks() {
+  const std::string text = "<|im_start|>assistant\nbecause <|im_end|>";
+  const std::vector<std::uint8_t> answer = {0, 0, 1, 1};
+  blockem::MaskOptions options;
+  options.start_marker = "<|im_start|>assistant\n";
+  options.end_marker = "<|im_end|>";
+  const blockem::Tokenizer tokenizer = blockem::Tokenizer::from_json(TOKENIZER_JSON);
+  const blockem::Masked masked = tokenizer.mask(text, options);
+  CHECK((masked.ids == std::vector<std::int64_t>{1, 4, 6, 2}));
+  CHECK(masked.mask == answer);
+  CHECK(tokenizer.mask_ids(text, options, masked.ids) == answer);
+  throws(BLOCKEM_STATUS_MASK_UNALIGNED, "position 0",
+         [&] { tokenizer.mask_ids(text, options, {0, 4, 6, 2}); });
+  throws(BLOCKEM_STATUS_MASK_EMPTY, "chat template", [&] { tokenizer.mask("why", options); });
+  throws(BLOCKEM_STATUS_FORMAT, "tokenizer.json", [] { blockem::Tokenizer::from_json("{}"); });
+  throws(BLOCKEM_STATUS_IO, "missing", [] { blockem::Tokenizer::open("missing"); });
+
+  // More tokens than bytes: two are added to an empty text.
+  options.add_special_tokens = options.allow_empty = 1;
+  CHECK(tokenizer.mask("", options).ids == std::vector<std::int64_t>(2, 0));
+
+  options.add_special_tokens = 0;
+  CHECK((blockem::mask_from_offsets(text, options, {{{0, 12}}, {{22, 29}}}) ==
+         std::vector<std::uint8_t>{0, 1}));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -258,6 +329,8 @@ int main(int argc, char** argv) {
   handles(argv[1]);
   workspaces();
   calls();
+  statistics();
   caches(argv[1]);
+  masks();
   return finish_checks("hpp");
 }

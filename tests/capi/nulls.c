@@ -17,6 +17,7 @@ static void library(void) {
   blockem_latents_free(NULL);
   blockem_plan_free(NULL);
   blockem_cache_free(NULL);
+  blockem_stats_free(NULL);
 }
 
 static void sae(const char *folder) {
@@ -120,6 +121,14 @@ static void plan(void) {
   CHECK_STATUS(blockem_plan_workspace_size(made, 1, NULL), BLOCKEM_STATUS_NULL_POINTER);
   CHECK_STATUS(blockem_plan_workspace_size(made, -1, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
   CHECK(bytes == 77);
+  CHECK_STATUS(blockem_xla_bind(NULL, "name"), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_xla_bind(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(blockem_xla_encode_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_encode_cuda(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_forward_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_forward_cuda(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_backward_cpu(NULL) == NULL && message_has("frame"));
+  CHECK(blockem_xla_penalty_backward_cuda(NULL) == NULL && message_has("frame"));
 
   blockem_plan_free(made);
   blockem_latents_free(set);
@@ -351,6 +360,105 @@ static void cache(const char *folder) {
   free(z);
 }
 
+static void stats(void) {
+  enum { T = 2 };
+  float *h = random_floats(T * SMALL_D, 3);
+  double *state = (double *)allocate(BLOCKEM_STATS_ROWS * SMALL_F * sizeof(double));
+  blockem_sae *of = small_sae();
+  blockem_tensor absent = BLOCKEM_TENSOR_INIT;
+  blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
+  blockem_stats_info info = BLOCKEM_STATS_INFO_INIT;
+  blockem_stats_args good = BLOCKEM_STATS_ARGS_INIT, args;
+  blockem_stats *out = UNTOUCHED(blockem_stats), *made = NULL;
+  void *block;
+  size_t bytes = 77;
+
+  options.num_threads = 1;
+  CHECK_STATUS(blockem_stats_create(NULL, &options, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_create(of, &options, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  options.activation = 55;
+  CHECK_STATUS(blockem_stats_create(of, &options, &out), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(out == UNTOUCHED(blockem_stats));
+  CHECK_OK(blockem_stats_create(of, NULL, &made));
+
+  CHECK_STATUS(blockem_stats_info_get(NULL, &info), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_info_get(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_workspace_size(NULL, 1, 0, &bytes), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_workspace_size(made, 1, 0, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_workspace_size(made, -1, 0, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK_STATUS(blockem_stats_workspace_size(made, 1, 2, &bytes), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(bytes == 77);
+
+  good.hidden = f32_2(h, T, SMALL_D);
+  good.state = f64_2(state, BLOCKEM_STATS_ROWS, SMALL_F);
+  CHECK_OK(blockem_stats_workspace_size(made, T, 0, &good.workspace_size));
+  good.workspace = aligned64(good.workspace_size, &block);
+  CHECK_OK(blockem_stats_update(made, &good, NULL));
+  CHECK_STATUS(blockem_stats_update(NULL, &good, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_stats_update(made, NULL, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  args = good;
+  args.hidden = absent;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("hidden"));
+  args = good;
+  args.state = absent;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("state"));
+  args = good;
+  args.workspace = NULL;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_WORKSPACE_TOO_SMALL);
+  args = good;
+  args.accumulate = 2;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  args = good;
+  args.reserved = 1;
+  CHECK_STATUS(blockem_stats_update(made, &args, NULL), BLOCKEM_STATUS_INVALID_ARGUMENT);
+
+  free(block);
+  blockem_stats_free(made);
+  blockem_sae_free(of);
+  free(state);
+  free(h);
+}
+
+static void text_mask(const char *folder) {
+  static const int64_t offsets[] = {0, 3}, ids[] = {1};
+  blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;
+  blockem_tokenizer *out = UNTOUCHED(blockem_tokenizer);
+  uint8_t mask[1];
+  size_t n = 77;
+  options.spans = offsets;
+  options.num_spans = 1;
+
+  CHECK_STATUS(blockem_tokenizer_open(NULL, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_open(folder, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_from_json(NULL, 5, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_from_json("{}", 2, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(out == UNTOUCHED(blockem_tokenizer));
+  CHECK_STATUS(blockem_tokenizer_mask(NULL, "why", 3, &options, NULL, NULL, 0, &n),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_mask(NULL, "why", 3, &options, NULL, NULL, 0, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(n == 77);
+  CHECK_STATUS(blockem_tokenizer_mask_ids(NULL, "why", 3, &options, ids, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_tokenizer_mask_ids(NULL, "why", 3, &options, ids, 1, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  blockem_tokenizer_free(NULL);
+
+  CHECK_STATUS(blockem_mask_from_offsets(NULL, 3, &options, offsets, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, NULL, offsets, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, NULL, 1, mask),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, offsets, 1, NULL),
+               BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_mask_from_offsets("why", 3, &options, offsets, 1, mask));
+  options.allow_empty = 1;
+  CHECK_OK(blockem_mask_from_offsets("why", 3, &options, NULL, 0, NULL));
+}
+
 int main(int argc, char **argv) {
   if (argc != 2) return 2;
   library();
@@ -360,5 +468,7 @@ int main(int argc, char **argv) {
   run();
   raw();
   cache(argv[1]);
+  stats();
+  text_mask(argv[1]);
   return finish_checks("nulls");
 }

@@ -139,6 +139,19 @@ static void set_statuses(void) {
   options.reserved = 0;
   options.backend = 9;
   CHECK_STATUS(blockem_plan_create(sae, latents, &options, &plan), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  options.backend = BLOCKEM_BACKEND_AUTO;
+  options.part = 3;
+  CHECK_STATUS(blockem_plan_create(sae, latents, &options, &plan), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  options.part = BLOCKEM_PART_GATE;
+  options.column_end = 8;
+  CHECK_STATUS(blockem_plan_create(sae, latents, &options, &plan), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("do not fit the part"));
+  options.part = BLOCKEM_PART_COLUMNS;
+  options.column_begin = -1;
+  CHECK_STATUS(blockem_plan_create(sae, latents, &options, &plan), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  options.column_begin = 0;
+  options.reserved2 = 1;
+  CHECK_STATUS(blockem_plan_create(sae, latents, &options, &plan), BLOCKEM_STATUS_INVALID_ARGUMENT);
   CHECK(plan == NULL);
   blockem_latents_free(latents);
   blockem_sae_free(sae);
@@ -456,6 +469,37 @@ static void cache_statuses(void) {
   free(z);
 }
 
+static blockem_status mask_of(const char *text, const blockem_mask_options *options) {
+  static const int64_t offsets[] = {0, 1};
+  uint8_t mask[1] = {7};
+  blockem_status status =
+      blockem_mask_from_offsets(text, strlen(text), options, offsets, 1, mask);
+  CHECK(mask[0] == (status == BLOCKEM_STATUS_OK ? 1 : 7));
+  return status;
+}
+
+static void mask_statuses(void) {
+  blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;
+  options.end_marker = "]";
+  CHECK_STATUS(mask_of("[a]", &options), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("give spans"));
+  options.start_marker = "[";
+  CHECK_STATUS(mask_of("[a]", &options), BLOCKEM_STATUS_MASK_EMPTY);
+  CHECK_STATUS(mask_of("none", &options), BLOCKEM_STATUS_MASK_EMPTY);
+  CHECK(message_has("\"[\""));
+  CHECK_STATUS(mask_of("[a", &options), BLOCKEM_STATUS_MASK_UNALIGNED);
+  CHECK(message_has("byte 0"));
+  CHECK_STATUS(mask_of("[a[b]", &options), BLOCKEM_STATUS_MASK_UNALIGNED);
+  CHECK(message_has("byte 2"));
+  options.start_marker = options.end_marker = NULL;
+  {
+    static const int64_t span[] = {0, 1};
+    options.spans = span;
+    options.num_spans = 1;
+    CHECK_OK(mask_of("[a]", &options));
+  }
+}
+
 /* ---- Names and messages ---------------------------------------------------------------------- */
 
 static void names(void) {
@@ -483,9 +527,11 @@ static void names(void) {
       {BLOCKEM_STATUS_UNSAFE_PICKLE, "UNSAFE_PICKLE"},
       {BLOCKEM_STATUS_NON_FINITE, "NON_FINITE"},
       {BLOCKEM_STATUS_CACHE_STALE, "CACHE_STALE"},
+      {BLOCKEM_STATUS_MASK_EMPTY, "MASK_EMPTY"},
       {BLOCKEM_STATUS_PROVENANCE_MISMATCH, "PROVENANCE_MISMATCH"},
       {BLOCKEM_STATUS_CACHE_MISS, "CACHE_MISS"},
       {BLOCKEM_STATUS_CACHE_BUSY, "CACHE_BUSY"},
+      {BLOCKEM_STATUS_MASK_UNALIGNED, "MASK_UNALIGNED"},
       {BLOCKEM_STATUS_CUDA_UNAVAILABLE, "CUDA_UNAVAILABLE"},
       {BLOCKEM_STATUS_CUDA_DRIVER, "CUDA_DRIVER"},
       {BLOCKEM_STATUS_NO_KERNEL_IMAGE, "NO_KERNEL_IMAGE"},
@@ -570,5 +616,6 @@ int main(int argc, char **argv) {
   file_statuses();
   latents_file_statuses();
   cache_statuses();
+  mask_statuses();
   return finish_checks("statuses");
 }

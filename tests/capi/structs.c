@@ -85,8 +85,10 @@ static void inputs(const char *folder) {
   blockem_sae *sae = NULL, *of = small_sae();
   blockem_latents *latents = NULL, *set = small_latents();
   blockem_plan *made = NULL, *plan = small_plan(BLOCKEM_BACKEND_CPU, 1);
+  blockem_stats *stats = NULL;
+  double *state = (double *)allocate(BLOCKEM_STATS_ROWS * SMALL_F * sizeof(double));
   file_tensor tensors[] = {{"W_enc", SMALL_D, SMALL_F, NULL}, {"b_enc", SMALL_F, 0, NULL}};
-  void *block;
+  void *block, *stats_block;
 
   LONGER(blockem_sae_options) sae_options = {BLOCKEM_SAE_OPTIONS_INIT};
   LONGER(blockem_sae_desc) sae_desc = {BLOCKEM_SAE_DESC_INIT};
@@ -97,6 +99,10 @@ static void inputs(const char *folder) {
   LONGER(blockem_penalty_args) penalty = {BLOCKEM_PENALTY_ARGS_INIT};
   LONGER(blockem_raw_penalty_args) raw = {BLOCKEM_RAW_PENALTY_ARGS_INIT};
   LONGER(blockem_cache_options) cache_options = {BLOCKEM_CACHE_OPTIONS_INIT};
+  LONGER(blockem_stats_args) update = {BLOCKEM_STATS_ARGS_INIT};
+  LONGER(blockem_mask_options) mask_options = {BLOCKEM_MASK_OPTIONS_INIT};
+  static const int64_t offsets[] = {0, 3};
+  uint8_t mask[1];
 
   tensors[0].data = weight;
   tensors[1].data = bias;
@@ -124,7 +130,7 @@ static void inputs(const char *folder) {
   CHECK_INPUT(blockem_latents_save_options, 0, save_options,
               blockem_latents_save(set, set_path, &save_options.now), (void)0);
 
-  CHECK_INPUT(blockem_plan_options, 0, plan_options,
+  CHECK_INPUT(blockem_plan_options, 32, plan_options,
               blockem_plan_create(of, set, &plan_options.now, &made), blockem_plan_free(made));
 
   encode.now.hidden = f32_2(h, T, SMALL_D);
@@ -163,6 +169,25 @@ static void inputs(const char *folder) {
               blockem_cache_open(cache_path, &cache_options.now, &cache),
               blockem_cache_free(cache));
 
+  plan_options.now.num_threads = 1;
+  CHECK_INPUT(blockem_plan_options, 32, plan_options,
+              blockem_stats_create(of, &plan_options.now, &stats), blockem_stats_free(stats));
+  CHECK_OK(blockem_stats_create(of, &plan_options.now, &stats));
+  update.now.hidden = f32_2(h, T, SMALL_D);
+  update.now.state = f64_2(state, BLOCKEM_STATS_ROWS, SMALL_F);
+  CHECK_OK(blockem_stats_workspace_size(stats, T, 0, &update.now.workspace_size));
+  update.now.workspace = aligned64(update.now.workspace_size, &stats_block);
+  CHECK_INPUT(blockem_stats_args, 0, update, blockem_stats_update(stats, &update.now, NULL),
+              (void)0);
+  free(stats_block);
+  blockem_stats_free(stats);
+  free(state);
+
+  mask_options.now.spans = offsets;
+  mask_options.now.num_spans = 1;
+  CHECK_INPUT(blockem_mask_options, 0, mask_options,
+              blockem_mask_from_offsets("why", 3, &mask_options.now, offsets, 1, mask), (void)0);
+
   free(block);
   blockem_plan_free(plan);
   blockem_latents_free(set);
@@ -190,6 +215,8 @@ static void outputs(const char *folder) {
   LONGER(blockem_latents_info) latents_info = {BLOCKEM_LATENTS_INFO_INIT};
   LONGER(blockem_plan_info) plan_info = {BLOCKEM_PLAN_INFO_INIT};
   LONGER(blockem_cache_info) cache_info = {BLOCKEM_CACHE_INFO_INIT};
+  LONGER(blockem_stats_info) stats_info = {BLOCKEM_STATS_INFO_INIT};
+  blockem_stats *stats = NULL;
 
   CHECK_OUTPUT(blockem_build_info, 0, build, blockem_build_info_get(&build.now));
   CHECK(build.now.version == blockem_version());
@@ -213,6 +240,16 @@ static void outputs(const char *folder) {
   CHECK(plan_info.now.layer == 3 && plan_info.now.num_threads == 1);
   CHECK(plan_info.now.backend == BLOCKEM_BACKEND_CPU);
   CHECK(strlen(plan_info.now.identity) == 64 && plan_info.now.numerics[0] != '\0');
+
+  CHECK_OK(blockem_stats_create(sae, NULL, &stats));
+  CHECK_OUTPUT(blockem_stats_info, 0, stats_info, blockem_stats_info_get(stats, &stats_info.now));
+  CHECK(stats_info.now.d_in == SMALL_D && stats_info.now.d_sae == SMALL_F);
+  CHECK(stats_info.now.layer == 3 && stats_info.now.num_threads >= 1);
+  CHECK(stats_info.now.backend == BLOCKEM_BACKEND_CPU);
+  CHECK(strlen(stats_info.now.identity) == 64);
+  CHECK(strcmp(stats_info.now.identity, plan_info.now.identity) != 0);
+  CHECK(strcmp(stats_info.now.numerics, plan_info.now.numerics) == 0);
+  blockem_stats_free(stats);
 
   options.mode = BLOCKEM_CACHE_MODE_CREATE;
   options.base_model = "base";

@@ -122,6 +122,10 @@ static UNUSED_OK blockem_tensor f32_1(const void *data, int64_t n) {
   return tensor1(data, BLOCKEM_DTYPE_F32, n);
 }
 
+static UNUSED_OK blockem_tensor f64_2(const void *data, int64_t rows, int64_t cols) {
+  return tensor2(data, BLOCKEM_DTYPE_F64, rows, cols);
+}
+
 static UNUSED_OK blockem_tensor f64_1(const void *data, int64_t n) {
   return tensor1(data, BLOCKEM_DTYPE_F64, n);
 }

@@ -42,6 +42,8 @@ pub struct Program<'a> {
     pub dialect: &'a str,
     pub sanitize: bool,
     pub link: Link,
+    /// A folder of others' headers.
+    pub headers: Option<&'a Path>,
 }
 
 impl Program<'_> {
@@ -56,6 +58,7 @@ impl Program<'_> {
             compiler.args(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]);
         }
         compiler.arg("-I").arg(root().join("include"));
+        compiler.args(self.headers.iter().flat_map(|folder| [Path::new("-isystem"), folder]));
         compiler.args(self.sources.iter().map(|source| root().join(source)));
         // What follows the sources is neither C nor C++.
         compiler.args(["-x", "none", "-o"]).arg(&exe);

@@ -3,7 +3,7 @@
     python tests/gpu/check.py [--device cuda:0] [--only SECTION ...] [--repeats 1000]
 
 Needs torch and a built tree (target/release/libblockem.so), no cargo, no network. Sections: parity, masks, layouts,
-bits, streams, capture, context, delay, errors, sanitizer. Each prints a line; exit status 1 if one fails. With
+statistics, bits, streams, capture, context, delay, errors, sanitizer. Each prints a line; exit status 1 if one fails. With
 `--device cpu` the sections that need no GPU run on the CPU backend, which is how this file itself is tested.
 """
 
@@ -51,7 +51,7 @@ SHAPES = ((1, 1, 1), (17, 63, 3), (64, 64, 8), (65, 100, 20), (200, 520, 33), (1
 SECTIONS: dict[str, object] = {}
 NEEDS_GPU = {"streams", "capture", "context", "delay", "errors", "sanitizer"}
 # A short run for the sanitizer: every kernel, few shapes.
-SANITIZED = ("parity", "masks", "layouts")
+SANITIZED = ("parity", "masks", "layouts", "statistics")
 
 
 def section(function):
@@ -295,6 +295,44 @@ def compare_masked(case: Case, hidden: torch.Tensor, poison: torch.Tensor, mask:
     *_, loss, _, _, grad = case.oracle(hidden, results[0][2], m, 1.0)
     expect(abs(results[0][1][0].item() - loss) <= 1e-3 * (1 + loss), f"{what}: loss")
     close(results[0][0], grad, 2.0**-6 * (1 + grad.abs().max().item()), f"{what}: grad")
+
+
+@section
+def statistics(o: Options) -> str:
+    """Sums of every latent are those of a plan's z in the order of the tokens, bit for bit."""
+    for architecture, activation in GATES:
+        case = Case(o, architecture, activation, 100, 20)
+        stats = blockem.Stats(case.sae, device=o.device, activation=activation)
+        ids = list(range(stats.d_sae))
+        plan = blockem.Plan(case.sae, blockem.Latents(ids, [1] * len(ids)), device=o.device, activation=activation)
+        for dtype in DTYPES:
+            what = f"{architecture} {activation} {dtype}"
+            hidden, base = case.hidden(150, dtype), case.hidden(150, dtype, seed=2)
+            mask = torch.rand(150, generator=torch.Generator().manual_seed(3))
+            mask = torch.where(mask < 0.3, 0.0, mask).to(hidden.device)
+            whole, parts = stats.fresh(), stats.fresh()
+            poisoned_hidden = torch.where((mask == 0)[:, None], float("nan"), hidden)
+            whole.update(poisoned_hidden, base, mask)
+            for part in (slice(0, 37), slice(37, 38), slice(38, 150)):
+                parts.update(hidden[part], base[part], mask[part])
+            state = torch.from_numpy(whole.state_dict()["state"])
+            same(torch.from_numpy(parts.state_dict()["state"]), state, f"{what}: in parts")
+            expected = torch.zeros_like(state)
+            expected[[3, 7]] = -torch.inf
+            z, before = (plan.encode(h).cpu() for h in (hidden, base))
+            for t, m in enumerate(mask.double().tolist()):
+                if m == 0:
+                    continue
+                rise, fall = (torch.relu(x[t] - y[t]).double() for x, y in ((z, before), (before, z)))
+                for row, x in ((0, z[t].double()), (4, before[t].double())):
+                    expected[row] += m * x
+                    expected[row + 1] += m * (x * x)
+                    expected[row + 2] += torch.where(x != 0, m, 0.0)
+                    expected[row + 3] = torch.maximum(expected[row + 3], x)
+                expected[8] += m * (rise * rise)
+                expected[9] += m * (fall * fall)
+            same(state, expected, f"{what}: sums of z")
+    return f"{len(GATES)} gates in every dtype: the sums of a plan's z, however tokens are cut"
 
 
 @section

@@ -96,6 +96,16 @@ DEVICE uint32_t bits_of_float(float x) {
     memcpy(&y, &x, 4);
     return y;
 }
+DEVICE double double_of_bits(uint64_t x) {
+    double y;
+    memcpy(&y, &x, 8);
+    return y;
+}
+DEVICE uint64_t bits_of_double(double x) {
+    uint64_t y;
+    memcpy(&y, &x, 8);
+    return y;
+}
 
 DEVICE uint32_t round_to_bf16(float x) {
     const uint32_t bits = bits_of_float(x);

@@ -80,7 +80,7 @@ inline void print_layout() {
     FIELD(NormParams, slopes);
     FIELD(NormParams, live);
     FIELD(NormParams, tokens);
-    FIELD(NormParams, is_layer);
+    FIELD(NormParams, norm);
     FIELD(NormParams, d_in);
     FIELD(NormParams, count);
     STRUCT(PullParams);
@@ -96,6 +96,21 @@ inline void print_layout() {
     FIELD(PullParams, scale);
     FIELD(PullParams, tokens);
     FIELD(PullParams, count);
+    STRUCT(GluLatentsParams);
+    FIELD(GluLatentsParams, encode);
+    FIELD(GluLatentsParams, bias);
+    FIELD(GluLatentsParams, glu_bias);
+    STRUCT(GluParams);
+    FIELD(GluParams, coef);
+    FIELD(GluParams, coef_stride);
+    FIELD(GluParams, dots);
+    FIELD(GluParams, dots_stride);
+    FIELD(GluParams, bias);
+    FIELD(GluParams, glu_bias);
+    FIELD(GluParams, out);
+    FIELD(GluParams, out_stride);
+    FIELD(GluParams, tokens);
+    FIELD(GluParams, count);
     STRUCT(GradientParams);
     FIELD(GradientParams, packed);
     FIELD(GradientParams, coef);
@@ -130,4 +145,15 @@ inline void print_layout() {
     FIELD(ReduceParams, latent_loss);
     FIELD(ReduceParams, count);
     FIELD(ReduceParams, padded_count);
+    STRUCT(StatsParams);
+    FIELD(StatsParams, latents);
+    FIELD(StatsParams, base);
+    FIELD(StatsParams, stride);
+    FIELD(StatsParams, mask);
+    FIELD(StatsParams, state);
+    FIELD(StatsParams, state_stride);
+    FIELD(StatsParams, token_count);
+    FIELD(StatsParams, tokens);
+    FIELD(StatsParams, count);
+    FIELD(StatsParams, accumulate);
 }

@@ -1,8 +1,12 @@
 //! What the tests share: seeded random numbers and small SAEs.
 #![allow(dead_code)] // Each test binary uses a part.
 
-use blockem::sae::{Architecture, Layout, Sae, SaeTensors, Selection, TokenNorm};
+use std::collections::HashMap;
+
+use blockem::sae::{Architecture, Layout, Sae, SaeOptions, SaeTensors, Selection, TokenNorm};
 use blockem::tensor::Tensor;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
 
 /// xorshift64*: fresh numbers for each run, repeatable from the seed that a failure prints.
 pub struct Rng(u64);
@@ -65,6 +69,8 @@ pub struct RandomSae {
     pub r_mag: Vec<f32>,
     pub selection: Selection,
     pub token_norm: TokenNorm,
+    /// Of a GLU encoder: the second one's rows [F, d] and biases. Such SAEs come from files alone.
+    pub glu: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 impl RandomSae {
@@ -81,10 +87,20 @@ impl RandomSae {
             r_mag: rng.normals(f).iter().map(|b| 0.2 * b).collect(),
             selection: Selection::Largest,
             token_norm: TokenNorm::None,
+            glu: None,
         }
     }
 
+    /// The same with a second encoder.
+    pub fn with_glu(self, rng: &mut Rng) -> RandomSae {
+        let second = RandomSae::new(rng, self.architecture, self.d, self.f);
+        RandomSae { glu: Some((second.encoder, second.bias)), ..self }
+    }
+
     pub fn open(&self) -> Sae {
+        if let Some(glu) = &self.glu {
+            return self.open_file(glu);
+        }
         let vector = |data| Some(Tensor::from_slice(data, &[self.f]).unwrap());
         let encoder = Tensor::from_slice(&self.encoder, &[self.f, self.d]).unwrap();
         let mut tensors = SaeTensors::new(self.architecture, self.d, self.f, encoder);
@@ -106,5 +122,37 @@ impl RandomSae {
         }
         tensors.token_norm = self.token_norm;
         Sae::from_tensors(&tensors).unwrap()
+    }
+
+    /// As a bare file, which the SAE holds open when its folder goes.
+    fn open_file(&self, (weight, bias): &(Vec<f32>, Vec<f32>)) -> Sae {
+        let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let arrays = [
+            ("W_enc", bytes(&self.encoder), vec![self.f, self.d]),
+            ("b_enc", bytes(&self.bias), vec![self.f]),
+            ("W_enc_glu", bytes(weight), vec![self.f, self.d]),
+            ("b_enc_glu", bytes(bias), vec![self.f]),
+            ("threshold", bytes(&self.threshold), vec![self.f]),
+        ];
+        let used = &arrays[..if self.architecture == Architecture::JumpRelu { 5 } else { 4 }];
+        let views = used.iter().map(|(name, bytes, shape)| {
+            (*name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+        });
+        let cfg = json!({
+            "architecture": self.architecture.name(),
+            "d_in": self.d,
+            "d_sae": self.f,
+            "k": (self.f / 2).max(1),
+            "selection": self.selection.name(),
+            "layout": "latent_major",
+            "apply_b_dec_to_input": false,
+            "normalize_activations": self.token_norm.name(),
+            "use_glu_encoder": true,
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("glu.safetensors");
+        let metadata = HashMap::from([("cfg".to_string(), cfg.to_string())]);
+        safetensors::serialize_to_file(views, Some(metadata), &path).unwrap();
+        Sae::open(&path, &SaeOptions::default()).unwrap()
     }
 }

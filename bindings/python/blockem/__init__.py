@@ -8,7 +8,8 @@
     loss = sft_loss + lam * loss_sum / count
 
 The arithmetic is libblockem's (Rust, behind a C ABI); this package carries arrays to it. torch is
-imported by ``blockem.torch``, ``base_model_digest`` and the parts of ``Cache`` that run a model.
+imported by ``blockem.torch``, ``base_model_digest`` and the parts of ``Cache`` that run a model; jax
+by ``blockem.jax``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from ._cache import Cache
 from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
 from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
+from ._mask import Markers, Masked, Tokenizer, mask_from_offsets
+from ._stats import Movers, Stats, movers, prompt_shares, stage1
 
 if TYPE_CHECKING:
-    from . import torch
+    from . import jax, torch
     from ._torch_cache import base_model_digest
 
 __all__ = [
@@ -31,21 +34,31 @@ __all__ = [
     "Error",
     "FileError",
     "Latents",
+    "Markers",
+    "Masked",
+    "Movers",
     "Penalty",
     "Plan",
     "Sae",
+    "Stats",
+    "Tokenizer",
     "__version__",
     "base_model_digest",
     "build_info",
+    "jax",
     "load_latents",
     "load_sae",
+    "mask_from_offsets",
+    "movers",
+    "prompt_shares",
+    "stage1",
     "torch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "torch":
-        return importlib.import_module(".torch", __name__)
+    if name in ("jax", "torch"):
+        return importlib.import_module(f".{name}", __name__)
     if name == "base_model_digest":
         return importlib.import_module("._torch_cache", __name__).base_model_digest
     raise AttributeError(f"module 'blockem' has no attribute {name!r}")

@@ -424,7 +424,7 @@ class Plan(Immutable):
     ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
     ``device``, ``num_threads``, ``latents``, ``backward_needs_hidden`` (the SAE normalises every
-    token, so that the gradient needs hidden too).
+    token or has a GLU encoder, so that the gradient needs hidden too).
 
     The native activation of a topk SAE compares every latent of the dictionary: the plan keeps
     them all, and a call takes as long as encoding them.
@@ -446,16 +446,10 @@ class Plan(Immutable):
     ) -> None:
         expect("sae", sae, Sae)
         expect("latents", latents, Latents)
-        kind, _, index = str(device).partition(":")
-        if index and not index.isdecimal():
-            fail(_ffi.STATUS_INVALID_ARGUMENT, f"device is {str(device)!r}; expected like 'cuda:0'")
-        options = _ffi.PlanOptions(
-            device_type=_code("device", kind, _ffi.DEVICES),
-            device_index=_int32("the device index", int(index or 0)),
-            backend=_code("backend", backend, _ffi.BACKENDS),
-            activation=_code("activation", activation, _ffi.ACTIVATIONS),
-            num_threads=_int32("num_threads", num_threads),
-        )
+        options = _plan_options(device, activation, backend, num_threads)
+        self._create(sae, latents, options)
+
+    def _create(self, sae: Sae, latents: Latents, options: _ffi.PlanOptions) -> None:
         pointer = ctypes.c_void_p()
         check(
             library.blockem_plan_create(
@@ -474,22 +468,54 @@ class Plan(Immutable):
         self.numerics: str = info.numerics.decode()
         self.activation: str = _name(info.activation, _ffi.ACTIVATIONS)
         self.backend: str = _name(info.backend, _ffi.BACKENDS)
-        kind = _name(info.device_type, _ffi.DEVICES)
-        self.device: str = kind if kind == "cpu" else f"{kind}:{info.device_index}"
+        self.device: str = _device_name(info)
         self.num_threads: int = info.num_threads
         self.encode_needs_workspace: bool = bool(info.encode_needs_workspace)
         self.backward_needs_hidden: bool = bool(info.backward_needs_hidden)
         self.latents: Latents = latents
+        # Parts are made from these.
+        self._sae, self._options = sae, options
         self._key = f"{next(_serials)}-{self.identity[:16]}"
         plans[self._key] = self
 
+    def _workspace_size(self, tokens: int) -> int:
+        """Bytes of workspace that a call for so many tokens needs, if it needs any."""
+        size = ctypes.c_size_t()
+        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
+        return size.value
+
+    def columns(self, begin: int, end: int) -> Plan:
+        """A plan of W . h over the columns begin to end of hidden, without bias and gate: with
+        :meth:`gate`, what a rank needs that holds [..., begin:end] of hidden (tensor parallelism).
+        Its ``encode`` gives the columns' share [..., K] of W . h; the ranks add theirs up.
+        ``blockem.torch.penalty(tensor_group=...)`` does all of it.
+
+        Raises Error INVALID_ARGUMENT; UNSUPPORTED for SAEs that normalise every token, for GLU
+        encoders and for native topk.
+        """
+        return self._part("columns", begin, end)
+
+    def gate(self) -> Plan:
+        """A plan that takes W . h [..., K] in the place of hidden: bias, gate and penalty. The
+        gradient that it gives is that of W . h. See :meth:`columns`.
+
+        Raises Error UNSUPPORTED, as there.
+        """
+        return self._part("gate", 0, 0)
+
+    def _part(self, part: str, begin: int, end: int) -> Plan:
+        options = _ffi.PlanOptions.from_buffer_copy(self._options)
+        options.part = _ffi.PARTS[part]
+        options.column_begin, options.column_end = begin, end
+        plan = Plan.__new__(Plan)
+        plan._create(self._sae, self.latents, options)
+        return plan
+
     def _workspace(self, hidden: Rows) -> tuple[int, int, Array]:
         """The address and size of this thread's workspace for a call, and its owner."""
-        size = ctypes.c_size_t()
-        tokens = hidden.tensor.shape[0]
-        check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
-        address, owner = _arrays.workspace(size.value, hidden.owner)
-        return address, size.value, owner
+        size = self._workspace_size(hidden.tensor.shape[0])
+        address, owner = _arrays.workspace(size, hidden.owner)
+        return address, size, owner
 
     def encode(self, hidden: Array) -> Array:
         """z[..., k] = act(W_k . h + b_k): references for later calls.
@@ -604,6 +630,26 @@ class Plan(Immutable):
         if isinstance(grad, np.ndarray) and not grad.flags.writeable:
             raise ValueError("grad is read-only")
         return grad
+
+
+def _plan_options(
+    device: object, activation: str, backend: str, num_threads: int
+) -> _ffi.PlanOptions:
+    kind, _, index = str(device).partition(":")
+    if index and not index.isdecimal():
+        fail(_ffi.STATUS_INVALID_ARGUMENT, f"device is {str(device)!r}; expected like 'cuda:0'")
+    return _ffi.PlanOptions(
+        device_type=_code("device", kind, _ffi.DEVICES),
+        device_index=_int32("the device index", int(index or 0)),
+        backend=_code("backend", backend, _ffi.BACKENDS),
+        activation=_code("activation", activation, _ffi.ACTIVATIONS),
+        num_threads=_int32("num_threads", num_threads),
+    )
+
+
+def _device_name(info: Any) -> str:
+    kind = _name(info.device_type, _ffi.DEVICES)
+    return kind if kind == "cpu" else f"{kind}:{info.device_index}"
 
 
 @dataclass

@@ -14,7 +14,9 @@ STATUS_LAYOUT = 105
 STATUS_DEVICE_MISMATCH = 106
 STATUS_UNSUPPORTED = 109
 STATUS_IO = 200
+STATUS_NON_FINITE = 205
 STATUS_CACHE_STALE = 206
+STATUS_PROVENANCE_MISMATCH = 208
 
 DTYPES = {
     "float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "uint8": 4, "bool": 5, "int64": 6,
@@ -25,9 +27,19 @@ ENCODER_LAYOUTS = {"auto": 0, "d_f": 1, "f_d": 2}
 SELECTIONS = {"largest": 0, "magnitude": 1, "groups": 2, "batch": 3}
 TOKEN_NORMS = {"none": 0, "constant_norm_rescale": 1, "layer_norm": 2}
 BACKENDS = {"auto": 0, "cpu": 1, "cuda": 2, "reference": 3}
+PARTS = {"whole": 0, "columns": 1, "gate": 2}
 ACTIVATIONS = {"native": 0, "dense_relu": 1, "preactivation": 2}
 CACHE_MODES = {"read": 0, "write": 1, "create": 2}
 CACHE_KEY_SIZE = 32
+STATS_STATE = {
+    "sum": 0, "square_sum": 1, "active": 2, "max": 3,
+    "base_sum": 4, "base_square_sum": 5, "base_active": 6, "base_max": 7,
+    "rise_square_sum": 8, "fall_square_sum": 9,
+}
+STATS_ROWS = 4
+STATS_ROWS_WITH_BASE = 10
+CLOSINGS = {"include": 0, "exclude": 1}
+BORDERS = {"include": 0, "exclude": 1, "refuse": 2}
 
 
 class Sized(ctypes.Structure):
@@ -174,6 +186,10 @@ class PlanOptions(Sized):
         ("activation", c_int32),
         ("num_threads", c_int32),
         ("reserved", c_int32),
+        ("part", c_int32),
+        ("reserved2", c_int32),
+        ("column_begin", c_int64),
+        ("column_end", c_int64),
     ]
 
 
@@ -252,6 +268,57 @@ class CacheInfo(Sized):
     ]
 
 
+class StatsInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("d_in", c_int64),
+        ("d_sae", c_int64),
+        ("layer", c_int64),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("backend", c_int32),
+        ("activation", c_int32),
+        ("num_threads", c_int32),
+        ("reserved", c_int32),
+        ("identity", c_char * 72),
+        ("numerics", c_char * 64),
+    ]
+
+
+class StatsArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("base_hidden", Tensor),
+        ("mask", Tensor),
+        ("state", Tensor),
+        ("token_count", Tensor),
+        ("accumulate", c_int32),
+        ("reserved", c_int32),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+    ]
+
+
+class MaskOptions(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("spans", c_void_p),
+        ("num_spans", c_size_t),
+        ("start_marker", c_char_p),
+        ("end_marker", c_char_p),
+        ("turn_marker", c_char_p),
+        ("injected", c_char_p),
+        ("closing", c_int32),
+        ("border", c_int32),
+        ("allow_unclosed", c_int32),
+        ("allow_empty", c_int32),
+        ("add_special_tokens", c_int32),
+        ("reserved", c_int32),
+        ("max_tokens", c_int64),
+    ]
+
+
 # name: (result, arguments); handles are c_void_p.
 FUNCTIONS = {
     "blockem_status_name": (c_char_p, [c_int32]),
@@ -307,6 +374,34 @@ FUNCTIONS = {
         [c_void_p, c_void_p, c_char_p, POINTER(Tensor), c_size_t],
     ),
     "blockem_cache_free": (None, [c_void_p]),
+    "blockem_stats_create": (c_int32, [c_void_p, POINTER(PlanOptions), POINTER(c_void_p)]),
+    "blockem_stats_info_get": (c_int32, [c_void_p, POINTER(StatsInfo)]),
+    "blockem_stats_workspace_size": (c_int32, [c_void_p, c_int64, c_int32, POINTER(c_size_t)]),
+    "blockem_stats_update": (c_int32, [c_void_p, POINTER(StatsArgs), c_void_p]),
+    "blockem_stats_free": (None, [c_void_p]),
+    "blockem_xla_bind": (c_int32, [c_void_p, c_char_p]),
+    "blockem_xla_encode_cpu": (c_void_p, [c_void_p]),
+    "blockem_xla_encode_cuda": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_forward_cpu": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_forward_cuda": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_backward_cpu": (c_void_p, [c_void_p]),
+    "blockem_xla_penalty_backward_cuda": (c_void_p, [c_void_p]),
+    "blockem_mask_from_offsets": (
+        c_int32,
+        [c_char_p, c_size_t, POINTER(MaskOptions), c_void_p, c_size_t, c_void_p],
+    ),
+    "blockem_tokenizer_open": (c_int32, [c_char_p, POINTER(c_void_p)]),
+    "blockem_tokenizer_from_json": (c_int32, [c_char_p, c_size_t, POINTER(c_void_p)]),
+    "blockem_tokenizer_mask": (
+        c_int32,
+        [c_void_p, c_char_p, c_size_t, POINTER(MaskOptions), c_void_p, c_void_p, c_size_t,
+         POINTER(c_size_t)],
+    ),
+    "blockem_tokenizer_mask_ids": (
+        c_int32,
+        [c_void_p, c_char_p, c_size_t, POINTER(MaskOptions), c_void_p, c_size_t, c_void_p],
+    ),
+    "blockem_tokenizer_free": (None, [c_void_p]),
 }
 
 

@@ -78,7 +78,7 @@ def find(package: Path) -> tuple[Path, str]:
     raise ImportError(
         f"{name} is neither in {package} nor in {built.parent}: install the package with "
         "`pip install ./bindings/python`, or build the library with "
-        "`cargo build --release --lib --no-default-features`"
+        "`cargo build --release --lib`"
     )
 
 

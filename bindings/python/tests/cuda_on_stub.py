@@ -101,6 +101,15 @@ def calls(case: Case) -> None:
     assert {used for _, used in ran} == {stream}
     assert hidden.grad.shape == hidden.shape
 
+    # Statistics, with their state on the device.
+    stats = blockem.Stats(case.sae, device="cuda:0")
+    launches()
+    stats.update(hidden.detach(), on_device(torch.zeros(10, case.d_in)))
+    ran = launches()
+    assert [kernel for kernel, _ in ran][-1] == "blockem_stats" and len(ran) == 3
+    assert {used for _, used in ran} == {stream}
+    assert stats._state.device.type == "cuda" and stats._state.dtype == torch.float64
+
     # What lies elsewhere is refused, whatever it says.
     for bad in (torch.zeros(4, case.d_in), np.zeros((4, case.d_in), np.float32)):
         expect("DEVICE_MISMATCH", 106, lambda: plan.encode(bad))

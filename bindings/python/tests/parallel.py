@@ -1,26 +1,42 @@
-"""What test_parallel.py runs: python parallel.py CASE RANKS FOLDER. Rank 0 saves what it found."""
+"""What test_parallel.py runs: python parallel.py CASES RANKS FOLDER. Rank 0 saves what it found."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import tiny
 import torch
+import transformers
 from tiny import Dictionary
+from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers.distributed import DistributedConfig
 
+import blockem
 from blockem.torch import DualAscent, attach
 
 DICTIONARY = Dictionary()
 
 
 def model() -> torch.nn.Module:
-    """LoRA adapters that have moved."""
-    found = tiny.with_lora(tiny.llama()).train()
+    """LoRA adapters that have moved. Its heads can be shared out to four ranks."""
+    found = tiny.with_lora(tiny.llama(kv_heads=4)).train()
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -39,82 +55,398 @@ def shards(ranks: int) -> list[list[dict[str, torch.Tensor]]]:
     return found
 
 
+def padded(batch: dict[str, torch.Tensor], ranks: int) -> dict[str, torch.Tensor]:
+    """With as many tokens as the ranks can share."""
+    missing = -batch["input_ids"].shape[1] % ranks
+    fill = {"labels": -100}
+    return {name: torch.nn.functional.pad(x, (0, missing), value=fill.get(name, 0))
+            for name, x in batch.items()}
+
+
+def step_of(ranks: int) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of all ranks."""
+    return [batch for mine in shards(ranks) for batch in mine]
+
+
 def items(ranks: int) -> int:
-    return sum((b["labels"][:, 1:] != -100).sum().item() for mine in shards(ranks) for b in mine)
+    return sum((b["labels"][:, 1:] != -100).sum().item() for b in step_of(ranks))
 
 
-def train(mine: list[dict], net: torch.nn.Module, ranks: int, items: int) -> dict:
-    """Two steps of gradients over this rank's micro-batches, without an optimizer."""
+def train(
+    mine: list[dict],
+    net: torch.nn.Module,
+    ranks: int,
+    items: int,
+    *,
+    copies: int = 1,
+    local: Callable[[dict], dict] = lambda batch: batch,
+    together: Callable[[torch.Tensor], None] = lambda grad: None,
+    **settings: object,
+) -> dict:
+    """Two steps of gradients over this rank's micro-batches, without an optimizer.
+
+    local: what of a batch the rank computes; together: makes its gradient that of all.
+    """
     lam = DualAscent(0.001, rate=1000.0, initial=20.0)
-    handle = attach(net, DICTIONARY.plan, lam=lam)
+    handle = attach(net, DICTIONARY.plan, lam=lam, **settings)
+    losses = []
     for _ in range(2):
         net.zero_grad()
-        handle.begin_step(mine)
-        for i, batch in enumerate(mine):
+        handle.begin_step(mine, copies=copies)
+        for i, batch in enumerate(map(local, mine)):
             parallel = isinstance(net, torch.nn.parallel.DistributedDataParallel)
             with net.no_sync() if parallel and i < len(mine) - 1 else torch.enable_grad():
                 task = ranks * net(**batch, num_items_in_batch=items).loss
-                (task + handle.penalty(batch).loss).backward()
+                with CommDebugMode() as communication:
+                    term = handle.penalty(batch)
+                losses.append(term.loss.item())
+                if not losses[1:]:
+                    cosine = term.cosine(task).item()
+                (task + term.loss).backward()
         handle.end_step()
+    grads = {}
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            whole = parameter.grad
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            together(whole)
+            grads[name.removeprefix("module.")] = whole
     return {
-        "grads": {
-            name.removeprefix("module."): getattr(p.grad, "full_tensor", lambda: p.grad)()
-            for name, p in net.named_parameters() if p.grad is not None
-        },
+        "grads": grads,
+        "losses": losses,
+        "cosine": cosine,
         "metrics": handle.metrics(per_latent=True),
         "lambda": lam.value.item(),
+        "checked": (handle.last_check.compared, handle.last_check.difference),
+        "communication": {str(op): n for op, n in communication.get_comm_counts().items()},
     }
 
 
-def ddp(rank: int, ranks: int, folder: Path) -> dict:
+# Ranks that have different rows.
+
+
+def ddp(rank: int, ranks: int) -> dict:
     net = torch.nn.parallel.DistributedDataParallel(model())
     return train(shards(ranks)[rank], net, ranks, items(ranks))
 
 
-def fsdp2(rank: int, ranks: int, folder: Path) -> dict:
+def fsdp2(rank: int, ranks: int) -> dict:
     """Every layer and the rest sharded: the base pass stops between them."""
-    net, mesh = model(), torch.distributed.init_device_mesh("cpu", (ranks,))
+    net, mesh = model(), distributed.init_device_mesh("cpu", (ranks,))
     for layer in net.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     return train(shards(ranks)[rank], fully_shard(net, mesh=mesh), ranks, items(ranks))
 
 
-def hugging_face(rank: int, ranks: int, folder: Path) -> dict:
+# Ranks that compute the same rows together.
+
+
+def tensor_parallel(mesh: object, *between: tuple[str, object]) -> torch.nn.Module:
+    """Attention heads and the inside of the MLPs on different ranks, with their adapters.
+
+    between: for the output of the hooked layer and the input of the next, how they are placed.
+    """
+    net = model()
+    wide = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj",
+            "mlp.up_proj"]
+    plan = {}
+    for name in wide:
+        plan |= {f"layers.*.{name}.base_layer": ColwiseParallel(),
+                 f"layers.*.{name}.lora_B.default": ColwiseParallel()}
+    for name in ["self_attn.o_proj", "mlp.down_proj"]:
+        plan |= {f"layers.*.{name}.base_layer": RowwiseParallel(),
+                 f"layers.*.{name}.lora_A.default": RowwiseParallel()}
+    parallelize_module(net.get_base_model().model, mesh, plan)
+    parallelize_module(net.get_base_model().model, mesh, dict(between))
+    return net
+
+
+def placed(placement: object, *, as_dtensor: bool) -> tuple[tuple[str, object], ...]:
+    """Where the residual stream lies between the hooked layer and the next."""
+    after = PrepareModuleOutput(
+        output_layouts=Replicate(), desired_output_layouts=placement,
+        use_local_output=not as_dtensor)
+    before = PrepareModuleInput(
+        input_layouts=placement, desired_input_layouts=Replicate(), use_local_output=True)
+    return (f"layers.{tiny.LAYER}", after), (f"layers.{tiny.LAYER + 1}", before)
+
+
+def tensor_case(placement: object, *, as_dtensor: bool, told: bool = False, **settings) -> Callable:
+    """told: attach is given the group."""
+
+    def case(rank: int, ranks: int) -> dict:
+        mesh = distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+        between = () if placement is None else placed(placement, as_dtensor=as_dtensor)
+        group = {"tensor_group": mesh.get_group()} if told else {}
+        net = tensor_parallel(mesh, *between)
+        # torch takes plain parts of a tensor to be equal.
+        local = (lambda batch: padded(batch, ranks)) if told else lambda batch: batch
+        return train(step_of(2), net, 1, items(2), local=local, **group, **settings)
+
+    return case
+
+
+def data_and_tensor_parallel(only_data: bool, gradients: str) -> Callable:
+    """Two groups of ranks with different rows, columns within them."""
+
+    def case(rank: int, ranks: int) -> dict:
+        mesh = distributed.init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
+        net = tensor_parallel(mesh["tp"], *placed(Shard(-1), as_dtensor=False))
+        data, tensor = mesh.get_group("dp"), mesh.get_group("tp")
+
+        def together(grad: torch.Tensor) -> None:
+            distributed.all_reduce(grad, group=data)
+            if gradients == "mean":
+                grad /= 2
+
+        step, at = step_of(2), distributed.get_rank(data)
+        scale = 2 if gradients == "mean" else 1
+        return train(
+            step[at::2], net, scale, items(2), together=together, gradients=gradients,
+            tensor_group=tensor, process_group=data if only_data else None)
+
+    return case
+
+
+class GatheredKeys(torch.autograd.Function):
+    """The keys or values [B, H, T / ranks, D] of all ranks, along their tokens."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        distributed.all_reduce(grad)
+        return grad.chunk(distributed.get_world_size(), dim=2)[distributed.get_rank()]
+
+
+def attention_over_ranks(module, query, key, value, attention_mask, scaling, **_):
+    """Causal attention of this rank's queries to the keys of all."""
+    key, value = GatheredKeys.apply(key), GatheredKeys.apply(value)
+    rows, columns = query.shape[2], key.shape[2]
+    first = distributed.get_rank() * rows
+    seen = torch.arange(columns) <= first + torch.arange(rows)[:, None]
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def context_parallel(gradients: str) -> Callable:
+    """Every rank has its tokens of each row, with their labels; one may have no label."""
+
+    def case(rank: int, ranks: int) -> dict:
+        transformers.AttentionInterface.register("over_ranks", attention_over_ranks)
+        net = model()
+        net.get_base_model().config._attn_implementation = "over_ranks"
+
+        def local(batch: dict) -> dict:
+            whole = padded(batch, ranks)
+            ids = whole["input_ids"]
+            whole = {
+                "input_ids": ids, "labels": whole["labels"],
+                "shift_labels": torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=-100),
+                "position_ids": torch.arange(ids.shape[1]).expand(len(ids), -1),
+            }
+            return {name: x.chunk(ranks, dim=1)[rank].contiguous() for name, x in whole.items()}
+
+        def together(grad: torch.Tensor) -> None:
+            distributed.all_reduce(grad)
+            if gradients == "mean":
+                grad /= ranks
+
+        scale = ranks if gradients == "mean" else 1
+        return train(step_of(2), net, scale, items(2), copies=ranks, local=local,
+                     together=together, gradients=gradients)
+
+    return case
+
+
+# The functions, and what is refused.
+
+
+def columns_of_hidden(rank: int, ranks: int) -> dict:
+    """blockem.torch.penalty and encode on this rank's columns: of every gate and dtype."""
+    import oracle
+
+    group, found = distributed.group.WORLD, {}
+    for architecture in oracle.ARCHITECTURES:
+        for activation in oracle.ACTIVATIONS:
+            for dtype in ("float32", "bfloat16"):
+                case = oracle.Case(architecture, activation, 45, 7, folds=True)
+                plan = case.plan(num_threads=1)
+                base, tuned = (torch.tensor(case.hidden(33, seed=s)).to(getattr(torch, dtype))
+                               for s in (1, 2))
+                mask = torch.arange(33) % 5 > 0
+                mine = [x.chunk(ranks, dim=-1)[rank].clone() for x in (base, tuned)]
+                hidden = mine[1].requires_grad_()
+                reference = blockem.torch.encode(plan, mine[0], tensor_group=group)
+                loss_sum, count = blockem.torch.penalty(
+                    plan, hidden, reference, mask, tensor_group=group)
+                (3 * loss_sum).backward()
+                distributed.all_gather_object(gathered := [None] * ranks, hidden.grad)
+                nothing, _ = blockem.torch.penalty(
+                    plan, mine[0], reference, mask, tensor_group=group)
+                found[architecture, activation, dtype] = {
+                    "reference": reference, "loss_sum": loss_sum.item(), "count": count.item(),
+                    "grad": torch.cat(gathered, dim=-1), "nothing": nothing.item()}
+    return found
+
+
+def refused(rank: int, ranks: int) -> list[str]:
+    """What is said about arrangements that give no penalty."""
+    mesh, said = distributed.init_device_mesh("cpu", (ranks,)), []
+    world = distributed.group.WORLD
+    plan = DICTIONARY.plan
+
+    def call(work: Callable) -> None:
+        try:
+            work()
+            said.append("nothing")
+        except blockem.Error as error:
+            said.append(f"{error.name}: {error}")
+
+    batch, = tiny.batches(1)
+
+    def with_output(change: Callable, **settings: object) -> None:
+        net = model()
+        net.get_base_model().model.layers[1].register_forward_hook(
+            lambda module, args, output: change(output))
+        net.get_base_model().model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+        handle = attach(net, plan, lam=1.0, **settings)
+        handle.begin_step([batch])
+        # The layers above could not read it.
+        with contextlib.suppress(ZeroDivisionError):
+            net(**batch)
+        handle.penalty(batch)
+
+    call(lambda: with_output(lambda h: DTensor.from_local(h, mesh, [Partial()])))
+    call(lambda: with_output(lambda h: h[..., :5], tensor_group=world))
+    call(lambda: with_output(lambda h: h[:, :1], tensor_group=world))
+    square = distributed.init_device_mesh("cpu", (2, ranks // 2)) if ranks > 2 else None
+    if square is not None:
+        call(lambda: with_output(
+            lambda h: DTensor.from_local(h, square, [Replicate(), Replicate()])))
+    hidden, z = torch.randn(4, 32 // ranks), torch.zeros(4, 5)
+    for token_norm, architecture in [("layer_norm", "standard"), ("none", "topk")]:
+        sae = blockem.Sae.from_tensors(
+            encoder_weight=DICTIONARY.weight, encoder_bias=DICTIONARY.bias, encoder_layout="f_d",
+            architecture=architecture, k=3 if architecture == "topk" else 0, token_norm=token_norm)
+        normed = blockem.Plan(sae, DICTIONARY.latents, num_threads=1)
+        call(lambda: blockem.torch.penalty(normed, hidden, z, tensor_group=world))
+    call(lambda: blockem.torch.encode(plan, torch.randn(4, 32), tensor_group=world))
+    return said
+
+
+#: Those that compute rows together take the micro-batches of two ranks, however many they are.
+CASES: dict[str, Callable] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "tensor, plain": tensor_case(None, as_dtensor=False),
+    "tensor, plain, sum": tensor_case(None, as_dtensor=False, told=True, gradients="sum"),
+    "tensor, Replicate": tensor_case(Replicate(), as_dtensor=True, gradients="sum"),
+    "tensor, Shard(-1)": tensor_case(Shard(-1), as_dtensor=True, gradients="sum"),
+    "tensor, columns": tensor_case(Shard(-1), as_dtensor=False, told=True),
+    "tensor, Shard(1)": tensor_case(Shard(1), as_dtensor=True, gradients="sum"),
+    "tensor, tokens": tensor_case(Shard(1), as_dtensor=False, told=True),
+    "data and tensor, world": data_and_tensor_parallel(False, "mean"),
+    "data and tensor, data group": data_and_tensor_parallel(True, "mean"),
+    "data and tensor, world, sum": data_and_tensor_parallel(False, "sum"),
+    "context, mean": context_parallel("mean"),
+    "context, sum": context_parallel("sum"),
+    "columns": columns_of_hidden,
+    "refused": refused,
+}
+
+
+# The trainers make their own process group, and need a folder.
+
+
+def trainer_case(make: str, kind: str, **args: object) -> Callable:
+    """A trainer of test_trainer.py, each rank with its share of the rows of a batch of four."""
+
+    def case(rank: int, ranks: int, folder: Path) -> dict:
+        import test_trainer
+
+        found = getattr(test_trainer, make)(
+            getattr(test_trainer, kind), folder / kind,
+            penalty=dict(plan=DICTIONARY.plan, lam=0.05),
+            args={"per_device_train_batch_size": 4 // ranks} | args)
+        assert found.args.world_size == ranks
+        found.train()
+        return {name: test_trainer.logged(found, name) for name in ("blockem/penalty", "loss")}
+
+    return case
+
+
+def tensor_parallel_trainer(rank: int, ranks: int, folder: Path) -> dict:
+    """transformers' own tensor parallelism, of all weights; the reference is split too."""
     import test_trainer
 
+    # accelerate wants GPUs for it, and needs none.
+    accelerate.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    distributed.init_process_group("gloo")
+    if rank == 0:
+        tiny.llama(kv_heads=4).save_pretrained(folder / "llama")
+    distributed.barrier()
+    tuned, base = (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            folder / "llama", distributed_config=DistributedConfig(tp_size=ranks))
+        for _ in range(2))
+    assert sum(isinstance(p, DTensor) for p in tuned.parameters()) > 10
     found = test_trainer.trainer(
-        test_trainer.BlockedTrainer, folder, penalty=dict(plan=DICTIONARY.plan, lam=0.05),
-        args={"per_device_train_batch_size": 4 // ranks, "ddp_backend": "gloo"})
-    assert found.args.world_size == ranks
+        test_trainer.BlockedTrainer, folder, model=tuned,
+        penalty=dict(plan=DICTIONARY.plan, lam=0.05, reference=base),
+        args={"per_device_train_batch_size": 4} | GLOO)
     found.train()
     return {name: test_trainer.logged(found, name) for name in ("blockem/penalty", "loss")}
 
 
-def work(case: str, rank: int, ranks: int, port: int, folder: Path) -> None:
+GLOO = {"ddp_backend": "gloo"}
+BFD = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
+FSDP2 = {"fsdp": True, "fsdp_config": {
+    "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+TRAINERS: dict[str, Callable] = {
+    "Trainer, ddp": trainer_case("trainer", "BlockedTrainer", **GLOO),
+    "SFTTrainer, packed, ddp": trainer_case("sft", "BlockedSFTTrainer", **BFD, **GLOO),
+    "Trainer, fsdp2": trainer_case("trainer", "BlockedTrainer", **FSDP2, **GLOO),
+    "Trainer, tensor parallel": tensor_parallel_trainer,
+}
+
+
+def work(cases: list[str], rank: int, ranks: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if case != "hugging_face":
-        torch.distributed.init_process_group("gloo")
-    cases = {"ddp": ddp, "fsdp2": fsdp2, "hugging_face": hugging_face}
-    found = cases[case](rank, ranks, folder)
+    if set(cases) <= set(CASES):
+        distributed.init_process_group("gloo")
+        found = {}
+        for case in cases:
+            print(f"rank {rank}: {case}", file=sys.stderr, flush=True)
+            found[case] = CASES[case](rank, ranks)
+    else:
+        found = {case: TRAINERS[case](rank, ranks, folder) for case in cases}
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    torch.distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
-def main(case: str, ranks: int, folder: Path) -> None:
+def run(cases: list[str], ranks: int, folder: Path) -> None:
+    """Starts the processes and waits for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(case, rank, ranks, port, folder))
+    workers = [fork.Process(target=work, args=(cases, rank, ranks, port, folder))
                for rank in range(ranks)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    sys.exit(max(abs(worker.exitcode) for worker in workers))
+    if any(worker.exitcode for worker in workers):
+        sys.exit(f"{cases} failed on {ranks} ranks")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    run(sys.argv[1].split("; "), int(sys.argv[2]), Path(sys.argv[3]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 
 import peft
 import pytest
@@ -354,7 +355,7 @@ def test_the_base_pass_leaves_no_trace() -> None:
     forward = handle._recorder.take()
     torch.random.set_rng_state(state)
     with torch.no_grad():
-        handle._references(forward, batch)
+        handle._references(forward, batch, batch["labels"] != -100)
     assert torch.equal(torch.rand(1), one)
 
 
@@ -437,7 +438,7 @@ def test_the_base_pass_has_no_dropout() -> None:
     handle = attach(model, DICTIONARY.plan, lam=1.0, tolerance=math.inf)
     batch, = tiny.batches(1)
     model(**batch)
-    found, = handle._references(handle._recorder.take(), batch)
+    found, = handle._references(handle._recorder.take(), batch, batch["labels"] != -100)
     with torch.no_grad(), model.disable_adapter():
         want = DICTIONARY.plan.encode(tiny.hidden_states(model.eval(), batch))
     assert torch.equal(found, want)
@@ -513,6 +514,67 @@ def test_accumulation_is_one_batch() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def packed(batch: dict) -> dict:
+    """The rows of a padded batch in one, as TRL packs: position_ids tell them apart."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    join = lambda x: torch.cat([row[:n] for row, n in zip(x, lengths)])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": join(batch["input_ids"]), "labels": join(batch["labels"]),
+            "position_ids": positions}
+
+
+@pytest.mark.parametrize("reference", ["adapters_off", "cache"])
+def test_packed_rows_are_rows(reference: str, tmp_path: Path) -> None:
+    """The same penalty and gradient; the cache knows the examples from when they were apart."""
+    rows, = tiny.batches(1, size=5)
+    found = []
+    for batch in (rows, packed(rows) | {"use_cache": False}):
+        model = moved(tiny.with_lora(tiny.llama())).train()
+        plan, file = DICTIONARY.plan, str(tmp_path / "base.cache")
+        if reference == "cache":
+            is_packed = "position_ids" in batch
+            opened = dict(base_model="tiny", dtype="float32")
+            if not is_packed:
+                with blockem.Cache(file, plan, mode="create", **opened) as cache:
+                    cache.fill(model, [rows], progress=False)
+            cache = blockem.Cache(file, plan, **opened)
+            handle = attach(model, plan, lam=2.0, tolerance=1e-5,
+                            reference=lambda b: cache.reference(b, packed=is_packed))
+        else:
+            handle = attach(model, plan, lam=2.0)
+        loss = one_loss(handle, model, batch)
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert found[0][0] > 0 and max(g.abs().max() for g in found[0][1:]) > 1e-3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_base_pass_packs_as_the_training_forward_does(
+    use_cache: bool | None, checkpointing: bool
+) -> None:
+    """transformers keeps the examples of a row apart only without a cache."""
+    model = tiny.with_lora(tiny.llama()).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = packed(tiny.batches(1, size=3)[0])
+    batch |= {} if use_cache is None else {"use_cache": use_cache}
+    handle = attach(model, DICTIONARY.plan, lam=1.0)
+    assert one_loss(handle, model, batch).item() == 0
+    assert handle.last_check.compared == "tuned"
+    # A cache of keys and values lets them see each other.
+    apart, = tiny.batches(1, size=3)
+    model.eval()
+    both = [tiny.hidden_states(model, b) for b in (batch, apart)]
+    first = int(apart["attention_mask"][0].sum())
+    second = slice(first, first + int(apart["attention_mask"][1].sum()))
+    kept = both[1][1, : second.stop - second.start]
+    assert torch.allclose(both[0][0, second], kept, atol=1e-5) == (use_cache is False)
+
+
 def test_counts() -> None:
     model = tiny.with_lora(tiny.llama()).train()
     handle = attach(model, DICTIONARY.plan, lam=1.0)
@@ -547,10 +609,10 @@ def test_a_step_without_tokens_on_a_device_is_found_later() -> None:
     handle = attach(tiny.with_lora(tiny.llama()), DICTIONARY.plan, lam=1.0)
     mask = torch.tensor([True, False]).as_subclass(OnDevice)
     handle.begin_step([mask, ~mask])
-    assert handle._divisor == 2
+    assert handle._count == 2
     handle.metrics()
     handle.begin_step([mask & ~mask])
-    assert handle._divisor == 1
+    assert handle._count == 1
     for late in (handle.metrics, handle.state_dict):
         handle.begin_step([mask & ~mask])
         with pytest.raises(ValueError, match="no token of a whole step counts"):

@@ -66,6 +66,8 @@ def test_every_struct_function_and_number_of_the_header_is_declared() -> None:
         ("ACTIVATION", _ffi.ACTIVATIONS),
         ("ENCODER_LAYOUT", _ffi.ENCODER_LAYOUTS),
         ("CACHE_MODE", _ffi.CACHE_MODES),
+        ("CLOSING", _ffi.CLOSINGS),
+        ("BORDER", _ffi.BORDERS),
     ]:
         found = {n.removeprefix(f"{prefix}_").lower(): v for n, v in numbers.items()
                  if n.startswith(f"{prefix}_") and not n.startswith("ACTIVATION_KIND_")}

@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 import trl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import Dictionary
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -46,7 +47,8 @@ class Autograd:
         return found, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = {k: v for k, v in inputs.items() if k != "labels"}
+        # SFTTrainer runs the model so; with packed rows a cache would change attention.
+        batch = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
         mask = inputs["labels"] != -100
         loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         with torch.no_grad(), model.disable_adapter():
@@ -90,9 +92,12 @@ def settings(folder: Path, **more: object) -> dict:
     } | more
 
 
-def trainer(kind: type, folder: Path, args: dict | None = None, **more: object):
+def trainer(
+    kind: type, folder: Path, args: dict | None = None, model: torch.nn.Module | None = None,
+    **more: object,
+):
     return kind(
-        tiny.with_lora(tiny.llama()), train_dataset=rows(), data_collator=collate,
+        model or tiny.with_lora(tiny.llama()), train_dataset=rows(), data_collator=collate,
         args=transformers.TrainingArguments(**settings(folder, **(args or {}))), **more)
 
 
@@ -140,7 +145,12 @@ def sft(kind: type, folder: Path, args: dict | None = None, **more: object):
         processing_class=tokenizer, **more)
 
 
-@pytest.mark.parametrize("args", [{}, {"packing": True, "packing_strategy": "wrapped"}])
+@pytest.mark.parametrize("args", [
+    {},
+    {"packing": True, "packing_strategy": "wrapped"},
+    {"packing": True, "packing_strategy": "bfd"},
+    {"padding_free": True, "max_length": None},
+])
 def test_sft_trainer_follows_autograd(tmp_path: Path, args: dict) -> None:
     """With the adapters that SFTTrainer makes, its loss without logits, its collator; packed."""
     reference = sft(AutogradSFTTrainer, tmp_path, args, lam=LAM)
@@ -194,9 +204,27 @@ def test_callbacks_get_the_metrics(tmp_path: Path) -> None:
     assert ["blockem/penalty" in logs for logs in seen] == [True, True, False]
 
 
+def test_tensorboard(tmp_path: Path) -> None:
+    """A real event file has what the trainer logged, every latent on request."""
+    blocked = trainer(
+        BlockedTrainer, tmp_path, penalty=dict(plan=DICTIONARY.plan, lam=LAM), cosine_steps=1,
+        per_latent=True, args={"report_to": ["tensorboard"], "max_steps": 3})
+    blocked.train()
+    files = list(tmp_path.rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(files[0].parent)).Reload()
+    names = ["penalty", "penalty_pos", "penalty_neg", "active", "dead_neg", "lambda", "cosine",
+             *(f"latent/{id}" for id in DICTIONARY.ids)]
+    for name in names:
+        values = [event.value for event in events.Scalars(f"train/blockem/{name}")]
+        assert values == pytest.approx(logged(blocked, f"blockem/{name}"), rel=1e-6)
+        assert len(values) == 3
+    latents = [sum(logged(blocked, f"blockem/latent/{id}")) for id in DICTIONARY.ids]
+    assert sum(latents) == pytest.approx(sum(logged(blocked, "blockem/penalty"))) and min(latents) >= 0
+
+
 def test_what_splits_the_model_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(transformers.Trainer, "get_tp_size", lambda self: 2)
-    with pytest.raises(ValueError, match="does not know tensor parallelism"):
+    monkeypatch.setattr(transformers.Trainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match="does not know context parallelism"):
         trainer(BlockedTrainer, tmp_path, penalty=dict(plan=DICTIONARY.plan, lam=LAM))
 
 

@@ -17,12 +17,13 @@ torch.set_num_threads(1)
 
 
 def llama(
-    layers: int = 3, seed: int = 0, hidden: int = WIDTH, heads: int = 4, **settings: object
+    layers: int = 3, seed: int = 0, hidden: int = WIDTH, heads: int = 4, kv_heads: int = 2,
+    **settings: object,
 ) -> transformers.LlamaForCausalLM:
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=50, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=64,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings,
     ))
 

@@ -1,5 +1,6 @@
 //! From dot products to latents, coefficients and loss: the formulas of `penalty.rs` in f32, one
-//! token at a time, the loss in f64. A dot product here is normalised already.
+//! token at a time, the loss in f64. A dot product here is normalised already; a GLU encoder's is
+//! the pre-activation itself.
 
 use super::lanes::Work;
 use crate::backend::{Gate, Rows};
@@ -103,6 +104,7 @@ macro_rules! with_rule {
 #[inline(always)]
 fn pre(rows: &Rows<'_>, k: usize, dot: f32) -> f32 {
     match rows.scale {
+        _ if rows.glu_bias.is_some() => dot,
         Some(scale) => dot * scale[k] + rows.bias[k],
         None => dot + rows.bias[k],
     }
@@ -159,7 +161,7 @@ pub(super) struct Coefficients<'a> {
     pub latent_loss: Option<&'a mut [f64]>,
     /// Of a TopK gate, one for each group.
     pub thresholds: &'a [f32],
-    /// Σ_k coef_k dot_k, where a norm needs it.
+    /// Σ_k coef_k dot_k, where a norm needs it and latents have one row.
     pub pull: Option<&'a mut f64>,
 }
 

@@ -93,7 +93,7 @@ impl Normed {
 pub(super) struct Gradient<'a> {
     pub panels: Panels<'a>,
     pub d_in: usize,
-    /// K
+    /// Rows of all latents.
     pub count: usize,
     /// Multiplies every coefficient.
     pub factor: f32,
@@ -102,7 +102,7 @@ pub(super) struct Gradient<'a> {
 
 impl Gradient<'_> {
     /// # Safety
-    /// The machine must have the lanes' instructions; `coef` points to rows of K numbers and `out`
+    /// The machine must have the lanes' instructions; `coef` points to rows of `count` numbers and `out`
     /// to as many rows of d_in elements, aligned to lines for [`Write::Stream`]. `normed` is empty
     /// or has each row's own.
     pub unsafe fn run<L: Lanes, E: Element>(

@@ -6,11 +6,13 @@
 
 mod encode;
 mod finish;
+mod glu;
 mod gradient;
 mod lanes;
 mod norm;
 mod pack;
 mod slab;
+mod stats;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -19,6 +21,7 @@ mod topk;
 use self::lanes::{Isa, LANES, Line};
 use self::pack::{Panels, bf16_lines, f32_lines, pack_bf16, pack_f32};
 use self::slab::Kernels;
+pub(crate) use self::stats::CpuStats;
 use self::threads::Threads;
 use self::topk::OwnedRivals;
 use super::{
@@ -56,15 +59,15 @@ impl Cpu {
         isa: Isa,
     ) -> Result<Cpu> {
         let lines = |n| vec![Line([0.0; LANES]); n].into_boxed_slice();
-        let mut panels = lines(f32_lines(rows.count(), rows.d_in));
+        let mut panels = lines(f32_lines(rows.products(), rows.d_in));
         pack_f32(rows, &mut panels);
         let rivals = match rows.gate {
-            Gate::TopK(gate) => Some(OwnedRivals::pack(gate.rivals(), rows.d_in, rivals)?),
+            Gate::TopK(gate) => Some(OwnedRivals::pack(gate.rivals(), rows, rivals)?),
             _ => None,
         };
         // Rivals are kept in one form, and a latent must compare with its own value exactly.
         let bf16_panels = (isa.has_bf16_dot() && rivals.is_none()).then(|| {
-            let mut panels = lines(bf16_lines(rows.count(), rows.d_in));
+            let mut panels = lines(bf16_lines(rows.products(), rows.d_in));
             pack_bf16(rows, &mut panels);
             panels
         });
@@ -92,7 +95,7 @@ impl Cpu {
     ) -> usize {
         let lines = f32_lines(count, d_in) + raw_bf16_lines(Isa::detect(), count, d_in);
         let threads = Threads::scoped(num_threads).count();
-        lines * size_of::<Line>() + Kernels::workspace_size(Gate::Open, count, tokens, threads)
+        lines * size_of::<Line>() + Kernels::workspace_size(Gate::Open, [count, 1], tokens, threads)
     }
 
     /// The penalty of rows that are packed into the call's workspace first.
@@ -134,7 +137,8 @@ impl Backend for Cpu {
 
     fn workspace_size(&self, tokens: usize) -> usize {
         let rows = self.rows.borrow();
-        Kernels::workspace_size(rows.gate, rows.count(), tokens, self.threads.count())
+        let shape = [rows.count(), rows.width()];
+        Kernels::workspace_size(rows.gate, shape, tokens, self.threads.count())
     }
 
     unsafe fn encode(&self, call: &EncodeCall, _: Stream) -> Result<()> {

@@ -84,7 +84,7 @@ fn pack(rows: &Rows<'_>, lines: &mut [Line], terms: usize, put: impl Fn(&[f32], 
     lines.fill(Line([0.0; LANES]));
     let inputs = terms * LANES;
     let steps = rows.d_in.div_ceil(inputs);
-    for k in 0..rows.count() {
+    for k in 0..rows.products() {
         for (s, inputs) in rows.row(k).chunks(inputs).enumerate() {
             let at = ((k / PANEL * steps + s) * PANEL + k % PANEL) * terms;
             put(inputs, &mut lines[at..at + terms]);

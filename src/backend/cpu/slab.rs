@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::encode::{Converted, Direct, Split, dots};
 use super::finish::{Coefficients, Latents, Normalize, pull};
+use super::glu::{Preactivations, RowCoefficients};
 use super::gradient::{Gradient, Normed, SLAB, Write};
 use super::lanes::{Isa, Lanes, Line, with_element, with_lanes};
 use super::norm::TokenScale;
@@ -49,13 +50,15 @@ fn block(tokens: usize, index: usize) -> Range<usize> {
     index * size..tokens.min((index + 1) * size)
 }
 
-/// The workspace of a penalty call: loss, count and per-latent losses of each block, then each
-/// worker's coefficients of one slab.
+/// The workspace of a call: loss, count and per-latent losses of each block, then each worker's
+/// coefficients of one slab, and of a GLU encoder the products beside them.
 #[derive(Clone, Copy)]
 struct Scratch {
     partials: *mut f64,
     coef: *mut f32,
     count: usize,
+    /// Rows of each latent.
+    width: usize,
 }
 
 // SAFETY: workers write disjoint parts: partials of their blocks, coefficients of their own.
@@ -66,20 +69,26 @@ impl Scratch {
         (block_count(tokens) * (2 + count) * size_of::<f64>()).next_multiple_of(size_of::<Line>())
     }
 
-    /// Floats of one token, from line to line.
+    /// Floats of one token's coefficients, from line to line.
     fn coef_stride(count: usize) -> usize {
         count.next_multiple_of(super::lanes::LANES)
     }
 
-    fn bytes(tokens: usize, count: usize, workers: usize) -> usize {
-        let workers = workers.min(block_count(tokens));
-        let coef = workers * SLAB * Scratch::coef_stride(count) * size_of::<f32>();
-        Scratch::partials_bytes(tokens, count) + coef
+    /// Floats of one token.
+    fn stride([count, width]: [usize; 2]) -> usize {
+        let dots = if width > 1 { Scratch::coef_stride(count * width) } else { 0 };
+        Scratch::coef_stride(count) + dots
     }
 
-    fn new(space: Workspace, tokens: usize, count: usize) -> Scratch {
+    fn bytes(tokens: usize, shape: [usize; 2], workers: usize) -> usize {
+        let workers = workers.min(block_count(tokens));
+        let coef = workers * SLAB * Scratch::stride(shape) * size_of::<f32>();
+        Scratch::partials_bytes(tokens, shape[0]) + coef
+    }
+
+    fn new(space: Workspace, tokens: usize, [count, width]: [usize; 2]) -> Scratch {
         let coef = space.data.wrapping_add(Scratch::partials_bytes(tokens, count));
-        Scratch { partials: space.data.cast(), coef: coef.cast(), count }
+        Scratch { partials: space.data.cast(), coef: coef.cast(), count, width }
     }
 
     /// loss, count, then one loss per latent.
@@ -89,10 +98,25 @@ impl Scratch {
         unsafe { std::slice::from_raw_parts_mut(self.partials.add(block * len), len) }
     }
 
-    unsafe fn coef<'a>(&self, worker: usize, token: usize) -> &'a mut [f32] {
-        let row = (worker * SLAB + token) * Scratch::coef_stride(self.count);
+    unsafe fn token(&self, worker: usize, token: usize) -> *mut f32 {
+        let row = (worker * SLAB + token) * Scratch::stride([self.count, self.width]);
         // SAFETY: the workspace has room for a slab of every worker, who alone uses it.
-        unsafe { std::slice::from_raw_parts_mut(self.coef.add(row), self.count) }
+        unsafe { self.coef.add(row) }
+    }
+
+    unsafe fn coef<'a>(&self, worker: usize, token: usize) -> &'a mut [f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.token(worker, token), self.count) }
+    }
+
+    /// The coefficients' own memory, unless a latent has two rows.
+    unsafe fn dots<'a>(&self, worker: usize, token: usize) -> &'a mut [f32] {
+        let skip = if self.width > 1 { Scratch::coef_stride(self.count) } else { 0 };
+        // SAFETY: as above.
+        unsafe {
+            let start = self.token(worker, token).add(skip);
+            std::slice::from_raw_parts_mut(start, self.count * self.width)
+        }
     }
 }
 
@@ -154,24 +178,33 @@ impl NormedList {
 }
 
 impl Kernels<'_> {
-    /// Bytes of scratch of a call.
-    pub fn workspace_size(gate: Gate<'_>, count: usize, tokens: usize, threads: usize) -> usize {
+    /// Bytes of scratch of a call, for so many latents of so many rows.
+    pub fn workspace_size(
+        gate: Gate<'_>,
+        shape: [usize; 2],
+        tokens: usize,
+        threads: usize,
+    ) -> usize {
         let topk = match gate {
-            Gate::TopK(gate) => Space::bytes(gate, tokens, threads),
+            Gate::TopK(gate) => Space::bytes(gate, shape[1], tokens, threads),
             _ => 0,
         };
-        topk + Scratch::bytes(tokens, count, threads)
+        topk + Scratch::bytes(tokens, shape, threads)
     }
 
     fn cost(&self, tokens: usize) -> usize {
-        tokens.saturating_mul(self.rows.count()).saturating_mul(self.rows.d_in)
+        tokens.saturating_mul(self.rows.products()).saturating_mul(self.rows.d_in)
+    }
+
+    fn scratch(&self, space: Workspace, tokens: usize) -> Scratch {
+        Scratch::new(space, tokens, [self.rows.count(), self.rows.width()])
     }
 
     /// The thresholds of a TopK gate, at the head of the workspace, and the rest of it.
     ///
     /// # Safety
     /// As [`super::Backend`].
-    unsafe fn thresholds(
+    pub unsafe fn thresholds(
         &self,
         threads: &Threads,
         tokens: &Tokens,
@@ -180,7 +213,8 @@ impl Kernels<'_> {
         let (Gate::TopK(gate), Some(rivals)) = (self.rows.gate, &self.rivals) else {
             return (None, workspace);
         };
-        let (space, rest) = Space::split(workspace, gate, tokens.count, threads.count());
+        let shape = [self.rows.width(), tokens.count];
+        let (space, rest) = Space::split(workspace, gate, shape, threads.count());
         // SAFETY: the caller's promise.
         unsafe { self.find_thresholds(threads, gate, rivals, tokens, &space) };
         (Some(space), rest)
@@ -194,32 +228,65 @@ impl Kernels<'_> {
         // SAFETY: the caller's promise; every block has tokens of its own.
         unsafe {
             let tokens = Tokens { count: tokens, hidden, mask: None };
-            let (space, _) = self.thresholds(threads, &tokens, workspace);
-            threads.each(block_count(tokens.count), self.cost(tokens.count), |_, index| {
+            let (space, rest) = self.thresholds(threads, &tokens, workspace);
+            let scratch = self.scratch(rest, tokens.count);
+            threads.each(block_count(tokens.count), self.cost(tokens.count), |worker, index| {
+                let own = Own { worker, scratch: &scratch, space: space.as_ref() };
                 let call = &call;
-                self.encode_block(&call.0, space.as_ref(), block(call.0.tokens, index))
+                self.encode_block(&call.0, &own, block(call.0.tokens, index))
             });
         }
     }
 
-    unsafe fn encode_block(&self, call: &EncodeCall, space: Option<&Space>, block: Range<usize>) {
+    unsafe fn encode_block(&self, call: &EncodeCall, own: &Own<'_>, block: Range<usize>) {
         for start in block.clone().step_by(SLAB) {
-            let (mut hidden, mut latents) =
-                (RowList::new(std::ptr::null()), RowList::new(std::ptr::null_mut()));
+            let (mut hidden, mut latents, mut dot) = (
+                RowList::new(std::ptr::null()),
+                RowList::new(std::ptr::null_mut()),
+                RowList::new(std::ptr::null_mut()),
+            );
             // SAFETY: the caller's promise: the slab's tokens exist.
             unsafe {
-                for t in start..block.end.min(start + SLAB) {
+                for (i, t) in (start..block.end.min(start + SLAB)).enumerate() {
                     hidden.push(call.hidden.row(t).cast_const());
                     latents.push(call.latents.row(t).cast::<f32>());
+                    // Two products of a latent do not fit where it goes.
+                    dot.push(match self.rows.glu_bias {
+                        Some(_) => own.scratch.dots(own.worker, i).as_mut_ptr(),
+                        None => latents.rows[i],
+                    });
                 }
-                self.dots(call.hidden.dtype, hidden.get(), latents.get());
-                self.normalize(call.hidden.dtype, hidden.get(), latents.get());
-                for (i, row) in latents.get().iter().enumerate() {
-                    let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
-                    let thresholds = space.map_or(&[][..], |space| space.thresholds(start + i));
-                    let work = Latents { rows: &self.rows, row, thresholds };
-                    with_lanes!(self.isa, L => L::enter(work));
-                }
+                let thresholds =
+                    |i| own.space.map_or(&[][..], |space: &Space| space.thresholds(start + i));
+                let dtype = call.hidden.dtype;
+                self.latents(dtype, hidden.get(), [dot.get(), latents.get()], thresholds);
+            }
+        }
+    }
+
+    /// z of some tokens by way of their products, which without a GLU may be in the same place;
+    /// `thresholds` are those of token i under a TopK gate.
+    ///
+    /// # Safety
+    /// As [`super::Backend`]: rows of d_in elements, of so many products, and of K numbers.
+    pub unsafe fn latents<'t>(
+        &self,
+        dtype: DType,
+        hidden: &[*const u8],
+        [dot, latents]: [&[*mut f32]; 2],
+        thresholds: impl Fn(usize) -> &'t [f32],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.dots(dtype, hidden, dot);
+            for (hidden, dot) in hidden.chunks(SLAB).zip(dot.chunks(SLAB)) {
+                self.normalize(dtype, hidden, dot);
+            }
+            self.preactivations(dot, latents);
+            for (i, row) in latents.iter().enumerate() {
+                let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
+                let work = Latents { rows: &self.rows, row, thresholds: thresholds(i) };
+                with_lanes!(self.isa, L => L::enter(work));
             }
         }
     }
@@ -227,7 +294,6 @@ impl Kernels<'_> {
     /// # Safety
     /// As [`super::Backend`].
     pub unsafe fn penalty(&self, threads: &Threads, call: &PenaltyCall) {
-        let count = self.rows.count();
         let PenaltyCall { tokens, hidden, mask, workspace, .. } = *call;
         let call = Shared(*call);
         // SAFETY: the caller's promise; every block has tokens and partial sums of its own, every
@@ -235,7 +301,7 @@ impl Kernels<'_> {
         unsafe {
             let tokens = Tokens { count: tokens, hidden, mask };
             let (space, rest) = self.thresholds(threads, &tokens, workspace);
-            let scratch = Scratch::new(rest, tokens.count, count);
+            let scratch = self.scratch(rest, tokens.count);
             let grad = call.0.grad.map(|grad| self.gradient(&grad, tokens.count));
             threads.each(block_count(tokens.count), self.cost(tokens.count), |worker, index| {
                 let own = Own { worker, scratch: &scratch, space: space.as_ref() };
@@ -277,6 +343,7 @@ impl Kernels<'_> {
         let mut tokens = RowList::new((0, 0.0));
         let mut hidden = RowList::new(std::ptr::null());
         let mut dot = RowList::new(std::ptr::null_mut());
+        let mut latents = RowList::new(std::ptr::null_mut());
         // SAFETY: the scratch has a slab of every worker, who alone uses it.
         let coef = |i| unsafe { own.scratch.coef(own.worker, i) };
         // SAFETY: the caller's promise: the slab's tokens exist.
@@ -287,13 +354,15 @@ impl Kernels<'_> {
                     self.leave_out(call, t);
                     continue;
                 }
-                dot.push(coef(tokens.len).as_mut_ptr());
+                dot.push(own.scratch.dots(own.worker, tokens.len).as_mut_ptr());
+                latents.push(coef(tokens.len).as_mut_ptr());
                 hidden.push(call.hidden.row(t).cast_const());
                 tokens.push((t, mask));
             }
             let dtype = call.hidden.dtype;
             self.dots(dtype, hidden.get(), dot.get());
             let scales = self.normalize(dtype, hidden.get(), dot.get());
+            self.preactivations(dot.get(), latents.get());
             let [loss, count, latent_loss @ ..] = sums else { return };
             let mut normed = NormedList::new();
             for (i, (t, mask)) in tokens.get().iter().enumerate() {
@@ -307,7 +376,10 @@ impl Kernels<'_> {
                     mask: *mask,
                     latent_loss,
                     thresholds: own.space.map_or(&[][..], |space| space.thresholds(*t)),
-                    pull: scales.as_ref().map(|_| &mut pull),
+                    pull: scales
+                        .as_ref()
+                        .filter(|_| self.rows.glu_bias.is_none())
+                        .map(|_| &mut pull),
                 };
                 *loss += with_lanes!(self.isa, L => L::enter(work));
                 *count += *mask as f64;
@@ -315,6 +387,9 @@ impl Kernels<'_> {
                     out.row(*t)
                         .cast::<f32>()
                         .copy_from_nonoverlapping(coef(i).as_ptr(), self.rows.count());
+                }
+                if gradient.is_some() && self.rows.glu_bias.is_some() {
+                    pull = self.row_coefficients(coef(i), dot.get()[i]);
                 }
                 if let Some(scales) = &scales {
                     normed.push(scales[i], pull, hidden.get()[i], dtype);
@@ -346,11 +421,38 @@ impl Kernels<'_> {
             // SAFETY: the caller's promise: rows of d_in elements and of K numbers.
             unsafe {
                 *scale = TokenScale::of(self.isa, norm, dtype, *hidden, d_in);
-                let row = std::slice::from_raw_parts_mut(*dot, self.rows.count());
+                let row = std::slice::from_raw_parts_mut(*dot, self.rows.products());
                 with_lanes!(self.isa, L => L::enter(Normalize { row, scale: scale.scale }));
             }
         }
         Some(scales)
+    }
+
+    /// Of a GLU encoder: u of a slab's latents, from their products.
+    unsafe fn preactivations(&self, dot: &[*mut f32], latents: &[*mut f32]) {
+        if self.rows.glu_bias.is_none() {
+            return;
+        }
+        for (dot, row) in dot.iter().zip(latents) {
+            // SAFETY: the caller's promise: rows of 2K products and of K numbers, apart.
+            unsafe {
+                let dots = std::slice::from_raw_parts(*dot, self.rows.products());
+                let row = std::slice::from_raw_parts_mut(*row, self.rows.count());
+                let work = Preactivations { rows: &self.rows, dots, row };
+                with_lanes!(self.isa, L => L::enter(work));
+            }
+        }
+    }
+
+    /// Of a GLU encoder: a token's products become the coefficients of their rows; returns
+    /// Σ coef · product.
+    unsafe fn row_coefficients(&self, coef: &[f32], dot: *mut f32) -> f64 {
+        // SAFETY: the caller's promise: 2K products, apart from the coefficients.
+        unsafe {
+            let dots = std::slice::from_raw_parts_mut(dot, self.rows.products());
+            let work = RowCoefficients { rows: &self.rows, coef, dots };
+            with_lanes!(self.isa, L => L::enter(work))
+        }
     }
 
     /// Zero coefficients and dH for a token that the mask leaves out.
@@ -370,7 +472,7 @@ impl Kernels<'_> {
     /// # Safety
     /// As [`super::Backend`].
     pub unsafe fn backward(&self, threads: &Threads, call: &BackwardCall) {
-        let scratch = Scratch::new(call.workspace, call.tokens, self.rows.count());
+        let scratch = self.scratch(call.workspace, call.tokens);
         let call = Shared(*call);
         // SAFETY: the caller's promise; every block has tokens of its own, every worker its scratch.
         unsafe {
@@ -400,23 +502,24 @@ impl Kernels<'_> {
                     coef.push(call.coef.row(t).cast::<f32>().cast_const());
                     out.push(call.grad.rows.row(t));
                 }
-                let normed = self.normed(call, slab, coef.get(), own);
+                let normed = self.products(call, slab, &mut coef, own);
                 let dtype = call.grad.rows.dtype;
                 self.gradient_rows(gradient, dtype, coef.get(), normed.get(), out.get());
             }
         }
     }
 
-    /// What the norm of each token of a slab adds to its dH.
-    unsafe fn normed(
+    /// Where dH needs a slab's products: what the norm of each token adds to it. Coefficients of a GLU
+    /// encoder's latents become those of their rows.
+    unsafe fn products(
         &self,
         call: &BackwardCall,
         slab: Range<usize>,
-        coef: &[*const f32],
+        coef: &mut RowList<*const f32>,
         own: &Own<'_>,
     ) -> NormedList {
         let mut normed = NormedList::new();
-        let Some(rows) = call.hidden.filter(|_| self.rows.norm != TokenNorm::None) else {
+        let Some(rows) = call.hidden.filter(|_| self.rows.backward_needs_hidden()) else {
             return normed;
         };
         let (mut hidden, mut dot) =
@@ -425,16 +528,25 @@ impl Kernels<'_> {
         unsafe {
             for (i, t) in slab.enumerate() {
                 hidden.push(rows.row(t).cast_const());
-                dot.push(own.scratch.coef(own.worker, i).as_mut_ptr());
+                dot.push(own.scratch.dots(own.worker, i).as_mut_ptr());
             }
             self.dots(rows.dtype, hidden.get(), dot.get());
             let scales = self.normalize(rows.dtype, hidden.get(), dot.get());
-            for (i, scale) in scales.iter().flatten().enumerate().take(hidden.len) {
-                let count = self.rows.count();
-                let coef = std::slice::from_raw_parts(coef[i], count);
-                let dot = std::slice::from_raw_parts(dot.get()[i], count);
-                let pull = coef.iter().zip(dot).map(|(c, dot)| pull(*c, *dot)).sum();
-                normed.push(*scale, pull, hidden.get()[i], rows.dtype);
+            for (i, dot) in dot.get().iter().enumerate() {
+                let of_latents = std::slice::from_raw_parts(coef.rows[i], self.rows.count());
+                let pull = match self.rows.glu_bias {
+                    Some(_) => {
+                        coef.rows[i] = *dot;
+                        self.row_coefficients(of_latents, *dot)
+                    }
+                    None => {
+                        let dot = std::slice::from_raw_parts(*dot, of_latents.len());
+                        of_latents.iter().zip(dot).map(|(c, dot)| pull(*c, *dot)).sum()
+                    }
+                };
+                if let Some(scales) = &scales {
+                    normed.push(scales[i], pull, hidden.get()[i], rows.dtype);
+                }
             }
         }
         normed
@@ -442,7 +554,7 @@ impl Kernels<'_> {
 
     /// weight · hidden of a slab.
     unsafe fn dots(&self, dtype: DType, hidden: &[*const u8], out: &[*mut f32]) {
-        let (d_in, count) = (self.rows.d_in, self.rows.count());
+        let (d_in, count) = (self.rows.d_in, self.rows.products());
         // SAFETY: the caller's promise; `isa` is one that this machine has.
         unsafe {
             match (self.isa, dtype, &self.bf16) {
@@ -473,7 +585,7 @@ impl Kernels<'_> {
         Gradient {
             panels: self.panels,
             d_in: self.rows.d_in,
-            count: self.rows.count(),
+            count: self.rows.products(),
             // SAFETY: the caller's promise.
             factor: unsafe { grad.factor() } as f32,
             write,

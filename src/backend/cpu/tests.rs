@@ -9,7 +9,7 @@ use crate::backend::{
     Backend, BackwardCall, EncodeCall, Gate, Grad, Mask, Matrix, Output, PenaltyCall, Rows, TopK,
     Workspace,
 };
-use crate::sae::{EncoderRows, TokenNorm};
+use crate::sae::{EncoderRows, GluRows, TokenNorm};
 use crate::tensor::{DType, Stream};
 
 /// A matrix in memory of its own: rows apart, the first one element off alignment if asked.
@@ -114,10 +114,12 @@ struct Problem {
     tokens: usize,
     count: usize,
     d_in: usize,
+    /// Of a GLU encoder latent k has rows 2k and 2k + 1.
     weight: Vec<f32>,
     weight_stride: usize,
     bias: Vec<f32>,
     scale: Option<Vec<f32>>,
+    glu_bias: Option<Vec<f32>>,
     gate: GateKind,
     gate_values: Vec<f32>,
     norm: TokenNorm,
@@ -159,21 +161,24 @@ impl Problem {
         hidden.fill(random);
         reference.fill(random);
         let weight_stride = d_in + random.pick(&[0, 3]);
-        let mut weight = random.rows(count, d_in, weight_stride, norm);
+        let glu = !matches!(gate, GateKind::Gated) && random.below(3) == 0;
+        let width = if glu { 2 } else { 1 };
+        let mut weight = random.rows(count * width, d_in, weight_stride, norm);
         let mut bias: Vec<f32> = random.normals(count).iter().map(|b| 0.1 * b).collect();
-        let dictionary = Dictionary::random(random, count, d_in, norm);
+        let mut glu_bias = glu.then(|| random.normals(count));
+        let dictionary = Dictionary::random(random, count, d_in, norm, glu);
         if let GateKind::TopK = gate {
-            dictionary.place_blocked(&mut weight, weight_stride, &mut bias);
+            dictionary.place_blocked(&mut weight, weight_stride, &mut bias, &mut glu_bias);
         }
         let sign_weight = (0..count).map(|_| random.pick(&[1.0, -1.0, 0.3, -2.5])).collect();
         let mask = (random.below(2) == 0)
             .then(|| (0..tokens).map(|_| random.pick(&[0.0, 1.0, 1.0, 0.37])).collect());
-        let scale = (random.below(2) == 0 && !matches!(gate, GateKind::TopK))
+        let scale = (random.below(2) == 0 && !matches!(gate, GateKind::TopK) && !glu)
             .then(|| random.normals(count).iter().map(|x| x.abs() + 0.2).collect());
         Problem {
             name: format!(
                 "T {tokens}, K {count}, d {d_in}, {dtype:?} to {grad_dtype:?}, {gate:?}, {norm:?}, \
-                 mask {}, accumulate {accumulate}, {seed:x?}",
+                 GLU {glu}, mask {}, accumulate {accumulate}, {seed:x?}",
                 mask.is_some()
             ),
             tokens,
@@ -183,6 +188,7 @@ impl Problem {
             weight_stride,
             bias,
             scale,
+            glu_bias,
             gate,
             gate_values: random.normals(count).iter().map(|b| 0.3 * b).collect(),
             norm,
@@ -204,6 +210,7 @@ impl Problem {
             weight_stride: self.weight_stride,
             bias: &self.bias,
             scale: self.scale.as_deref(),
+            glu_bias: self.glu_bias.as_deref(),
             gate: match self.gate {
                 GateKind::Open => Gate::Open,
                 GateKind::Relu => Gate::Relu,
@@ -218,11 +225,17 @@ impl Problem {
 
     fn cpu(&self, threads: usize, isa: Isa) -> Cpu {
         let read = |range: std::ops::Range<usize>| {
-            let EncoderRows { d_in, weight, bias, rank_gain, .. } = &self.dictionary.rows;
+            let EncoderRows { d_in, weight, bias, glu, rank_gain, .. } = &self.dictionary.rows;
+            let rows = |weight: &[f32]| weight[range.start * d_in..range.end * d_in].to_vec();
+            let glu = glu.as_ref().map(|glu| GluRows {
+                weight: rows(&glu.weight),
+                bias: glu.bias[range.clone()].to_vec(),
+            });
             Ok(EncoderRows {
                 d_in: *d_in,
-                weight: weight[range.start * d_in..range.end * d_in].to_vec(),
+                weight: rows(weight),
                 bias: bias[range.clone()].to_vec(),
+                glu,
                 rank_gain: rank_gain.as_ref().map(|gain| gain[range].to_vec()),
                 ..EncoderRows::default()
             })
@@ -230,9 +243,10 @@ impl Problem {
         Cpu::with_isa(&self.rows(), &read, threads, isa).unwrap()
     }
 
-    /// Calls without handles know neither.
+    /// Calls without handles know none of these.
     fn is_raw(&self) -> bool {
-        self.norm == TokenNorm::None && !matches!(self.gate, GateKind::TopK)
+        let topk = matches!(self.gate, GateKind::TopK);
+        self.norm == TokenNorm::None && !topk && self.glu_bias.is_none()
     }
 
     /// What a token's products are multiplied by, and hidden as the norm sees it.
@@ -261,9 +275,13 @@ impl Problem {
             _ => Vec::new(),
         };
         let of_latent = |k: usize| {
-            let dot = product(self.rows().row(k));
+            let rows = self.rows();
+            let dot = product(rows.row(k * rows.width()));
             let scale = self.scale.as_ref().map_or(1.0, |s| s[k] as f64);
-            let pre = dot * scale + self.bias[k] as f64;
+            let mut pre = dot * scale + self.bias[k] as f64;
+            if let Some(bias) = &self.glu_bias {
+                pre *= sigmoid(product(rows.row(2 * k + 1)) + bias[k] as f64);
+            }
             let gate = self.gate_values[k] as f64;
             let distance = match self.gate {
                 GateKind::Open => f64::INFINITY,
@@ -277,8 +295,9 @@ impl Problem {
         (0..self.count).map(of_latent).collect()
     }
 
-    /// The gradient of Σ_k coef_k z_k where all latents are on, and the size of its parts.
-    fn gradient(&self, t: usize, coef: &[f64]) -> Vec<(f64, f64)> {
+    /// The gradient of Σ_k coef_k z_k where all latents are on, and the size of its parts. Products that
+    /// it depends on itself count as often as they are less exact than it.
+    fn gradient(&self, t: usize, coef: &[f64], less_exact: f64) -> Vec<(f64, f64)> {
         let (a, hidden) = self.normed(t);
         let square: f64 = hidden.iter().map(|x| x * x).sum();
         // Of a: along hidden, and smaller the longer it is.
@@ -291,15 +310,33 @@ impl Problem {
             }
         };
         let mut sum = vec![(0.0f64, 0.0f64); self.d_in];
-        for (k, coef) in coef.iter().enumerate().filter(|(_, coef)| **coef != 0.0) {
-            let rows = self.rows();
-            let row = rows.row(k);
-            let dot: f64 = row.iter().zip(&hidden).map(|(w, h)| *w as f64 * h).sum();
-            for (sum, (w, h)) in sum.iter_mut().zip(row.iter().zip(&hidden)) {
-                for part in [coef * a * *w as f64, coef * dot * slope * h] {
-                    *sum = (sum.0 + part, sum.1 + part.abs());
+        let rows = self.rows();
+        // And the size of its products.
+        let product = |row: usize| -> (f64, f64) {
+            let products = rows.row(row).iter().zip(&hidden).map(|(w, h)| *w as f64 * h);
+            products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()))
+        };
+        let mut add = |row: usize, coef: f64, size: f64| {
+            let (dot, _) = product(row);
+            for (sum, (w, h)) in sum.iter_mut().zip(rows.row(row).iter().zip(&hidden)) {
+                for part in [a * *w as f64, dot * slope * h] {
+                    *sum = (sum.0 + coef * part, sum.1 + size * part.abs());
                 }
             }
+        };
+        for (k, coef) in coef.iter().enumerate().filter(|(_, coef)| **coef != 0.0) {
+            let Some(glu_bias) = &self.glu_bias else {
+                add(k, *coef, coef.abs());
+                continue;
+            };
+            let ((value, value_size), (gate, gate_size)) = (product(2 * k), product(2 * k + 1));
+            let value = a * value + self.bias[k] as f64;
+            let gate = a * gate + glu_bias[k] as f64;
+            let (sigmoid, rest) = (sigmoid(gate), sigmoid(-gate));
+            let [value_size, gate_size] = [value_size, gate_size].map(|x| less_exact * a * x);
+            add(2 * k, coef * sigmoid, coef.abs() * sigmoid * (1.0 + rest * gate_size));
+            let size = value.abs() * (1.0 + gate_size) + value_size;
+            add(2 * k + 1, coef * value * sigmoid * rest, coef.abs() * sigmoid * rest * size);
         }
         sum
     }
@@ -309,8 +346,18 @@ impl Problem {
     }
 }
 
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
 impl Dictionary {
-    fn random(random: &mut Random, count: usize, d_in: usize, norm: TokenNorm) -> Dictionary {
+    fn random(
+        random: &mut Random,
+        count: usize,
+        d_in: usize,
+        norm: TokenNorm,
+        glu: bool,
+    ) -> Dictionary {
         let groups = random.pick(&[1, 1, 2, 3]);
         let size = count.div_ceil(groups) + random.pick(&[0, 1, 70, 600]);
         let rivals = groups * size;
@@ -327,6 +374,10 @@ impl Dictionary {
             d_in,
             weight: random.rows(rivals, d_in, d_in, norm),
             bias: random.normals(rivals).iter().map(|b| 0.1 * b).collect(),
+            glu: glu.then(|| GluRows {
+                weight: random.rows(rivals, d_in, d_in, norm),
+                bias: random.normals(rivals),
+            }),
             rank_gain: has_gain.then(|| random.normals(rivals).iter().map(|x| x.abs()).collect()),
             ..EncoderRows::default()
         };
@@ -343,12 +394,26 @@ impl Dictionary {
         self.gate.group_ends[group] - 1 - before
     }
 
-    fn place_blocked(&self, weight: &mut [f32], stride: usize, bias: &mut [f32]) {
+    fn place_blocked(
+        &self,
+        weight: &mut [f32],
+        stride: usize,
+        bias: &mut [f32],
+        glu_bias: &mut Option<Vec<f32>>,
+    ) {
         let d_in = self.rows.d_in;
+        let width = if self.rows.glu.is_some() { 2 } else { 1 };
         for (k, bias) in bias.iter_mut().enumerate() {
             let rival = self.rival(k);
-            weight[k * stride..][..d_in].copy_from_slice(&self.rows.weight[rival * d_in..][..d_in]);
+            let mut place = |row: usize, from: &[f32]| {
+                weight[row * stride..][..d_in].copy_from_slice(&from[rival * d_in..][..d_in]);
+            };
+            place(k * width, &self.rows.weight);
             *bias = self.rows.bias[rival];
+            if let (Some(glu), Some(glu_bias)) = (&self.rows.glu, glu_bias.as_mut()) {
+                place(2 * k + 1, &glu.weight);
+                glu_bias[k] = glu.bias[rival];
+            }
         }
     }
 
@@ -363,9 +428,15 @@ impl Dictionary {
 
     /// Of each group, from the largest on.
     fn ranks(&self, product: impl Fn(&[f32]) -> f64) -> Vec<Vec<f64>> {
-        let EncoderRows { d_in, weight, bias, rank_gain, .. } = &self.rows;
+        let EncoderRows { d_in, weight, bias, glu, rank_gain, .. } = &self.rows;
         let of_rival = |rival: usize| {
-            let pre = product(&weight[rival * d_in..][..*d_in]) + bias[rival] as f64;
+            let sum = |weight: &[f32], bias: &[f32]| {
+                product(&weight[rival * d_in..][..*d_in]) + bias[rival] as f64
+            };
+            let mut pre = sum(weight, bias);
+            if let Some(glu) = glu {
+                pre *= sigmoid(sum(&glu.weight, &glu.bias));
+            }
             self.gate.rank(rank_gain.as_ref().map_or(1.0, |gain| gain[rival]) as f64 * pre)
         };
         let of_group = |group| {
@@ -579,7 +650,7 @@ fn check(p: &Problem, out: &Outputs, tolerance: f64) {
         }
         let coef: Vec<f64> = out.coef.row(t).iter().map(|c| p.factor as f64 * *c as f64).collect();
         let active = coef.iter().any(|c| *c != 0.0);
-        let sum = p.gradient(t, &coef);
+        let sum = p.gradient(t, &coef, tolerance / 1e-5);
         for (i, (sum, size)) in sum.into_iter().enumerate() {
             let old = if p.accumulate { p.grad.get(t, i) as f64 } else { 0.0 };
             let new = out.grad.get(t, i) as f64;
@@ -673,6 +744,12 @@ fn threads_change_no_bit() {
     }
 }
 
+/// A latent's rows, without what lies between them.
+fn rows_of(p: &Problem, k: usize) -> Vec<f32> {
+    let rows = p.rows();
+    (k * rows.width()..(k + 1) * rows.width()).flat_map(|row| rows.row(row).to_vec()).collect()
+}
+
 #[test]
 fn a_latent_does_not_depend_on_the_others() {
     for p in problems().filter(|p| p.count > 1) {
@@ -683,10 +760,11 @@ fn a_latent_does_not_depend_on_the_others() {
         let pick = |values: &[f32]| chosen.iter().map(|k| values[*k]).collect::<Vec<f32>>();
         let subset = Problem {
             count: chosen.len(),
-            weight: chosen.iter().flat_map(|k| p.rows().row(*k).to_vec()).collect(),
+            weight: chosen.iter().flat_map(|k| rows_of(&p, *k)).collect(),
             weight_stride: p.d_in,
             bias: pick(&p.bias),
             scale: p.scale.as_deref().map(pick),
+            glu_bias: p.glu_bias.as_deref().map(pick),
             gate_values: pick(&p.gate_values),
             dictionary: p.dictionary.with_blocked(&chosen),
             sign_weight: pick(&p.sign_weight),

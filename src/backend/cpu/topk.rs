@@ -14,9 +14,10 @@ use super::norm::TokenScale;
 use super::pack::{PANEL, Panels, f32_lines, pack_f32};
 use super::slab::Kernels;
 use super::threads::Threads;
+use crate::backend::glu::Glu;
 use crate::backend::{
     Gate, Mask, Matrix, RIVALS_AT_ONCE, ReadRivals, Rows, TopK, Workspace, kth_largest,
-    rank_threshold,
+    rank_threshold, side_by_side,
 };
 use crate::error::{Result, bail};
 use crate::sae::TokenNorm;
@@ -32,55 +33,70 @@ const _: () = assert!(CHUNK.is_multiple_of(PANEL) && RIVALS_AT_ONCE.is_multiple_
 pub(super) struct OwnedRivals {
     lines: Vec<Line>,
     bias: Vec<f32>,
+    glu_bias: Option<Vec<f32>>,
     gain: Option<Vec<f32>>,
     d_in: usize,
 }
 
 impl OwnedRivals {
-    pub fn pack(count: usize, d_in: usize, read: ReadRivals<'_>) -> Result<OwnedRivals> {
+    /// `blocked` are of the same SAE.
+    pub fn pack(count: usize, blocked: &Rows<'_>, read: ReadRivals<'_>) -> Result<OwnedRivals> {
+        let d_in = blocked.d_in;
         let mut lines = Vec::new();
-        if lines.try_reserve_exact(f32_lines(count, d_in)).is_err() {
+        if lines.try_reserve_exact(f32_lines(count * blocked.width(), d_in)).is_err() {
             bail!(
                 OutOfMemory,
                 "{count} latents of {d_in} inputs do not fit into memory; a topk SAE's 'native' \
                  activation needs them all ('dense_relu' needs the blocked ones alone)"
             );
         }
-        let (mut bias, mut gain) = (Vec::with_capacity(count), None);
+        let (mut bias, mut glu_bias, mut gain) = (Vec::with_capacity(count), None, None);
         for start in (0..count).step_by(RIVALS_AT_ONCE) {
             let some = read(start..count.min(start + RIVALS_AT_ONCE))?;
+            let (weight, some_glu_bias) = side_by_side(some.weight, some.glu, d_in);
             let rows = Rows {
                 d_in,
-                weight: &some.weight,
+                weight: &weight,
                 weight_stride: d_in,
                 bias: &some.bias,
                 scale: None,
+                glu_bias: some_glu_bias.as_deref(),
                 norm: TokenNorm::None,
                 gate: Gate::Open,
                 sign_weight: &[],
             };
             let first = lines.len();
-            lines.resize(first + f32_lines(rows.count(), d_in), Line([0.0; LANES]));
+            lines.resize(first + f32_lines(rows.products(), d_in), Line([0.0; LANES]));
             pack_f32(&rows, &mut lines[first..]);
             bias.extend(some.bias);
+            if let Some(some) = some_glu_bias {
+                glu_bias.get_or_insert_with(Vec::new).extend(some);
+            }
             if let Some(some) = some.rank_gain {
                 gain.get_or_insert_with(Vec::new).extend(some);
             }
         }
-        Ok(OwnedRivals { lines, bias, gain, d_in })
+        Ok(OwnedRivals { lines, bias, glu_bias, gain, d_in })
     }
 
     pub fn borrow(&self) -> Rivals<'_> {
         let panels = Panels::f32(&self.lines, self.d_in);
-        Rivals { panels, bias: &self.bias, gain: self.gain.as_deref() }
+        Rivals {
+            panels,
+            bias: &self.bias,
+            glu_bias: self.glu_bias.as_deref(),
+            gain: self.gain.as_deref(),
+        }
     }
 }
 
 #[derive(Clone, Copy)]
 pub(super) struct Rivals<'a> {
-    panels: Panels<'a>,
-    bias: &'a [f32],
-    gain: Option<&'a [f32]>,
+    pub panels: Panels<'a>,
+    pub bias: &'a [f32],
+    /// Of a GLU encoder, whose rivals have two rows each.
+    pub glu_bias: Option<&'a [f32]>,
+    pub gain: Option<&'a [f32]>,
 }
 
 /// The part of a workspace that a TopK gate needs: thresholds of all tokens, then each worker's
@@ -90,6 +106,8 @@ pub(super) struct Space {
     thresholds: *mut f32,
     groups: usize,
     scratch: *mut f32,
+    /// Products of a chunk.
+    products: usize,
     capacity: usize,
 }
 
@@ -97,10 +115,11 @@ pub(super) struct Space {
 unsafe impl Sync for Space {}
 
 impl Space {
-    pub fn bytes(gate: &TopK, tokens: usize, workers: usize) -> usize {
+    /// Where each rival has so many rows.
+    pub fn bytes(gate: &TopK, width: usize, tokens: usize, workers: usize) -> usize {
         let workers = workers.min(task_count(tokens));
         Space::threshold_bytes(gate, tokens)
-            + workers * TOKENS * (CHUNK + capacity(gate)) * size_of::<f32>()
+            + workers * TOKENS * (CHUNK * width + capacity(gate)) * size_of::<f32>()
     }
 
     fn threshold_bytes(gate: &TopK, tokens: usize) -> usize {
@@ -111,7 +130,7 @@ impl Space {
     pub fn split(
         space: Workspace,
         gate: &TopK,
-        tokens: usize,
+        [width, tokens]: [usize; 2],
         workers: usize,
     ) -> (Space, Workspace) {
         let scratch = space.data.wrapping_add(Space::threshold_bytes(gate, tokens)).cast();
@@ -119,9 +138,10 @@ impl Space {
             thresholds: space.data.cast(),
             groups: gate.groups(),
             scratch,
+            products: CHUNK * width,
             capacity: capacity(gate),
         };
-        let used = Space::bytes(gate, tokens, workers);
+        let used = Space::bytes(gate, width, tokens, workers);
         let rest = Workspace { data: space.data.wrapping_add(used), size: space.size - used };
         (own, rest)
     }
@@ -135,15 +155,15 @@ impl Space {
         unsafe { std::slice::from_raw_parts(self.thresholds.add(token * self.groups), self.groups) }
     }
 
-    /// The ranks and the largest values of a worker's token.
+    /// The ranks, and the products before them, and the largest values of a worker's token.
     unsafe fn scratch<'a>(&self, worker: usize, token: usize) -> (&'a mut [f32], &'a mut [f32]) {
-        let row = (worker * TOKENS + token) * (CHUNK + self.capacity);
+        let row = (worker * TOKENS + token) * (self.products + self.capacity);
         // SAFETY: the workspace has room for every worker's tokens, and it alone uses them.
         unsafe {
             let row = self.scratch.add(row);
             (
-                std::slice::from_raw_parts_mut(row, CHUNK),
-                std::slice::from_raw_parts_mut(row.add(CHUNK), self.capacity),
+                std::slice::from_raw_parts_mut(row, self.products),
+                std::slice::from_raw_parts_mut(row.add(self.products), self.capacity),
             )
         }
     }
@@ -171,7 +191,8 @@ impl Kernels<'_> {
         tokens: &Tokens,
         space: &Space,
     ) {
-        let cost = tokens.count.saturating_mul(gate.rivals()).saturating_mul(self.rows.d_in);
+        let rows = gate.rivals() * self.rows.width();
+        let cost = tokens.count.saturating_mul(rows).saturating_mul(self.rows.d_in);
         threads.each(task_count(tokens.count), cost, |worker, task| {
             let range = task * TOKENS..tokens.count.min((task + 1) * TOKENS);
             let block = Block { kernels: self, gate, rivals, tokens, space, worker };
@@ -238,8 +259,9 @@ impl Block<'_> {
                 for (i, state) in states.iter().enumerate() {
                     let (ranks, _) = self.space.scratch(self.worker, i);
                     let work = Ranks {
-                        row: &mut ranks[..chunk.len()],
+                        row: &mut ranks[..chunk.len() * rows.width()],
                         bias: &self.rivals.bias[chunk.clone()],
+                        glu_bias: self.rivals.glu_bias.map(|bias| &bias[chunk.clone()]),
                         gain: self.rivals.gain.map(|gain| &gain[chunk.clone()]),
                         scale: state.scale,
                         by_magnitude: self.gate.by_magnitude,
@@ -263,13 +285,14 @@ impl Block<'_> {
 
     /// weight · hidden of a chunk of rivals.
     unsafe fn dots(&self, chunk: &Range<usize>, hidden: &[*const u8], out: &[*mut f32]) {
-        let panels = self.rivals.panels.starting_at(chunk.start);
-        let d_in = self.kernels.rows.d_in;
+        let width = self.kernels.rows.width();
+        let panels = self.rivals.panels.starting_at(chunk.start * width);
+        let (d_in, count) = (self.kernels.rows.d_in, chunk.len() * width);
         let dtype: DType = self.tokens.hidden.dtype;
         // SAFETY: the caller's promise; `isa` is one that this machine has.
         unsafe {
             with_lanes!(self.kernels.isa, L => with_element!(dtype, E => {
-                dots::<Converted<L, E>>(&panels, d_in, chunk.len(), hidden, out)
+                dots::<Converted<L, E>>(&panels, d_in, count, hidden, out)
             }))
         }
     }
@@ -300,10 +323,12 @@ impl Block<'_> {
     }
 }
 
-/// Turns dot products into what places a latent in its group, in place; NaN comes first.
+/// Turns dot products into what places a latent in its group, at the head of the same memory; NaN
+/// comes first.
 struct Ranks<'a> {
     row: &'a mut [f32],
     bias: &'a [f32],
+    glu_bias: Option<&'a [f32]>,
     gain: Option<&'a [f32]>,
     scale: f32,
     by_magnitude: bool,
@@ -314,13 +339,25 @@ impl Work for Ranks<'_> {
 
     #[inline(always)]
     unsafe fn run(self) {
-        for (x, bias) in self.row.iter_mut().zip(self.bias) {
-            *x = *x * self.scale + bias;
-        }
+        let row = match self.glu_bias {
+            None => {
+                for (x, bias) in self.row.iter_mut().zip(self.bias) {
+                    *x = *x * self.scale + bias;
+                }
+                self.row
+            }
+            Some(glu_bias) => {
+                for (i, (bias, glu_bias)) in self.bias.iter().zip(glu_bias).enumerate() {
+                    let [value, gate] = [2 * i, 2 * i + 1].map(|n| self.row[n] * self.scale);
+                    self.row[i] = Glu::of(value + bias, gate + glu_bias).pre();
+                }
+                &mut self.row[..self.bias.len()]
+            }
+        };
         if let Some(gain) = self.gain {
-            self.row.iter_mut().zip(gain).for_each(|(x, gain)| *x *= gain);
+            row.iter_mut().zip(gain).for_each(|(x, gain)| *x *= gain);
         }
-        for x in self.row {
+        for x in row {
             let rank = if self.by_magnitude { x.abs() } else { *x };
             *x = if rank.is_nan() { f32::INFINITY } else { rank };
         }

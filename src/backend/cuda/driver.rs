@@ -453,9 +453,15 @@ impl Context {
         Entered::push(self.driver, self.handle).ok()
     }
 
+    /// Whether a stream is one of this context; NULL and its like are streams of each.
+    pub fn owns_stream(&self, stream: *mut c_void) -> Result<bool> {
+        self.driver.check_process()?;
+        Ok(self.driver.stream_context(stream)?.is_none_or(|found| found == self.handle))
+    }
+
     /// Refuses a stream that belongs to another context.
     pub fn check_stream(&self, stream: *mut c_void) -> Result<()> {
-        if self.driver.stream_context(stream)?.is_some_and(|found| found != self.handle) {
+        if !self.owns_stream(stream)? {
             bail!(
                 InvalidArgument,
                 "the stream belongs to another CUDA context than the plan, which was made in the \

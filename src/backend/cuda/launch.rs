@@ -5,7 +5,8 @@ use std::cmp::Reverse;
 use std::ffi::{CStr, c_void};
 
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, StatsCall,
+    Workspace,
 };
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
@@ -31,8 +32,12 @@ const GRADIENT_CTAS: usize = 1024;
 const REDUCE_LATENTS: usize = 32;
 /// Shared memory of the reductions: a number for each of 256 threads.
 const REDUCE_SHARED: usize = 256 * 8;
-/// Threads of a CTA of kernels/norm.cu, where each warp takes a token.
+/// Threads of a CTA of kernels/norm.cu and glu.cu, where each warp takes a token.
 const NORM_THREADS: usize = 256;
+/// Tokens and latents of a CTA of kernels/glu.cu, and a number for each of 256 threads.
+const GLU_TOKENS: usize = 64;
+const GLU_LATENTS: usize = 32;
+const GLU_SHARED: usize = 256 * 8;
 /// Threads of a CTA of kernels/topk.cu, and rivals of a part that each of them keeps.
 const TOPK_THREADS: usize = 128;
 const TOPK_OWN: usize = 16;
@@ -41,6 +46,13 @@ const _: () = assert!(RIVALS_AT_ONCE <= TOPK_THREADS * TOPK_OWN);
 const TOPK_SHARED: usize = (TOPK_THREADS * TOPK_OWN + 2 * TOPK_THREADS / 32) * 4;
 /// Tokens whose pre-activations of a part of the rivals are kept at a time.
 pub(super) const TOKENS_AT_ONCE: usize = 4096;
+/// Threads of a CTA of kernels/stats.cu, each with a latent.
+const STATS_THREADS: usize = 64;
+/// Latents of a part of a dictionary: enough threads for the sums. Where latents compete, those that
+/// kernels/topk.cu takes at once.
+const DICTIONARY_PART: usize = 8192;
+/// Numbers of a tile of z: tokens times latents.
+const STATS_TILE: usize = 1 << 23;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
@@ -102,6 +114,9 @@ kernels! {
     Norm c"blockem_norm",
     Pull c"blockem_pull",
     TopK c"blockem_topk",
+    GluLatents c"blockem_glu_latents",
+    GluCoefficients c"blockem_glu_coefficients",
+    Stats c"blockem_stats",
 }
 
 impl Kernel {
@@ -109,7 +124,8 @@ impl Kernel {
     pub fn shared_limit(self) -> u32 {
         use Kernel::*;
         let bytes = match self {
-            Pack | Norm | Pull => 0,
+            Pack | Norm | Pull | GluCoefficients | Stats => 0,
+            GluLatents => GLU_SHARED,
             TopK => TOPK_SHARED,
             ReduceLatents | ReduceTotal => REDUCE_SHARED,
             GradientF32Few | GradientF32Wide => gradient_shared(self, DType::F32),
@@ -143,6 +159,9 @@ pub(super) enum Params {
     Norm(NormParams),
     Pull(PullParams),
     TopK(TopKParams),
+    GluLatents(GluLatentsParams),
+    Glu(GluParams),
+    Stats(StatsParams),
 }
 
 impl Params {
@@ -156,6 +175,9 @@ impl Params {
             Params::Norm(p) => (&raw const *p).cast(),
             Params::Pull(p) => (&raw const *p).cast(),
             Params::TopK(p) => (&raw const *p).cast(),
+            Params::GluLatents(p) => (&raw const *p).cast(),
+            Params::Glu(p) => (&raw const *p).cast(),
+            Params::Stats(p) => (&raw const *p).cast(),
         }
     }
 
@@ -169,6 +191,9 @@ impl Params {
             Params::Norm(_) => size_of::<NormParams>(),
             Params::Pull(_) => size_of::<PullParams>(),
             Params::TopK(_) => size_of::<TopKParams>(),
+            Params::GluLatents(_) => size_of::<GluLatentsParams>(),
+            Params::Glu(_) => size_of::<GluParams>(),
+            Params::Stats(_) => size_of::<StatsParams>(),
         };
         // SAFETY: the struct has this size, and no padding: its fields' sizes add up to it.
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size) }
@@ -297,7 +322,7 @@ params! {
         slopes: u64,
         live: u64,
         tokens: u64,
-        is_layer: u64,
+        norm: u64,
         d_in: u32,
         count: u32,
     }
@@ -314,6 +339,27 @@ params! {
         pulls: u64,
         scale_tensor: u64,
         scale: f64,
+        tokens: u64,
+        count: u64,
+    }
+
+    /// kernels/glu.cu
+    GluLatentsParams {
+        encode: EncodeParams,
+        bias: u64,
+        glu_bias: u64,
+    }
+
+    /// kernels/glu.cu
+    GluParams {
+        coef: u64,
+        coef_stride: u64,
+        dots: u64,
+        dots_stride: u64,
+        bias: u64,
+        glu_bias: u64,
+        out: u64,
+        out_stride: u64,
         tokens: u64,
         count: u64,
     }
@@ -360,6 +406,20 @@ params! {
         count: u32,
         padded_count: u32,
     }
+
+    /// kernels/stats.cu
+    StatsParams {
+        latents: u64,
+        base: u64,
+        stride: u64,
+        mask: MaskParams,
+        state: u64,
+        state_stride: u64,
+        token_count: u64,
+        tokens: u64,
+        count: u32,
+        accumulate: u32,
+    }
 }
 
 /// A plan's rows in device memory: addresses, 0 where absent.
@@ -376,12 +436,54 @@ pub(crate) struct DeviceRows {
     pub bias: u64,
     /// f32 [K] or absent
     pub scale: u64,
+    /// f32 [K] or absent: of a GLU encoder, where latent k has rows 2k and 2k + 1
+    pub glu_bias: u64,
     /// f32 [K]: thresholds, biases of the gate, or rank gains
     pub gate_values: u64,
     /// f32 [K]
     pub sign_weight: u64,
     /// Of [`GateKind::TopK`].
     pub topk: Option<DeviceTopK>,
+}
+
+impl DeviceRows {
+    /// Rows of each latent.
+    pub fn width(&self) -> usize {
+        if self.is_glu() { 2 } else { 1 }
+    }
+
+    /// Rows of all latents, and so products of a token.
+    pub fn products(&self) -> usize {
+        self.count * self.width()
+    }
+
+    fn is_normed(&self) -> bool {
+        self.norm != TokenNorm::None
+    }
+
+    fn is_glu(&self) -> bool {
+        self.glu_bias != 0
+    }
+
+    /// dH depends on products too.
+    fn gradient_needs_products(&self) -> bool {
+        self.is_normed() || self.is_glu()
+    }
+
+    /// Every row as a latent of its own, without a bias or gate: z is its product.
+    fn products_alone(&self) -> DeviceRows {
+        DeviceRows {
+            count: self.products(),
+            gate: GateKind::Open,
+            bias: 0,
+            scale: 0,
+            glu_bias: 0,
+            gate_values: 0,
+            sign_weight: 0,
+            topk: None,
+            ..*self
+        }
+    }
 }
 
 /// [`crate::backend::TopK`] with its rivals' rows, in device memory.
@@ -396,8 +498,10 @@ pub(crate) struct DeviceTopK {
     pub group: u64,
     /// Rivals in parts of `at_once`, each packed for itself.
     pub packed: u64,
-    /// f32 [rivals], times the gain
+    /// f32 [rivals], times the gain unless the encoder is a GLU
     pub bias: u64,
+    /// f32 [rivals] or absent: of a GLU encoder
+    pub glu_bias: u64,
     /// f32 [rivals] or absent: what places a rival is its pre-activation times this.
     pub gain: u64,
     /// [`RIVALS_AT_ONCE`] and [`TOKENS_AT_ONCE`]; tests have smaller parts, of eight rivals at least.
@@ -410,23 +514,81 @@ impl DeviceTopK {
         self.groups * self.group_size
     }
 
-    /// Bytes of all rivals' rows.
-    pub fn packed_bytes(&self, d_in: usize) -> usize {
+    /// Bytes of all rivals' rows, so many for each.
+    pub fn packed_bytes(&self, width: usize, d_in: usize) -> usize {
         let rest = self.rivals() % self.at_once;
-        self.rivals() / self.at_once * packed_bytes(self.at_once, d_in) + packed_bytes(rest, d_in)
+        self.packed_before(self.rivals(), width, d_in) + packed_bytes(rest * width, d_in)
+    }
+
+    /// Bytes of the whole parts before a rival.
+    fn packed_before(&self, rival: usize, width: usize, d_in: usize) -> usize {
+        rival / self.at_once * packed_bytes(self.at_once * width, d_in)
     }
 
     /// The rivals from a multiple of `at_once` on, as rows without a gate.
     pub fn part(&self, first: usize, d_in: usize) -> DeviceRows {
-        let before = first / self.at_once * packed_bytes(self.at_once, d_in);
+        let width = if self.glu_bias == 0 { 1 } else { 2 };
+        let from = |start: u64| if start == 0 { 0 } else { start + (first * 4) as u64 };
         DeviceRows {
             d_in,
             count: self.at_once.min(self.rivals() - first),
-            packed: self.packed + before as u64,
-            bias: self.bias + (first * size_of::<f32>()) as u64,
-            scale: if self.gain == 0 { 0 } else { self.gain + (first * size_of::<f32>()) as u64 },
+            packed: self.packed + self.packed_before(first, width, d_in) as u64,
+            bias: from(self.bias),
+            scale: from(self.gain),
+            glu_bias: from(self.glu_bias),
             ..DeviceRows::default()
         }
+    }
+}
+
+/// All rows of a dictionary in device memory, in parts, each packed for itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceDictionary {
+    /// Of all latents. Where they compete, the parts are the rivals' too.
+    pub rows: DeviceRows,
+    /// Latents of a part, and tokens of a tile; tests have less.
+    pub at_once: usize,
+    pub tokens_at_once: usize,
+}
+
+impl DeviceDictionary {
+    /// Without addresses.
+    pub fn new(d_in: usize, count: usize, norm: TokenNorm, gate: GateKind) -> DeviceDictionary {
+        let at_once = if gate == GateKind::TopK { RIVALS_AT_ONCE } else { DICTIONARY_PART };
+        DeviceDictionary {
+            rows: DeviceRows { d_in, count, norm, gate, ..DeviceRows::default() },
+            at_once,
+            tokens_at_once: STATS_TILE / at_once,
+        }
+    }
+
+    /// Bytes of all rows.
+    pub fn packed_bytes(&self) -> usize {
+        let DeviceRows { count, d_in, .. } = self.rows;
+        count / self.at_once * packed_bytes(self.at_once, d_in)
+            + packed_bytes(count % self.at_once, d_in)
+    }
+
+    /// The latents from a multiple of `at_once` on.
+    pub fn part(&self, first: usize) -> DeviceRows {
+        let rows = self.rows;
+        let before = first / self.at_once * packed_bytes(self.at_once, rows.d_in);
+        let of = |start: u64| if start == 0 { 0 } else { start + (first * 4) as u64 };
+        DeviceRows {
+            count: self.at_once.min(rows.count - first),
+            packed: rows.packed + before as u64,
+            bias: of(rows.bias),
+            scale: of(rows.scale),
+            gate_values: of(rows.gate_values),
+            sign_weight: of(rows.sign_weight),
+            topk: rows.topk.map(|gate| DeviceTopK { group: of(gate.group), ..gate }),
+            ..rows
+        }
+    }
+
+    /// The rows as far as tokens are concerned, whatever the latents.
+    fn of_tokens(&self) -> DeviceRows {
+        DeviceRows { count: 0, ..self.rows }
     }
 }
 
@@ -452,11 +614,11 @@ pub(super) fn packed_bytes(count: usize, d_in: usize) -> usize {
     d_in.div_ceil(SLICE) * TERMS * padded_count(count) * SLICE * 2
 }
 
-/// Packs f32 rows [K, d] that are on the device.
+/// Packs f32 rows [K · width, d] that are on the device.
 pub(super) fn pack(weight: u64, weight_stride: usize, rows: &DeviceRows) -> Launch {
     let slices = rows.d_in.div_ceil(SLICE);
     // A thread packs eight columns of a row.
-    let threads = slices * padded_count(rows.count) * (SLICE / 8);
+    let threads = slices * padded_count(rows.products()) * (SLICE / 8);
     Launch {
         kernel: Kernel::Pack,
         grid: [threads.div_ceil(256) as u32, 1, 1],
@@ -466,8 +628,8 @@ pub(super) fn pack(weight: u64, weight_stride: usize, rows: &DeviceRows) -> Laun
             weight,
             weight_stride: weight_stride as u64,
             packed: rows.packed,
-            count: rows.count as u32,
-            padded_count: padded_count(rows.count) as u32,
+            count: rows.products() as u32,
+            padded_count: padded_count(rows.products()) as u32,
             d_in: rows.d_in as u32,
             slices: slices as u32,
         }),
@@ -550,7 +712,7 @@ pub(super) fn encode(rows: &DeviceRows, call: &EncodeCall) -> impl Iterator<Item
         latents_stride: call.latents.row_stride as u64,
         ..work.encode_params()
     };
-    let encode = (call.tokens > 0).then(|| work.encode_launch(params));
+    let encode = work.encode(params, work.space.dots);
     work.norm(None).into_iter().chain(work.thresholds()).chain(encode)
 }
 
@@ -565,7 +727,7 @@ pub(super) fn penalty(
     let Sections { coef: own, dots, loss_partials, count_partials, .. } = work.space;
     let coef = call.coef.or(call.grad.map(|_| own));
     let sums = call.loss_sum.or(call.token_count).or(call.latent_loss).is_some();
-    let pulls = rows.norm != TokenNorm::None && call.grad.is_some();
+    let pulls = rows.is_normed() && call.grad.is_some();
     let params = EncodeParams {
         reference: address(call.reference.data),
         reference_stride: call.reference.row_stride as u64,
@@ -577,7 +739,7 @@ pub(super) fn penalty(
         count_partials: if sums { count_partials } else { 0 },
         ..work.encode_params()
     };
-    let encode = (call.tokens > 0).then(|| work.encode_launch(params));
+    let encode = work.encode(params, dots);
     let grad = call.grad.zip(coef).into_iter();
     let first = work.norm(None).into_iter().chain(work.thresholds()).chain(encode);
     first
@@ -585,20 +747,20 @@ pub(super) fn penalty(
         .chain(work.sums(call))
 }
 
-/// dH from saved coefficients. Where tokens are normalised, hidden states of those without a
+/// dH from saved coefficients. Where it depends on products, hidden states of tokens without a
 /// violation are not read.
 pub(super) fn backward(
     rows: &DeviceRows,
     call: &BackwardCall,
 ) -> impl Iterator<Item = Launch> + use<> {
     let BackwardCall { tokens: count, coef, grad, .. } = *call;
-    let hidden = call.hidden.filter(|_| rows.norm != TokenNorm::None);
+    let hidden = call.hidden.filter(|_| rows.gradient_needs_products());
     let products = hidden.map(|hidden| {
         let work = Work::new(rows, Tokens { count, hidden, mask: None }, call.workspace);
         let Sections { live, dots, .. } = work.space;
         let data = std::ptr::without_provenance(live as usize);
         let mask = Some(Mask { data, dtype: DType::F32, stride: 1 });
-        let rows = DeviceRows { gate: GateKind::Open, bias: 0, scale: 0, topk: None, ..*rows };
+        let rows = rows.products_alone();
         let live = Work { rows, tokens: Tokens { mask, ..work.tokens }, ..work };
         let params = EncodeParams {
             latents: address(dots.data),
@@ -612,6 +774,124 @@ pub(super) fn backward(
     let tokens = Tokens { count, hidden: hidden.unwrap_or(nothing), mask: None };
     let work = Work::new(rows, tokens, call.workspace);
     products.into_iter().flatten().chain(work.gradient(&coef, &grad))
+}
+
+/// Sums over tokens for every latent: blocks of tokens, and of each block the parts of the rows.
+pub(super) fn statistics(
+    dictionary: &DeviceDictionary,
+    call: &StatsCall,
+) -> impl Iterator<Item = Launch> + use<> {
+    let (dictionary, call) = (*dictionary, *call);
+    debug_assert!(
+        call.workspace.size
+            >= stats_workspace_size(&dictionary, call.tokens, call.base_hidden.is_some())
+    );
+    // Without a token there is still a state to begin.
+    let blocks = call.tokens.div_ceil(dictionary.tokens_at_once);
+    let blocks = blocks.max(!call.accumulate as usize);
+    (0..blocks).flat_map(move |block| {
+        let first = block * dictionary.tokens_at_once;
+        let sides = StatsBlock::new(&dictionary, &call, first);
+        let of_tokens = sides
+            .sides
+            .into_iter()
+            .flatten()
+            .flat_map(|side: Work| side.norm(None).into_iter().chain(side.thresholds()));
+        let parts = (0..dictionary.rows.count).step_by(dictionary.at_once);
+        of_tokens.chain(parts.flat_map(move |part| sides.part(&dictionary, &call, part)))
+    })
+}
+
+/// A block of tokens of both models.
+#[derive(Clone, Copy)]
+struct StatsBlock {
+    first: usize,
+    sides: [Option<Work>; 2],
+    /// z of one part.
+    tiles: [u64; 2],
+}
+
+impl StatsBlock {
+    fn new(dictionary: &DeviceDictionary, call: &StatsCall, first: usize) -> StatsBlock {
+        let rows = dictionary.of_tokens();
+        let most = dictionary.tokens_at_once.min(call.tokens);
+        let (own, tile) = (sections(0, &rows, most).1, stats_tile_bytes(dictionary, call.tokens));
+        let start = |i: usize| address(call.workspace.data) + (i * (own + tile)) as u64;
+        let side = |i: usize, hidden: Matrix| {
+            let tokens = Tokens { count: call.tokens, hidden, mask: call.mask };
+            let tokens = tokens.part(first, dictionary.tokens_at_once);
+            Work { rows, tokens, space: sections(start(i), &rows, most).0 }
+        };
+        StatsBlock {
+            first,
+            sides: [Some(side(0, call.hidden)), call.base_hidden.map(|base| side(1, base))],
+            tiles: [0, 1].map(|i| start(i) + own as u64),
+        }
+    }
+
+    /// z of a part's latents, and their sums.
+    fn part(
+        &self,
+        dictionary: &DeviceDictionary,
+        call: &StatsCall,
+        part: usize,
+    ) -> impl Iterator<Item = Launch> + use<> {
+        let rows = dictionary.part(part);
+        let StatsBlock { first, sides, tiles } = *self;
+        let encode = move |(side, tile): (Work, u64)| {
+            let work = Work { rows, ..side };
+            let params = EncodeParams {
+                latents: tile,
+                latents_stride: dictionary_stride(&rows),
+                ..work.encode_params()
+            };
+            (work.tokens.count > 0).then(|| work.encode_launch(params))
+        };
+        let [own, _] = sides;
+        let tokens = own.map_or(0, |own| own.tokens.count);
+        let count = call.token_count.filter(|_| part == 0);
+        let add = Launch {
+            kernel: Kernel::Stats,
+            grid: [rows.count.div_ceil(STATS_THREADS) as u32, 1, 1],
+            block: STATS_THREADS as u32,
+            shared: 0,
+            params: Params::Stats(StatsParams {
+                latents: tiles[0],
+                base: if sides[1].is_some() { tiles[1] } else { 0 },
+                stride: dictionary_stride(&rows),
+                mask: own.map_or(MaskParams::default(), |own| own.tokens.mask_params()),
+                state: address(call.state.data) + (part * 8) as u64,
+                state_stride: call.state.row_stride as u64,
+                token_count: count.map_or(0, |count| address(count.cast())),
+                tokens: tokens as u64,
+                count: rows.count as u32,
+                accumulate: (call.accumulate || first > 0) as u32,
+            }),
+        };
+        let sides = sides.into_iter().zip(tiles).filter_map(|(side, tile)| Some((side?, tile)));
+        sides.filter_map(encode).chain(std::iter::once(add))
+    }
+}
+
+/// Numbers from one token's z to the next.
+fn dictionary_stride(part: &DeviceRows) -> u64 {
+    part.count.next_multiple_of(4) as u64
+}
+
+fn stats_tile_bytes(dictionary: &DeviceDictionary, tokens: usize) -> usize {
+    let latents = dictionary.at_once.min(dictionary.rows.count).next_multiple_of(4);
+    (dictionary.tokens_at_once.min(tokens) * latents * 4).next_multiple_of(SECTION)
+}
+
+/// Bytes of workspace, at a multiple of 64, that [`statistics`] needs.
+pub(super) fn stats_workspace_size(
+    dictionary: &DeviceDictionary,
+    tokens: usize,
+    has_base: bool,
+) -> usize {
+    let most = dictionary.tokens_at_once.min(tokens);
+    let own = sections(0, &dictionary.of_tokens(), most).1 + stats_tile_bytes(dictionary, tokens);
+    (1 + has_base as usize) * own
 }
 
 /// The tokens of a call.
@@ -673,9 +953,11 @@ impl Work {
         Work { rows: *rows, tokens, space }
     }
 
-    /// What normalises each token, if anything does. With coefficients, of those that have any.
+    /// What normalises each token, if anything does. With coefficients, of those that have any, and
+    /// which these are.
     fn norm(&self, coef: Option<Matrix>) -> Option<Launch> {
-        if self.rows.norm == TokenNorm::None || self.tokens.count == 0 {
+        let nothing = !self.rows.is_normed() && coef.is_none();
+        if nothing || self.tokens.count == 0 {
             return None;
         }
         let Sections { token_scales, token_means, token_slopes, live, .. } = self.space;
@@ -691,7 +973,11 @@ impl Work {
                 slopes: token_slopes,
                 live: coef.map_or(0, |_| live),
                 tokens: self.tokens.count as u64,
-                is_layer: (self.rows.norm == TokenNorm::Layer) as u64,
+                norm: match self.rows.norm {
+                    TokenNorm::None => 0,
+                    TokenNorm::Constant => 1,
+                    TokenNorm::Layer => 2,
+                },
                 d_in: self.rows.d_in as u32,
                 count: self.rows.count as u32,
             }),
@@ -721,19 +1007,25 @@ impl Work {
     }
 
     /// The pre-activations of a part of the rivals, and what they change in the largest so far.
-    fn compare(&self, gate: &DeviceTopK, token: usize, rival: usize) -> [Launch; 2] {
-        let Sections { pre, largest, floors, thresholds, token_scales, .. } = self.space;
+    fn compare(
+        &self,
+        gate: &DeviceTopK,
+        token: usize,
+        rival: usize,
+    ) -> impl Iterator<Item = Launch> + use<> {
+        let Sections { pre, rival_dots, largest, floors, thresholds, token_scales, .. } =
+            self.space;
         let rows = gate.part(rival, self.rows.d_in);
         let tokens = self.tokens.part(token, gate.tokens_at_once);
         let part = Work { rows, tokens, ..*self };
         let of_token = |start: u64, numbers: usize| start + (token * numbers * 4) as u64;
-        let normed = self.rows.norm != TokenNorm::None;
-        let encode = part.encode_launch(EncodeParams {
+        let normed = self.rows.is_normed();
+        let params = EncodeParams {
             token_scales: if normed { of_token(token_scales, 1) } else { 0 },
             latents: pre,
             latents_stride: gate.at_once as u64,
             ..part.encode_params()
-        });
+        };
         let merge = Launch {
             kernel: Kernel::TopK,
             grid: [tokens.count as u32, 1, 1],
@@ -754,13 +1046,12 @@ impl Work {
                 by_magnitude: gate.by_magnitude as u32,
             }),
         };
-        [encode, merge]
+        part.encode(params, rival_dots).chain([merge])
     }
 
     /// What all uses of the encode kernels have in common.
     fn encode_params(&self) -> EncodeParams {
         let rows = &self.rows;
-        let normed = rows.norm != TokenNorm::None;
         EncodeParams {
             rows: RowsParams {
                 packed: rows.packed,
@@ -778,10 +1069,50 @@ impl Work {
             },
             hidden: self.tokens.hidden_params(),
             mask: self.tokens.mask_params(),
-            token_scales: if normed { self.space.token_scales } else { 0 },
+            token_scales: if rows.is_normed() { self.space.token_scales } else { 0 },
             thresholds: rows.topk.map_or(0, |_| self.space.thresholds),
             tokens: self.tokens.count as u64,
             ..EncodeParams::default()
+        }
+    }
+
+    /// What the parameters ask for; of a GLU encoder by way of products, which stay in `dots`.
+    fn encode(&self, params: EncodeParams, dots: Matrix) -> impl Iterator<Item = Launch> + use<> {
+        let glu = self.rows.is_glu().then(|| self.glu_latents(&params, &dots));
+        let first = match glu {
+            None => self.encode_launch(params),
+            Some(_) => {
+                let all = Work { rows: self.rows.products_alone(), ..*self };
+                all.encode_launch(EncodeParams {
+                    token_scales: params.token_scales,
+                    latents: address(dots.data),
+                    latents_stride: dots.row_stride as u64,
+                    ..all.encode_params()
+                })
+            }
+        };
+        let there = self.tokens.count > 0;
+        [Some(first), glu].into_iter().flatten().filter(move |_| there)
+    }
+
+    fn glu_latents(&self, params: &EncodeParams, dots: &Matrix) -> Launch {
+        let tiles = self.tokens.count.div_ceil(GLU_TOKENS) * self.rows.count.div_ceil(GLU_LATENTS);
+        Launch {
+            kernel: Kernel::GluLatents,
+            grid: [tiles as u32, 1, 1],
+            block: 256,
+            shared: GLU_SHARED as u32,
+            params: Params::GluLatents(GluLatentsParams {
+                encode: EncodeParams {
+                    rows: RowsParams { bias: 0, ..params.rows },
+                    hidden: HiddenParams::default(),
+                    dots: address(dots.data),
+                    dots_stride: dots.row_stride as u64,
+                    ..*params
+                },
+                bias: self.rows.bias,
+                glu_bias: self.rows.glu_bias,
+            }),
         }
     }
 
@@ -802,14 +1133,42 @@ impl Work {
         EncodeTile::of(self.tokens.hidden.dtype, self.rows.count, self.tokens.count)
     }
 
-    /// dH from coefficients, and where tokens are normalised from the products beside them.
+    /// Tokens of which a latent's losses are added up at first.
+    fn loss_tile(&self) -> usize {
+        if self.rows.is_glu() { GLU_TOKENS } else { self.encode_tile().tokens }
+    }
+
+    /// dH from coefficients, and from the products beside them where it depends on these: those of a
+    /// GLU's latents become those of its rows, and a norm multiplies them.
     fn gradient(&self, coef: &Matrix, grad: &Grad) -> impl Iterator<Item = Launch> + use<> {
         let there = self.tokens.count > 0;
-        let normed = there && self.rows.norm != TokenNorm::None;
-        let pull = normed.then(|| self.pull(coef, grad));
-        // The pull has multiplied them.
-        let coef = if normed { &self.space.dots } else { coef };
-        pull.into_iter().chain(there.then(|| self.gradient_launch(coef, grad)))
+        let glu = (there && self.rows.is_glu()).then(|| self.glu_coefficients(coef));
+        let coef = if glu.is_some() { &self.space.row_coef } else { coef };
+        let pull = (there && self.rows.is_normed()).then(|| self.pull(coef, grad));
+        // The pull leaves them in the products' place.
+        let coef = if pull.is_some() { &self.space.dots } else { coef };
+        let gradient = there.then(|| self.gradient_launch(coef, grad));
+        glu.into_iter().chain(pull).chain(gradient)
+    }
+
+    fn glu_coefficients(&self, coef: &Matrix) -> Launch {
+        let Sections { dots, row_coef, .. } = self.space;
+        Launch {
+            kernel: Kernel::GluCoefficients,
+            params: Params::Glu(GluParams {
+                coef: address(coef.data),
+                coef_stride: coef.row_stride as u64,
+                dots: address(dots.data),
+                dots_stride: dots.row_stride as u64,
+                bias: self.rows.bias,
+                glu_bias: self.rows.glu_bias,
+                out: address(row_coef.data),
+                out_stride: row_coef.row_stride as u64,
+                tokens: self.tokens.count as u64,
+                count: self.rows.count as u64,
+            }),
+            ..self.warps()
+        }
     }
 
     fn pull(&self, coef: &Matrix, grad: &Grad) -> Launch {
@@ -829,7 +1188,7 @@ impl Work {
                 scale_tensor: scale_tensor(grad),
                 scale: grad.scale,
                 tokens: self.tokens.count as u64,
-                count: self.rows.count as u64,
+                count: self.rows.products() as u64,
             }),
             ..self.warps()
         }
@@ -837,7 +1196,7 @@ impl Work {
 
     fn gradient_launch(&self, coef: &Matrix, grad: &Grad) -> Launch {
         let rows = &self.rows;
-        let few = rows.count <= GRADIENT_LATENTS;
+        let few = rows.products() <= GRADIENT_LATENTS;
         let dtype = grad.rows.dtype;
         let kernel = match (dtype, few) {
             (DType::BF16, true) => Kernel::GradientBf16Few,
@@ -853,7 +1212,7 @@ impl Work {
         // Few latents stay in shared memory while the CTA walks down the tokens.
         let tiles_per_cta =
             if few { (token_tiles * column_tiles / GRADIENT_CTAS).clamp(1, 16) } else { 1 };
-        let normed = rows.norm != TokenNorm::None;
+        let normed = rows.is_normed();
         Launch {
             kernel,
             grid: [(token_tiles.div_ceil(tiles_per_cta) * column_tiles) as u32, 1, 1],
@@ -870,8 +1229,8 @@ impl Work {
                 pulls: if normed { self.space.token_pulls } else { 0 },
                 hidden: if normed { self.tokens.hidden_params() } else { HiddenParams::default() },
                 tokens: self.tokens.count as u64,
-                count: rows.count as u32,
-                padded_count: padded_count(rows.count) as u32,
+                count: rows.products() as u32,
+                padded_count: padded_count(rows.products()) as u32,
                 d_in: rows.d_in as u32,
                 tiles_per_cta: tiles_per_cta as u32,
                 column_tiles: column_tiles as u32,
@@ -890,7 +1249,7 @@ impl Work {
             // Without a mask every token counts once.
             count_partials: call.mask.map_or(0, |_| self.space.count_partials),
             latent_sums: self.space.latent_sums,
-            tiles: call.tokens.div_ceil(self.encode_tile().tokens) as u64,
+            tiles: call.tokens.div_ceil(self.loss_tile()) as u64,
             tokens: call.tokens as u64,
             loss_sum: output_params(call.loss_sum),
             token_count: output_params(call.token_count),
@@ -922,14 +1281,18 @@ struct Sections {
     token_means: u64,
     token_slopes: u64,
     token_pulls: u64,
-    /// f32 [T], with a norm: whether a token has a coefficient
+    /// f32 [T], where dH depends on products: whether a token has a coefficient
     live: u64,
-    /// f32 [T, K rounded up to 4], with a norm: products, then coefficients of the rows themselves
+    /// f32 [T, rows rounded up to 4], there too: products, then with a norm coefficients of the rows
     dots: Matrix,
+    /// f32 [T, 2K rounded up to 4], of a GLU encoder: coefficients of the rows
+    row_coef: Matrix,
     /// f32 [T, groups], with a TopK gate
     thresholds: u64,
     /// f32 [tokens of a block, rivals of a part]
     pre: u64,
+    /// f32 [tokens of a block, 2 · rivals of a part], of a GLU encoder: products
+    rival_dots: Matrix,
     /// u32 [tokens of a block, k] and u32 [tokens of a block]
     largest: u64,
     floors: u64,
@@ -947,17 +1310,21 @@ struct Sections {
 fn sections(start: u64, rows: &DeviceRows, tokens: usize) -> (Sections, usize) {
     // No tile has fewer tokens.
     let tiles = tokens.div_ceil(64);
-    let row_stride = rows.count.next_multiple_of(4);
-    let normed = if rows.norm == TokenNorm::None { 0 } else { tokens };
+    let (of_latents, of_rows) =
+        (rows.count.next_multiple_of(4), rows.products().next_multiple_of(4));
+    let normed = if rows.is_normed() { tokens } else { 0 };
+    let dotted = if rows.gradient_needs_products() { tokens } else { 0 };
+    let glu = if rows.is_glu() { tokens } else { 0 };
     let of_gate = |bytes: fn(&DeviceTopK) -> usize| rows.topk.as_ref().map_or(0, bytes);
     let block = tokens.min(of_gate(|gate| gate.tokens_at_once));
+    let at_once = of_gate(|gate| gate.at_once);
     let mut end = 0;
     let mut section = |bytes: usize| {
         let at = start + end as u64;
         end += bytes.next_multiple_of(SECTION);
         at
     };
-    let matrix = |at: u64| Matrix {
+    let matrix = |at: u64, row_stride| Matrix {
         data: std::ptr::without_provenance_mut(at as usize),
         dtype: DType::F32,
         row_stride,
@@ -967,13 +1334,15 @@ fn sections(start: u64, rows: &DeviceRows, tokens: usize) -> (Sections, usize) {
         token_means: section(4 * normed),
         token_slopes: section(8 * normed),
         token_pulls: section(8 * normed),
-        live: section(4 * normed),
-        dots: matrix(section(4 * normed * row_stride)),
+        live: section(4 * dotted),
+        dots: matrix(section(4 * dotted * of_rows), of_rows),
+        row_coef: matrix(section(4 * glu * of_rows), of_rows),
         thresholds: section(4 * tokens * of_gate(|gate| gate.groups)),
-        pre: section(4 * block * of_gate(|gate| gate.at_once)),
+        pre: section(4 * block * at_once),
+        rival_dots: matrix(section(4 * block.min(glu) * 2 * at_once), 2 * at_once),
         largest: section(4 * block * of_gate(|gate| gate.k)),
         floors: section(4 * block),
-        coef: matrix(section(4 * tokens * row_stride)),
+        coef: matrix(section(4 * tokens * of_latents), of_latents),
         loss_partials: section(tiles * padded_count(rows.count) * 8),
         count_partials: section(tiles * 8),
         latent_sums: section(rows.count * 8),
@@ -1029,6 +1398,7 @@ mod tests {
         packed: 0x1000,
         bias: 0x2000,
         scale: 0,
+        glu_bias: 0,
         gate_values: 0,
         sign_weight: 0x3000,
         topk: None,
@@ -1108,6 +1478,7 @@ mod tests {
         packed: 0x100_0000,
         gain: 0,
         bias: 0x7000,
+        glu_bias: 0,
         at_once: RIVALS_AT_ONCE,
         tokens_at_once: TOKENS_AT_ONCE,
     };
@@ -1142,7 +1513,7 @@ mod tests {
         assert_eq!(p.hidden.data, 0x10_0000 + 4096 * 4096 * 2);
         assert_eq!(p.rows.packed, 0x100_0000);
         let bytes = 2 * packed_bytes(2048, 4096) + packed_bytes(904, 4096);
-        assert_eq!(TOPK.packed_bytes(4096), bytes);
+        assert_eq!(TOPK.packed_bytes(1, 4096), bytes);
     }
 
     #[test]
@@ -1168,6 +1539,92 @@ mod tests {
         };
         let back = names(kernels(backward(&rows, &back)));
         assert_eq!(back, [Norm, EncodeBf16K24, Pull, GradientBf16Few]);
+    }
+
+    #[test]
+    fn statistics_take_blocks_of_tokens_and_parts_of_the_dictionary() {
+        use Kernel::*;
+        let mut dictionary = DeviceDictionary::new(4096, 20_000, TokenNorm::None, GateKind::Relu);
+        (dictionary.rows.packed, dictionary.rows.bias) = (0x1000, 0x2000);
+        let call = |tokens: usize, accumulate| StatsCall {
+            tokens,
+            hidden: matrix(0x10_0000, DType::BF16, 4096),
+            base_hidden: Some(matrix(0x20_0000, DType::BF16, 4096)),
+            mask: None,
+            state: matrix(0x30_0000, DType::F64, 20_003),
+            token_count: Some(std::ptr::without_provenance_mut(0x40_0000)),
+            accumulate,
+            workspace: Workspace {
+                data: std::ptr::without_provenance_mut(0x50_0000),
+                size: stats_workspace_size(&dictionary, tokens, true),
+            },
+        };
+        let part = |tokens: u32, latents: u32| {
+            let encode = (EncodeBf16Wide, tokens.div_ceil(128) * latents.div_ceil(64));
+            [encode, encode, (Stats, latents.div_ceil(64))]
+        };
+        let block = |tokens| [part(tokens, 8192), part(tokens, 8192), part(tokens, 3616)].concat();
+        let launches: Vec<Launch> = statistics(&dictionary, &call(1500, false)).collect();
+        let found: Vec<(Kernel, u32)> = launches.iter().map(|l| (l.kernel, l.grid[0])).collect();
+        assert_eq!(found, [block(1024), block(476)].concat());
+        let sums = launches.iter().filter_map(|launch| match launch.params {
+            Params::Stats(p) => Some((p.state, p.token_count, p.accumulate, p.tokens, p.count)),
+            _ => None,
+        });
+        let at = |latent: u64| 0x30_0000 + 8 * latent;
+        let expected = [
+            (at(0), 0x40_0000, 0, 1024, 8192),
+            (at(8192), 0, 0, 1024, 8192),
+            (at(16384), 0, 0, 1024, 3616),
+            (at(0), 0x40_0000, 1, 476, 8192),
+            (at(8192), 0, 1, 476, 8192),
+            (at(16384), 0, 1, 476, 3616),
+        ];
+        assert_eq!(sums.collect::<Vec<_>>(), expected);
+        // A tile of z of either model, and no more.
+        let bytes = |tokens| stats_workspace_size(&dictionary, tokens, true);
+        assert!(bytes(100_000) == bytes(1024) && bytes(1024) < (2 << 25) + 4096);
+        // Without a token there is still a state to begin.
+        let begun: Vec<_> = kernels(statistics(&dictionary, &call(0, false)));
+        assert_eq!(begun, [(Stats, 128), (Stats, 128), (Stats, 57)]);
+        assert_eq!(statistics(&dictionary, &call(0, true)).count(), 0);
+    }
+
+    #[test]
+    fn a_glu_spreads_its_coefficients_before_anything_else_uses_them() {
+        use Kernel::*;
+        let names = |launches: Vec<(Kernel, u32)>| -> Vec<Kernel> {
+            launches.into_iter().map(|(kernel, _)| kernel).collect()
+        };
+        for (norm, count) in [(TokenNorm::None, 20), (TokenNorm::Constant, 12)] {
+            let rows = DeviceRows { norm, count, glu_bias: 0x8000, ..ROWS };
+            let mut call = penalty_call(100, count);
+            call.workspace.size = workspace_size(&rows, 100);
+            let back = BackwardCall {
+                tokens: 100,
+                coef: matrix(0x20_0000, DType::F32, count),
+                grad: call.grad.expect("there is one"),
+                hidden: Some(call.hidden),
+                workspace: call.workspace,
+            };
+            let fused = names(kernels(penalty(&rows, &call)));
+            let forward = names(kernels(penalty(&rows, &PenaltyCall { grad: None, ..call })));
+            let back = names(kernels(backward(&rows, &back)));
+            if norm == TokenNorm::None {
+                // Two rows for each latent.
+                let gradient = [GluCoefficients, GradientBf16Wide];
+                let encode = [EncodeBf16Wide, GluLatents];
+                assert_eq!(fused, [&encode[..], &gradient, &[ReduceLatents]].concat());
+                assert_eq!(forward, [&encode[..], &[ReduceLatents]].concat());
+                assert_eq!(back, [&[Norm, EncodeBf16Wide][..], &gradient].concat());
+            } else {
+                let gradient = [GluCoefficients, Pull, GradientBf16Few];
+                let encode = [Norm, EncodeBf16K24, GluLatents];
+                assert_eq!(fused, [&encode[..], &gradient, &[ReduceLatents]].concat());
+                assert_eq!(forward, [&encode[..], &[ReduceLatents]].concat());
+                assert_eq!(back, [&encode[..2], &gradient].concat());
+            }
+        }
     }
 
     #[test]
@@ -1202,11 +1659,17 @@ mod tests {
     fn sections_do_not_overlap() {
         let gates = [None, Some(DeviceTopK { groups: 3, tokens_at_once: 128, ..TOPK })];
         for (count, tokens) in [(1, 0), (1, 1), (20, 65), (4096, 200)] {
-            for (norm, topk) in [TokenNorm::None, TokenNorm::Layer].into_iter().zip(gates) {
-                let rows = DeviceRows { count, norm, topk, ..ROWS };
+            let norms = [TokenNorm::None, TokenNorm::Layer];
+            let kinds = norms.into_iter().zip(gates).flat_map(|(norm, topk)| {
+                [0, 0x8000].map(move |glu_bias| DeviceRows { count, norm, topk, glu_bias, ..ROWS })
+            });
+            for rows in kinds {
+                let DeviceRows { norm, topk, .. } = rows;
                 let (s, end) = sections(64, &rows, tokens);
                 let tiles = tokens.div_ceil(64);
                 let normed = if norm == TokenNorm::None { 0 } else { tokens };
+                let glu = if rows.is_glu() { tokens } else { 0 };
+                let dotted = normed.max(glu);
                 let (groups, k, part, block) =
                     topk.map_or((0, 0, 0, 0), |g| (g.groups, g.k, g.at_once, tokens.min(128)));
                 let matrix = |m: &Matrix| address(m.data);
@@ -1215,10 +1678,12 @@ mod tests {
                     (s.token_means, 4 * normed, s.token_slopes),
                     (s.token_slopes, 8 * normed, s.token_pulls),
                     (s.token_pulls, 8 * normed, s.live),
-                    (s.live, 4 * normed, matrix(&s.dots)),
-                    (matrix(&s.dots), 4 * normed * s.dots.row_stride, s.thresholds),
+                    (s.live, 4 * dotted, matrix(&s.dots)),
+                    (matrix(&s.dots), 4 * dotted * s.dots.row_stride, matrix(&s.row_coef)),
+                    (matrix(&s.row_coef), 4 * glu * s.row_coef.row_stride, s.thresholds),
                     (s.thresholds, 4 * tokens * groups, s.pre),
-                    (s.pre, 4 * block * part, s.largest),
+                    (s.pre, 4 * block * part, matrix(&s.rival_dots)),
+                    (matrix(&s.rival_dots), 8 * block.min(glu) * part, s.largest),
                     (s.largest, 4 * block * k, s.floors),
                     (s.floors, 4 * block, matrix(&s.coef)),
                     (matrix(&s.coef), 4 * tokens * s.coef.row_stride, s.loss_partials),

@@ -17,11 +17,11 @@ pub(crate) use self::driver::DeviceMemory;
 use self::driver::{Context, Driver, OwnStream, Pointer};
 use self::image::Module;
 pub(crate) use self::image::is_embedded;
+use self::launch::{DeviceDictionary, DeviceTopK, Launch, TOKENS_AT_ONCE, packed_bytes};
 pub(crate) use self::launch::{DeviceRows, GateKind};
-use self::launch::{DeviceTopK, Launch, TOKENS_AT_ONCE, packed_bytes};
 use super::{
     Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, RIVALS_AT_ONCE, ReadRivals,
-    Rows, TopK, Workspace,
+    ReadRows, Rows, StatsBackend, StatsCall, TopK, Workspace, side_by_side,
 };
 use crate::error::{Error, Result, Status, bail};
 use crate::penalty::WORKSPACE_ALIGN;
@@ -56,20 +56,13 @@ impl Cuda {
     /// Copies and packs rows in the calling thread's current context where it is one of the device,
     /// else in the device's primary context. The plan belongs to that context.
     pub fn new(rows: &Rows<'_>, rivals: ReadRivals<'_>, device: i32) -> Result<Cuda> {
-        check_available()?;
-        let context = Context::of_device(device)?;
-        {
-            // Before anything that a capture forbids, and that would spoil it.
-            let _entered = context.enter()?;
-            context.driver().check_not_capturing(std::ptr::null_mut())?;
-        }
-        let module = Module::of(context, false)?;
+        let module = module_of_device(device)?;
         let _entered = module.context.enter()?;
         let loader = Loader { module: &module, stream: OwnStream::new(&module.context)? };
         let (mut device_rows, memory) = loader.rows(rows)?;
         let mut memory = vec![memory];
         if let Gate::TopK(gate) = rows.gate {
-            let (topk, rest) = loader.rivals(gate, rows.d_in, rivals)?;
+            let (topk, rest) = loader.rivals(gate, rows, rivals)?;
             device_rows.topk = Some(topk);
             memory.push(rest);
         }
@@ -79,11 +72,69 @@ impl Cuda {
 
     /// Enters the plan's context for a call on a stream of it.
     fn enter(&self, stream: Stream, pointers: &Pointers) -> Result<driver::Entered> {
-        let context = &self.module.context;
-        let entered = context.enter()?;
-        context.check_stream(stream.as_raw())?;
-        pointers.check(context)?;
-        Ok(entered)
+        enter(&self.module.context, stream, pointers)
+    }
+}
+
+/// The kernels in the calling thread's current context where it is one of the device, else in the
+/// device's primary context.
+fn module_of_device(device: i32) -> Result<Arc<Module>> {
+    check_available()?;
+    let context = Context::of_device(device)?;
+    {
+        // Before anything that a capture forbids, and that would spoil it.
+        let _entered = context.enter()?;
+        context.driver().check_not_capturing(std::ptr::null_mut())?;
+    }
+    Module::of(context, false)
+}
+
+/// Enters a handle's context for a call on a stream of it.
+fn enter(context: &Context, stream: Stream, pointers: &Pointers) -> Result<driver::Entered> {
+    let entered = context.enter()?;
+    context.check_stream(stream.as_raw())?;
+    pointers.check(context)?;
+    Ok(entered)
+}
+
+/// A dictionary's rows on a device.
+pub(crate) struct CudaStats {
+    dictionary: DeviceDictionary,
+    _memory: DeviceMemory,
+    module: Arc<Module>,
+}
+
+impl CudaStats {
+    /// As [`Cuda::new`].
+    pub fn new(d_sae: usize, read: ReadRows<'_>, device: i32) -> Result<CudaStats> {
+        let module = module_of_device(device)?;
+        let _entered = module.context.enter()?;
+        let loader = Loader { module: &module, stream: OwnStream::new(&module.context)? };
+        let (dictionary, memory) = loader.dictionary(d_sae, read)?;
+        drop((loader, _entered));
+        Ok(CudaStats { dictionary, _memory: memory, module })
+    }
+}
+
+impl StatsBackend for CudaStats {
+    fn numerics(&self) -> String {
+        "cuda-1".into()
+    }
+
+    fn num_threads(&self) -> usize {
+        0
+    }
+
+    fn workspace_size(&self, tokens: usize, has_base: bool) -> usize {
+        bounded(self.dictionary.rows.count, tokens, || {
+            launch::stats_workspace_size(&self.dictionary, tokens, has_base)
+        })
+    }
+
+    unsafe fn update(&self, call: &StatsCall, stream: Stream) -> Result<()> {
+        let _entered = enter(&self.module.context, stream, &Pointers::of_stats(call))?;
+        // SAFETY: the caller's promise; the context is current and the stream's.
+        unsafe { start_all(&self.module, launch::statistics(&self.dictionary, call), stream) }
     }
 }
 
@@ -94,6 +145,10 @@ impl Backend for Cuda {
 
     fn num_threads(&self) -> usize {
         0
+    }
+
+    fn owns_stream(&self, stream: Stream) -> Result<bool> {
+        self.module.context.owns_stream(stream.as_raw())
     }
 
     fn workspace_size(&self, tokens: usize) -> usize {
@@ -137,10 +192,11 @@ impl Loader<'_> {
     /// All of a plan but its rivals.
     fn rows(&self, rows: &Rows<'_>) -> Result<(DeviceRows, DeviceMemory)> {
         let mut parts = Parts::default();
-        let packed = parts.reserve(packed_bytes(rows.count(), rows.d_in));
+        let packed = parts.reserve(packed_bytes(rows.products(), rows.d_in));
         let bias = parts.add(as_bytes(rows.bias));
         let sign_weight = parts.add(as_bytes(rows.sign_weight));
         let scale = rows.scale.map(|scale| parts.add(as_bytes(scale)));
+        let glu_bias = rows.glu_bias.map(|bias| parts.add(as_bytes(bias)));
         let gate_values = gate_values(&rows.gate).map(|values| parts.add(as_bytes(values)));
         let memory = self.memory(parts.bytes)?;
         let at = |offset: usize| memory.address() + offset as u64;
@@ -152,6 +208,7 @@ impl Loader<'_> {
             packed: at(packed),
             bias: at(bias),
             scale: scale.map_or(0, at),
+            glu_bias: glu_bias.map_or(0, at),
             gate_values: gate_values.map_or(0, at),
             sign_weight: at(sign_weight),
             topk: None,
@@ -162,17 +219,16 @@ impl Loader<'_> {
         Ok((device_rows, memory))
     }
 
-    /// A TopK gate with its rivals, which are read and packed part by part.
+    /// A TopK gate with its rivals, which are read and packed part by part. `blocked` are of the same
+    /// SAE.
     fn rivals(
         &self,
         gate: &TopK,
-        d_in: usize,
+        blocked: &Rows<'_>,
         read: ReadRivals<'_>,
     ) -> Result<(DeviceTopK, DeviceMemory)> {
-        let group_size = gate.rivals() / gate.groups().max(1);
-        if gate.group_ends.iter().enumerate().any(|(g, end)| *end != (g + 1) * group_size) {
-            bail!(Internal, "the groups of a topk gate differ in size");
-        }
+        let (d_in, width) = (blocked.d_in, blocked.width());
+        let group_size = group_size(gate)?;
         let mut topk = DeviceTopK {
             k: gate.k,
             groups: gate.groups(),
@@ -181,35 +237,127 @@ impl Loader<'_> {
             group: 0,
             packed: 0,
             bias: 0,
+            glu_bias: 0,
             gain: 0,
             at_once: RIVALS_AT_ONCE,
             tokens_at_once: TOKENS_AT_ONCE,
         };
         let mut parts = Parts::default();
-        let packed = parts.reserve(topk.packed_bytes(d_in));
-        let bias = parts.reserve(gate.rivals() * size_of::<f32>());
-        let gain = gate.gain.as_ref().map(|_| parts.reserve(gate.rivals() * size_of::<f32>()));
+        let packed = parts.reserve(topk.packed_bytes(width, d_in));
+        let numbers = gate.rivals() * size_of::<f32>();
+        let bias = parts.reserve(numbers);
+        let glu_bias = blocked.glu_bias.map(|_| parts.reserve(numbers));
+        let gain = gate.gain.as_ref().map(|_| parts.reserve(numbers));
         let group = parts.add(as_bytes(&gate.group));
-        let memory = self.memory(parts.bytes).map_err(|e| with_remedy(e, gate.rivals(), d_in))?;
+        let memory = self.memory(parts.bytes).map_err(|error| {
+            let remedy = "a topk SAE's 'native' activation needs them all on the device \
+                          ('dense_relu' needs the blocked ones alone)";
+            with_remedy(error, gate.rivals(), d_in, remedy)
+        })?;
         let at = |offset: usize| memory.address() + offset as u64;
         (topk.packed, topk.bias, topk.group) = (at(packed), at(bias), at(group));
         topk.gain = gain.map_or(0, at);
+        topk.glu_bias = glu_bias.map_or(0, at);
         self.copy(&memory, &parts)?;
-        let most = gate.rivals().min(RIVALS_AT_ONCE);
+        let most = gate.rivals().min(RIVALS_AT_ONCE) * width;
         let weight = self.memory(most * d_in * size_of::<f32>())?;
         for start in (0..gate.rivals()).step_by(RIVALS_AT_ONCE) {
             let part = topk.part(start, d_in);
             let mut rows = read(start..start + part.count)?;
             if let Some(gain) = &rows.rank_gain {
-                rows.bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
+                if rows.glu.is_none() {
+                    rows.bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
+                }
                 // SAFETY: the part's own memory; the slice outlives the wait in `pack`.
                 unsafe { self.stream.copy_in(part.scale, as_bytes(gain))? };
             }
             // SAFETY: as above.
             unsafe { self.stream.copy_in(part.bias, as_bytes(&rows.bias))? };
-            self.pack(&weight, &rows.weight, d_in, &part)?;
+            let (weights, glu_bias) = side_by_side(rows.weight, rows.glu, d_in);
+            if let Some(bias) = &glu_bias {
+                // SAFETY: as above.
+                unsafe { self.stream.copy_in(part.glu_bias, as_bytes(bias))? };
+            }
+            self.pack(&weight, &weights, d_in, &part)?;
         }
         Ok((topk, memory))
+    }
+
+    /// All rows of a dictionary, which are read and packed part by part.
+    fn dictionary(
+        &self,
+        d_sae: usize,
+        read: ReadRows<'_>,
+    ) -> Result<(DeviceDictionary, DeviceMemory)> {
+        // Without a row: what all of them have.
+        let none = read(0..0)?;
+        let none = none.borrow();
+        let kind = GateKind::of(&none.gate);
+        let mut dictionary = DeviceDictionary::new(none.d_in, d_sae, none.norm, kind);
+        let mut parts = Parts::default();
+        let packed = parts.reserve(dictionary.packed_bytes());
+        let mut numbers = || parts.reserve(d_sae * size_of::<f32>());
+        let bias = numbers();
+        let scale = none.scale.map(|_| numbers());
+        let values = gate_values(&none.gate).map(|_| numbers());
+        let rivals = (kind == GateKind::TopK).then(|| (numbers(), numbers()));
+        let memory = self.memory(parts.bytes).map_err(|error| {
+            let remedy = "statistics keep every latent on the device";
+            with_remedy(error, d_sae, none.d_in, remedy)
+        })?;
+        let at = |offset: usize| memory.address() + offset as u64;
+        let rows = &mut dictionary.rows;
+        (rows.packed, rows.bias) = (at(packed), at(bias));
+        (rows.scale, rows.gate_values) = (scale.map_or(0, at), values.map_or(0, at));
+        if let (Gate::TopK(gate), Some((group, rival_bias))) = (none.gate, rivals) {
+            rows.topk = Some(DeviceTopK {
+                k: gate.k,
+                groups: gate.groups(),
+                group_size: group_size(gate)?,
+                by_magnitude: gate.by_magnitude,
+                group: at(group),
+                packed: rows.packed,
+                bias: at(rival_bias),
+                glu_bias: 0,
+                gain: rows.gate_values,
+                at_once: dictionary.at_once,
+                tokens_at_once: dictionary.tokens_at_once,
+            });
+        }
+        let at_once = dictionary.at_once.min(d_sae);
+        let weight = self.memory(at_once * none.d_in * size_of::<f32>())?;
+        for start in (0..d_sae).step_by(at_once) {
+            let some = read(start..d_sae.min(start + at_once))?;
+            self.part(&dictionary, start, &some.borrow(), &weight)?;
+        }
+        Ok((dictionary, memory))
+    }
+
+    /// Brings a part of a dictionary to its place.
+    fn part(
+        &self,
+        dictionary: &DeviceDictionary,
+        start: usize,
+        some: &Rows<'_>,
+        weight: &DeviceMemory,
+    ) -> Result<()> {
+        let part = dictionary.part(start);
+        let mut copies = vec![(part.bias, as_bytes(some.bias))];
+        copies.extend(some.scale.map(|scale| (part.scale, as_bytes(scale))));
+        copies.extend(gate_values(&some.gate).map(|values| (part.gate_values, as_bytes(values))));
+        let mut rival_bias = some.bias.to_vec();
+        if let (Gate::TopK(gate), Some(topk)) = (some.gate, part.topk) {
+            if let Some(gain) = &gate.gain {
+                rival_bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
+            }
+            copies.push((topk.group, as_bytes(&gate.group)));
+            copies.push((topk.bias + (start * size_of::<f32>()) as u64, as_bytes(&rival_bias)));
+        }
+        for (address, bytes) in copies {
+            // SAFETY: the part's own memory; the slices outlive the wait in `pack`.
+            unsafe { self.stream.copy_in(address, bytes)? };
+        }
+        self.pack(weight, some.weight, some.weight_stride, &part)
     }
 
     fn copy(&self, memory: &DeviceMemory, parts: &Parts<'_>) -> Result<()> {
@@ -239,15 +387,21 @@ impl Loader<'_> {
     }
 }
 
-fn with_remedy(error: Error, count: usize, d_in: usize) -> Error {
+/// Rivals of each group, of which all have as many.
+fn group_size(gate: &TopK) -> Result<usize> {
+    let group_size = gate.rivals() / gate.groups().max(1);
+    if gate.group_ends.iter().enumerate().any(|(g, end)| *end != (g + 1) * group_size) {
+        bail!(Internal, "the groups of a topk gate differ in size");
+    }
+    Ok(group_size)
+}
+
+fn with_remedy(error: Error, count: usize, d_in: usize, remedy: &str) -> Error {
     if error.status != Status::OutOfMemory {
         return error;
     }
-    let message = format!(
-        "{}: {count} latents of {d_in} inputs do not fit; a topk SAE's 'native' activation needs \
-         them all on the device ('dense_relu' needs the blocked ones alone)",
-        error.message
-    );
+    let message =
+        format!("{}: {count} latents of {d_in} inputs do not fit; {remedy}", error.message);
     Error { message, ..error }
 }
 
@@ -495,6 +649,17 @@ impl Pointers {
         pointers.add("coef", call.coef.data);
         pointers.add_grad(&call.grad);
         pointers.add("hidden", call.hidden.map_or(std::ptr::null_mut(), |m| m.data));
+        pointers.add("workspace", call.workspace.data);
+        pointers
+    }
+
+    fn of_stats(call: &StatsCall) -> Pointers {
+        let mut pointers = Pointers::default();
+        pointers.add("hidden", call.hidden.data);
+        pointers.add("base_hidden", call.base_hidden.map_or(std::ptr::null_mut(), |m| m.data));
+        pointers.add("mask", call.mask.map_or(std::ptr::null(), |m| m.data));
+        pointers.add("state", call.state.data);
+        pointers.add("token_count", call.token_count.unwrap_or(std::ptr::null_mut()).cast());
         pointers.add("workspace", call.workspace.data);
         pointers
     }

@@ -15,14 +15,15 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::launch::{
-    DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward, encode, layout, pack, packed_bytes,
-    penalty, workspace_size,
+    DeviceDictionary, DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward, encode, layout,
+    pack, packed_bytes, penalty, statistics, stats_workspace_size, workspace_size,
 };
 use crate::backend::random::Random;
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, Workspace,
+    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, StatsCall, Workspace,
 };
 use crate::sae::TokenNorm;
+use crate::stats::rows as stats_rows;
 use crate::tensor::DType;
 
 /// Where the harness maps a job's memory, so that addresses in parameters need no relocation.
@@ -32,8 +33,16 @@ const ORDERS: [u64; 3] = [0, 1, 0x5eed];
 
 // ---------------------------------------------------------------------------------- the harness
 
-const KERNELS: [&str; 6] =
-    ["encode.cu", "gradient.cu", "norm.cu", "pack.cu", "reduce.cu", "topk.cu"];
+const KERNELS: [&str; 8] = [
+    "encode.cu",
+    "glu.cu",
+    "gradient.cu",
+    "norm.cu",
+    "pack.cu",
+    "reduce.cu",
+    "stats.cu",
+    "topk.cu",
+];
 const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
 /// Neither instrumented nor slow: it touches nothing but its operands.
 const TENSOR_CORE: &str = "tensor_core.cpp";
@@ -289,9 +298,11 @@ struct Problem {
     tokens: usize,
     count: usize,
     d_in: usize,
+    /// [K, d], or [2K, d] of a GLU encoder: latent k has rows 2k and 2k + 1.
     weight: Vec<f32>,
     bias: Vec<f32>,
     scale: Option<Vec<f32>>,
+    glu_bias: Option<Vec<f32>>,
     gate: GateKind,
     gate_values: Vec<f32>,
     norm: TokenNorm,
@@ -327,8 +338,10 @@ struct Dictionary {
     group: Vec<u32>,
     /// [K]: where each blocked latent is among the rivals.
     rival: Vec<usize>,
+    /// Of a GLU encoder two rows for each rival.
     weight: Vec<f32>,
     bias: Vec<f32>,
+    glu_bias: Option<Vec<f32>>,
     gain: Option<Vec<f32>>,
 }
 
@@ -363,12 +376,14 @@ impl Dictionary {
             by_magnitude: random.below(2) == 0,
             weight: random.rows(rivals, d_in, d_in, norm),
             bias: random.normals(rivals).iter().map(|b| 0.2 * b).collect(),
+            glu_bias: None,
         }
     }
 
     /// Rows and biases of the blocked latents.
-    fn blocked(&self, d_in: usize) -> (Vec<f32>, Vec<f32>) {
-        let row = |rival: &usize| self.weight[rival * d_in..][..d_in].to_vec();
+    fn blocked(&self) -> (Vec<f32>, Vec<f32>) {
+        let len = self.weight.len() / self.bias.len();
+        let row = |rival: &usize| self.weight[rival * len..][..len].to_vec();
         let rivals = self.rival.iter();
         (rivals.clone().flat_map(row).collect(), rivals.map(|rival| self.bias[*rival]).collect())
     }
@@ -402,7 +417,28 @@ impl Problem {
         ]);
         let norm = random.pick(&[TokenNorm::None, TokenNorm::Constant, TokenNorm::Layer]);
         let norm = if shape[1] < 7 { TokenNorm::None } else { norm };
-        Problem::of(random, hidden_dtype, shape, gate, norm)
+        let p = Problem::of(random, hidden_dtype, shape, gate, norm);
+        let glu = gate != GateKind::Gated && random.below(3) == 0;
+        if glu { p.with_glu(random) } else { p }
+    }
+
+    /// The same with a GLU encoder.
+    fn with_glu(mut self, random: &mut Random) -> Problem {
+        let mut rows = |count: usize| random.rows(2 * count, self.d_in, self.d_in, self.norm);
+        let rivals = self.dictionary.bias.len();
+        self.dictionary.weight = rows(rivals);
+        self.weight = rows(self.count);
+        let glu_bias = random.normals(rivals);
+        self.glu_bias = Some(random.normals(self.count));
+        if self.gate == GateKind::TopK {
+            (self.weight, self.bias) = self.dictionary.blocked();
+            self.glu_bias =
+                Some(self.dictionary.rival.iter().map(|rival| glu_bias[*rival]).collect());
+        }
+        self.dictionary.glu_bias = Some(glu_bias);
+        self.scale = None;
+        self.name = format!("GLU, {}", self.name);
+        self
     }
 
     fn of(
@@ -448,7 +484,7 @@ impl Problem {
         ];
         let dictionary = Dictionary::random(random, count, d_in, norm);
         let (weight, bias) = match gate {
-            GateKind::TopK => dictionary.blocked(d_in),
+            GateKind::TopK => dictionary.blocked(),
             _ => (
                 random.rows(count, d_in, d_in, norm),
                 random.normals(count).iter().map(|b| 0.2 * b).collect(),
@@ -475,6 +511,7 @@ impl Problem {
             bias,
             scale: (random.below(2) == 0 && gate != GateKind::TopK)
                 .then(|| random.normals(count).iter().map(|x| x.abs() + 0.2).collect()),
+            glu_bias: None,
             gate,
             gate_values: random.normals(count).iter().map(|b| 0.2 * b).collect(),
             norm,
@@ -498,8 +535,9 @@ impl Problem {
         }
     }
 
-    fn row(&self, k: usize) -> &[f32] {
-        &self.weight[k * self.d_in..][..self.d_in]
+    /// Rows of each latent.
+    fn width(&self) -> usize {
+        if self.glu_bias.is_some() { 2 } else { 1 }
     }
 
     fn mask(&self, t: usize) -> f32 {
@@ -550,7 +588,7 @@ impl Job {
         let mut arena = Arena::new();
         let [hidden_at, latents_at, reference_at, mask_at, coef_at, grad_at, weight_at] = p.places;
         let weight = arena.filled(DType::F32, p.d_in, &p.weight, weight_at);
-        let packed = arena.space(packed_bytes(p.count, p.d_in));
+        let packed = arena.space(packed_bytes(p.count * p.width(), p.d_in));
         let (mut packs, mut scratch) = (Vec::new(), vec![packed]);
         let topk = match p.gate {
             GateKind::TopK => Some(rivals(&mut arena, p, &mut packs, &mut scratch)),
@@ -565,6 +603,7 @@ impl Job {
             packed: packed.address,
             bias: arena.vector(&p.bias).address,
             scale: p.scale.as_ref().map_or(0, |s| arena.vector(s).address),
+            glu_bias: p.glu_bias.as_ref().map_or(0, |b| arena.vector(b).address),
             gate_values: match p.gate {
                 GateKind::Open | GateKind::Relu => 0,
                 GateKind::TopK => {
@@ -628,7 +667,7 @@ impl Job {
             tokens: p.tokens,
             coef: coef.matrix(),
             grad: grad(1),
-            hidden: (p.norm != TokenNorm::None).then(|| hidden.matrix()),
+            hidden: (p.norm != TokenNorm::None || p.glu_bias.is_some()).then(|| hidden.matrix()),
             workspace,
         };
         Job {
@@ -681,29 +720,38 @@ impl Job {
         memory
     }
 
-    /// Packs, then runs the launches; every order of threads must leave the same bytes.
+    /// Packs, then runs the launches.
     fn run(&self, arena: &Arena, launches: impl Iterator<Item = Launch>, name: &str) -> Vec<u8> {
         let launches: Vec<Launch> = self.packs.iter().copied().chain(launches).collect();
-        let memories = run(&self.program, arena, &launches)
-            .unwrap_or_else(|message| panic!("{name}\n{message}"));
-        for (memory, order) in memories.iter().zip(ORDERS) {
-            assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
-        }
-        memories.into_iter().next().expect("there are orders")
+        run_orders(&self.program, arena, &launches, name)
     }
 
     /// Whatever is no output keeps its bytes.
     fn check_untouched(&self, memory: &[u8], outputs: &[Buffer], p: &Problem) {
-        let mut before = self.arena.bytes.clone();
-        for buffer in outputs.iter().chain(&self.scratch) {
-            for t in 0..buffer.rows {
-                let [start, bytes] = buffer.row(t);
-                let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
-                before[range.clone()].copy_from_slice(&memory[range]);
-            }
-        }
-        assert!(before == memory, "bytes beside the outputs changed: {}", p.name);
+        check_untouched(&self.arena, memory, &[outputs, &self.scratch].concat(), &p.name);
     }
+}
+
+/// Every order of threads must leave the same bytes.
+fn run_orders(program: &Path, arena: &Arena, launches: &[Launch], name: &str) -> Vec<u8> {
+    let memories =
+        run(program, arena, launches).unwrap_or_else(|message| panic!("{name}\n{message}"));
+    for (memory, order) in memories.iter().zip(ORDERS) {
+        assert!(*memory == memories[0], "thread order {order} changes bits: {name}");
+    }
+    memories.into_iter().next().expect("there are orders")
+}
+
+fn check_untouched(arena: &Arena, memory: &[u8], written: &[Buffer], name: &str) {
+    let mut before = arena.bytes.clone();
+    for buffer in written {
+        for t in 0..buffer.rows {
+            let [start, bytes] = buffer.row(t);
+            let range = (start - ADDRESS) as usize..(start - ADDRESS + bytes) as usize;
+            before[range.clone()].copy_from_slice(&memory[range]);
+        }
+    }
+    assert!(before == memory, "bytes beside the outputs changed: {name}");
 }
 
 /// A TopK gate's rivals in an arena, and the launches that pack them.
@@ -715,7 +763,8 @@ fn rivals(
 ) -> DeviceTopK {
     let Dictionary { k, groups, group_size, by_magnitude, group, weight, .. } = &p.dictionary;
     let gains = p.dictionary.gain.as_deref();
-    let bias: Vec<f32> = match gains {
+    let glu_bias = p.dictionary.glu_bias.as_deref();
+    let bias: Vec<f32> = match gains.filter(|_| glu_bias.is_none()) {
         Some(gains) => p.dictionary.bias.iter().zip(gains).map(|(b, gain)| b * gain).collect(),
         None => p.dictionary.bias.clone(),
     };
@@ -729,16 +778,17 @@ fn rivals(
         group: arena.vector(&group).address,
         packed: 0,
         bias: arena.vector(&bias).address,
+        glu_bias: glu_bias.map_or(0, |bias| arena.vector(bias).address),
         gain: gains.map_or(0, |gains| arena.vector(gains).address),
         at_once,
         tokens_at_once,
     };
-    let packed = arena.space(gate.packed_bytes(p.d_in));
+    let packed = arena.space(gate.packed_bytes(p.width(), p.d_in));
     gate.packed = packed.address;
     scratch.push(packed);
     let weight = arena.filled(DType::F32, p.d_in, weight, Place::default());
     for start in (0..gate.rivals()).step_by(at_once) {
-        let from = weight.address + (start * p.d_in * 4) as u64;
+        let from = weight.address + (start * p.width() * p.d_in * 4) as u64;
         packs.push(pack(from, p.d_in, &gate.part(start, p.d_in)));
     }
     gate
@@ -845,15 +895,20 @@ impl Token {
     }
 
     fn rank_group(&mut self, p: &Problem, group: usize) {
-        let Dictionary { group_size, weight, bias, .. } = &p.dictionary;
+        let Dictionary { group_size, weight, bias, glu_bias, .. } = &p.dictionary;
         let rivals = group * group_size..(group + 1) * group_size;
         let mut ranks = Vec::new();
         for rival in rivals {
-            let (dot, size) = self.dot(&weight[rival * p.d_in..][..p.d_in]);
+            let (pre, size) = match glu_bias {
+                Some(glu_bias) => self.glu(weight, bias, glu_bias, rival).pre(),
+                None => {
+                    let (dot, size) = self.dot(&weight[rival * p.d_in..][..p.d_in]);
+                    (dot + bias[rival] as f64, size + bias[rival].abs() as f64)
+                }
+            };
             let gain = p.dictionary.gain(rival);
-            ranks.push(p.dictionary.rank(gain * (dot + bias[rival] as f64)));
-            let size = gain.max(1.0) * (size + bias[rival].abs() as f64);
-            self.rank_slack = self.rank_slack.max(slack(size));
+            ranks.push(p.dictionary.rank(gain * pre));
+            self.rank_slack = self.rank_slack.max(slack(gain.max(1.0) * size));
         }
         ranks.sort_by(|x, y| y.total_cmp(x));
         self.ranks.push(ranks);
@@ -864,6 +919,48 @@ impl Token {
         let products = || row.iter().zip(&self.hidden).map(|(w, h)| *w as f64 * h);
         let size: f64 = products().map(f64::abs).sum();
         (self.scale * products().sum::<f64>(), self.scale * size)
+    }
+}
+
+/// A latent of a GLU encoder: u = value · σ(gate), and the sizes of what value and gate add up.
+struct Glu {
+    value: f64,
+    sigmoid: f64,
+    /// σ(gate) σ(−gate)
+    slope: f64,
+    value_size: f64,
+    gate_size: f64,
+}
+
+impl Glu {
+    /// u and its size.
+    fn pre(&self) -> (f64, f64) {
+        let size = self.value_size * self.sigmoid + self.value.abs() * self.slope * self.gate_size;
+        (self.value * self.sigmoid, size)
+    }
+
+    /// What a coefficient is multiplied by for each of the two rows, and its size.
+    fn coefs(&self) -> [(f64, f64); 2] {
+        let of_gate = self.value.abs() * self.slope * self.gate_size;
+        [
+            (self.sigmoid, self.sigmoid + self.slope * self.gate_size),
+            (self.value * self.slope, self.value_size * self.slope + of_gate),
+        ]
+    }
+}
+
+impl Token {
+    fn glu(&self, weight: &[f32], bias: &[f32], glu_bias: &[f32], k: usize) -> Glu {
+        let d = self.hidden.len();
+        let sum = |row: usize, bias: f32| {
+            let (dot, size) = self.dot(&weight[row * d..][..d]);
+            (dot + bias as f64, size + bias.abs() as f64)
+        };
+        let (value, value_size) = sum(2 * k, bias[k]);
+        let (gate, gate_size) = sum(2 * k + 1, glu_bias[k]);
+        let sigmoid = 1.0 / (1.0 + (-gate).exp());
+        let slope = sigmoid / (1.0 + gate.exp());
+        Glu { value, sigmoid, slope, value_size, gate_size }
     }
 }
 
@@ -884,10 +981,16 @@ struct Exact {
 impl Exact {
     fn new(p: &Problem, k: usize, token: &Token) -> Exact {
         let gate = p.gate_values[k] as f64;
-        let (dot, size) = token.dot(p.row(k));
+        let (dot, size) = token.dot(&p.weight[k * p.width() * p.d_in..][..p.d_in]);
         let scale = p.scale(k) as f64;
-        let pre = dot * scale + p.bias[k] as f64;
-        let size = size * scale.max(1.0) + p.bias[k].abs() as f64 + gate.abs();
+        let (pre, size) = match &p.glu_bias {
+            Some(glu_bias) => token.glu(&p.weight, &p.bias, glu_bias, k).pre(),
+            None => {
+                let pre = dot * scale + p.bias[k] as f64;
+                (pre, size * scale.max(1.0) + p.bias[k].abs() as f64)
+            }
+        };
+        let size = size + gate.abs();
         let distance = match p.gate {
             GateKind::Open => f64::INFINITY,
             GateKind::Relu => pre,
@@ -924,21 +1027,32 @@ fn check_gradient_row(
         _ => (0.5f64.powi(24), 0.0),
     };
     let factors = coef.iter().map(|c| FACTOR.0 * FACTOR.1 as f64 * *c as f64);
-    let factors: Vec<(usize, f64)> = factors.enumerate().filter(|(_, f)| *f != 0.0).collect();
+    let factors = factors.enumerate().filter(|(_, f)| *f != 0.0);
+    // Of each row that takes part, and the size of what it was made of.
+    let factors: Vec<(&[f32], f64, f64)> = factors
+        .flat_map(|(k, factor)| {
+            let coefs = match &p.glu_bias {
+                Some(glu_bias) => token.glu(&p.weight, &p.bias, glu_bias, k).coefs().to_vec(),
+                None => vec![(1.0, 1.0)],
+            };
+            let rows = p.weight[k * p.width() * p.d_in..].chunks_exact(p.d_in);
+            let of_row = move |(row, (c, size))| (row, factor * c, factor.abs() * size);
+            rows.zip(coefs).map(of_row)
+        })
+        .collect();
     let (mut pull, mut pull_size) = (0.0, 0.0);
-    for (k, factor) in &factors {
-        let (dot, size) = token.dot(p.row(*k));
+    for (row, factor, factor_size) in &factors {
+        let (dot, size) = token.dot(row);
         pull += token.slope * factor * dot;
-        pull_size += (token.slope * factor * size).abs();
+        pull_size += token.slope.abs() * factor_size * size;
     }
     for i in 0..p.d_in {
         let old = if p.accumulate { p.grad[t * p.d_in + i] as f64 } else { 0.0 };
         let centred = if factors.is_empty() { 0.0 } else { token.hidden[i] - token.mean };
         let (mut sum, mut size) = (-pull * centred, pull_size * centred.abs());
-        for (k, factor) in &factors {
-            let product = token.scale * factor * p.weight[k * p.d_in + i] as f64;
-            sum += product;
-            size += product.abs();
+        for (row, factor, factor_size) in &factors {
+            sum += token.scale * factor * row[i] as f64;
+            size += token.scale * factor_size * row[i].abs() as f64;
         }
         let (new, expected) = (new(i), old + sum);
         let slack = unit * 1.001 * expected.abs() + (1e-6 + left_out) * (size + old.abs()) + 1e-7;
@@ -1003,9 +1117,10 @@ fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -
     };
     Problem {
         name: format!("tokens {tokens:?}, latents {latents:?} of {}", p.name),
-        weight: rows(&p.weight, p.d_in, latents),
+        weight: rows(&p.weight, p.width() * p.d_in, latents),
         bias: of_latents(&p.bias),
         scale: p.scale.as_deref().map(of_latents),
+        glu_bias: p.glu_bias.as_deref().map(of_latents),
         gate_values: of_latents(&p.gate_values),
         dictionary: Dictionary {
             group: latents.iter().map(|k| p.dictionary.group[*k]).collect(),
@@ -1060,6 +1175,9 @@ fn tall_kernels_are_right_and_give_the_same_latents() {
             let gate = random.pick(&[GateKind::Threshold, GateKind::Gated]);
             let norm = random.pick(&[TokenNorm::None, TokenNorm::Layer]);
             let mut p = Problem::of(&mut random, dtype, [tokens, d_in, count], gate, norm);
+            if gate == GateKind::Threshold && count == 16 {
+                p = p.with_glu(&mut random);
+            }
             let counts = |t: usize| (t < 150 || some.contains(&t)) as u8 as f32;
             p.mask = Some((DType::U8, (0..tokens).map(counts).collect()));
             let whole = check_job(&p, &Job::new(&p));
@@ -1143,10 +1261,11 @@ fn latents_that_share_the_kth_place_are_on() {
             rival: last_rivals(&group, group_size),
             group,
             weight: vec![0.0; rivals],
+            glu_bias: None,
             gain: None,
             bias: (0..rivals).map(|_| among(&mut random)).collect(),
         };
-        (p.weight, p.bias) = p.dictionary.blocked(1);
+        (p.weight, p.bias) = p.dictionary.blocked();
         p.at_once = [random.pick(&[8, 104, 2048]), 1 + random.below(2)];
         p.name = format!("{:?}, in parts of {}, biases {:?}", p.dictionary, p.at_once[0], p.bias);
         let z = Job::new(&p).encode(&p);
@@ -1162,6 +1281,218 @@ fn latents_that_share_the_kth_place_are_on() {
             assert!(same || *z == expected, "z[{n}] {z} {expected}: {}", p.name);
         }
     }
+}
+
+/// A problem's rows as a whole dictionary, or all latents of its TopK SAE, in an arena with the
+/// hidden states of two models.
+struct StatsJob {
+    arena: Arena,
+    dictionary: DeviceDictionary,
+    packs: Vec<Launch>,
+    call: StatsCall,
+    state: Buffer,
+    token_count: Buffer,
+    scratch: Vec<Buffer>,
+    /// Column of each of the problem's latents.
+    columns: Vec<usize>,
+}
+
+impl StatsJob {
+    fn new(random: &mut Random, p: &Problem, base: Option<&Problem>) -> StatsJob {
+        let mut arena = Arena::new();
+        let is_topk = p.gate == GateKind::TopK;
+        let Dictionary { group_size, groups, k, by_magnitude, .. } = p.dictionary;
+        let (weight, bias) = match is_topk {
+            true => (&p.dictionary.weight, &p.dictionary.bias),
+            false => (&p.weight, &p.bias),
+        };
+        let gains = p.dictionary.gain.as_deref().filter(|_| is_topk);
+        let count = bias.len();
+        let half = count.div_ceil(2).next_multiple_of(8);
+        let mut dictionary = DeviceDictionary {
+            at_once: random.pick(&[2048, half]),
+            tokens_at_once: random.pick(&[4096, 33]),
+            ..DeviceDictionary::new(p.d_in, count, p.norm, p.gate)
+        };
+        let packed = arena.space(dictionary.packed_bytes());
+        let rows = &mut dictionary.rows;
+        (rows.packed, rows.bias) = (packed.address, arena.vector(bias).address);
+        rows.scale = p.scale.as_ref().map_or(0, |scale| arena.vector(scale).address);
+        rows.gate_values = match p.gate {
+            GateKind::Open | GateKind::Relu => 0,
+            GateKind::TopK => gains.map_or(0, |gains| arena.vector(gains).address),
+            _ => arena.vector(&p.gate_values).address,
+        };
+        if is_topk {
+            let group = (0..count).map(|rival| f32::from_bits((rival / group_size) as u32));
+            let gain = |rival: usize| gains.map_or(1.0, |gains| gains[rival]);
+            let scaled: Vec<f32> = (0..count).map(|rival| bias[rival] * gain(rival)).collect();
+            rows.topk = Some(DeviceTopK {
+                k,
+                groups,
+                group_size,
+                by_magnitude,
+                group: arena.vector(&group.collect::<Vec<f32>>()).address,
+                packed: rows.packed,
+                bias: arena.vector(&scaled).address,
+                glu_bias: 0,
+                gain: rows.gate_values,
+                at_once: dictionary.at_once,
+                tokens_at_once: dictionary.tokens_at_once,
+            });
+        }
+        let weight = arena.filled(DType::F32, p.d_in, weight, Place::default());
+        let starts = (0..count).step_by(dictionary.at_once);
+        let from = |start: usize| weight.address + (start * p.d_in * 4) as u64;
+        let packs = starts.map(|start| pack(from(start), p.d_in, &dictionary.part(start)));
+        let hidden = |arena: &mut Arena, p: &Problem| {
+            let buffer = arena.filled(p.hidden_dtype, p.d_in, &p.hidden, p.places[0]);
+            // No kernel reads hidden states of tokens that do not count.
+            arena.forbid(&buffer, (0..p.tokens).filter(|t| p.mask(*t) == 0.0));
+            buffer.matrix()
+        };
+        let packs = packs.collect();
+        let (own, base) = (hidden(&mut arena, p), base.map(|base| hidden(&mut arena, base)));
+        let mask = p.mask.as_ref().map(|(dtype, mask)| {
+            let buffer = arena.filled(*dtype, 1, mask, p.places[3]);
+            Mask { data: buffer.pointer(), dtype: *dtype, stride: buffer.stride }
+        });
+        let height = if base.is_some() { stats_rows::WITH_BASE } else { stats_rows::ALONE };
+        let state = arena.matrix(DType::F64, height, count, Place { gap: 3, offset: 1 });
+        let token_count = arena.matrix(DType::F64, 1, 1, Place::default());
+        let size = stats_workspace_size(&dictionary, p.tokens, base.is_some());
+        let space = arena.space(size);
+        StatsJob {
+            call: StatsCall {
+                tokens: p.tokens,
+                hidden: own,
+                base_hidden: base,
+                mask,
+                state: state.matrix(),
+                token_count: Some(token_count.pointer().cast()),
+                accumulate: false,
+                workspace: Workspace { data: space.pointer(), size },
+            },
+            columns: if is_topk { p.dictionary.rival.clone() } else { (0..count).collect() },
+            arena,
+            dictionary,
+            packs,
+            state,
+            token_count,
+            scratch: vec![packed, space],
+        }
+    }
+
+    /// The call in two: the first `cut` tokens, then the others.
+    fn in_two(&self, cut: usize) -> [StatsCall; 2] {
+        let matrix = |matrix: Matrix| {
+            let bytes = cut * matrix.row_stride * matrix.dtype.size();
+            Matrix { data: matrix.data.wrapping_add(bytes), ..matrix }
+        };
+        let mask = |mask: Mask| {
+            let bytes = cut * mask.stride * mask.dtype.size();
+            Mask { data: mask.data.wrapping_add(bytes), ..mask }
+        };
+        let rest = StatsCall {
+            tokens: self.call.tokens - cut,
+            hidden: matrix(self.call.hidden),
+            base_hidden: self.call.base_hidden.map(matrix),
+            mask: self.call.mask.map(mask),
+            accumulate: true,
+            ..self.call
+        };
+        [StatsCall { tokens: cut, ..self.call }, rest]
+    }
+
+    fn run(&self, program: &Path, calls: &[StatsCall], name: &str) -> Vec<u8> {
+        let work = calls.iter().flat_map(|call| statistics(&self.dictionary, call));
+        let launches: Vec<Launch> = self.packs.iter().copied().chain(work).collect();
+        let memory = run_orders(program, &self.arena, &launches, name);
+        let written = [&self.scratch[..], &[self.state, self.token_count]].concat();
+        check_untouched(&self.arena, &memory, &written, name);
+        memory
+    }
+}
+
+/// The formulas of src/stats.rs on z of one latent, in the order of the tokens.
+fn sums_of(p: &Problem, k: usize, z: &[f32], base: Option<&[f32]>) -> Vec<f64> {
+    let side = [0.0, 0.0, 0.0, f64::NEG_INFINITY];
+    let mut sums = side.to_vec();
+    if base.is_some() {
+        sums.extend(side);
+        sums.extend([0.0, 0.0]);
+    }
+    for t in (0..p.tokens).filter(|t| p.mask(*t) != 0.0) {
+        let (m, at) = (p.mask(t) as f64, t * p.count + k);
+        for (first, z) in [(0, Some(z[at])), (stats_rows::BASE_SUM, base.map(|base| base[at]))] {
+            let Some(z) = z.map(f64::from) else { continue };
+            sums[first + stats_rows::SUM] += m * z;
+            sums[first + stats_rows::SQUARE_SUM] += m * (z * z);
+            sums[first + stats_rows::ACTIVE] += if z != 0.0 { m } else { 0.0 };
+            let max = &mut sums[first + stats_rows::MAX];
+            *max = if z > *max || z.is_nan() { z } else { *max };
+        }
+        if let Some(base) = base {
+            let rise = z[at] - base[at];
+            let square = m * (rise as f64 * rise as f64);
+            let up = rise > 0.0;
+            sums[if up { stats_rows::RISE_SQUARE_SUM } else { stats_rows::FALL_SQUARE_SUM }] +=
+                square;
+        }
+    }
+    sums
+}
+
+fn check_statistics(random: &mut Random, p: &Problem, program: &Path) {
+    let other = random.normals(p.tokens * p.d_in);
+    let other = other.into_iter().map(|x| round(p.hidden_dtype, x)).collect();
+    let other = Problem { hidden: other, ..p.clone() };
+    let (z, z_base) = (Job::new(p).encode(p), Job::new(&other).encode(&other));
+    for base in [None, Some(&other)] {
+        let job = StatsJob::new(random, p, base);
+        let name = format!("{}, parts of {}", p.name, job.dictionary.at_once);
+        let memory = job.run(program, &[job.call], &name);
+        for (k, column) in job.columns.iter().enumerate() {
+            let expected = sums_of(p, k, &z, base.map(|_| &z_base[..]));
+            for (row, expected) in expected.iter().enumerate() {
+                let found = job.state.get(&memory, row, *column);
+                let same = found.to_bits() == expected.to_bits();
+                assert!(same, "row {row} of latent {k}: {found} {expected}: {name}");
+            }
+        }
+        let shares = (0..p.tokens).map(|t| p.mask(t) as f64).filter(|m| *m != 0.0);
+        let count = job.token_count.get(&memory, 0, 0);
+        assert_eq!(count, shares.fold(0.0, |sum, m| sum + m), "count: {name}");
+        let in_two = job.run(program, &job.in_two(random.below(p.tokens + 1)), &name);
+        for buffer in [job.state, job.token_count] {
+            let bits = |memory| buffer.all(memory).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&memory), bits(&in_two), "in two calls: {name}");
+        }
+    }
+}
+
+#[test]
+fn statistics_are_sums_of_the_latents() {
+    let mut random = Random::fresh();
+    let gates = [
+        (GateKind::Relu, TokenNorm::None),
+        (GateKind::Threshold, TokenNorm::Constant),
+        (GateKind::Gated, TokenNorm::Layer),
+        (GateKind::TopK, TokenNorm::None),
+        (GateKind::TopK, TokenNorm::Layer),
+    ];
+    for (i, (gate, norm)) in gates.into_iter().enumerate() {
+        let shape = [[70, 40, 20], [1, 65, 70], [130, 7, 33], [40, 30, 12], [35, 20, 9]][i];
+        let p = Problem::of(&mut random, REAL[i % 3], shape, gate, norm);
+        check_statistics(&mut random, &p, &harness().join("simt"));
+    }
+}
+
+#[test]
+fn statistics_of_no_token_begin_a_state() {
+    let mut random = Random::fresh();
+    let p = Problem::of(&mut random, DType::F32, [0, 20, 70], GateKind::Relu, TokenNorm::None);
+    check_statistics(&mut random, &p, &harness().join("simt"));
 }
 
 /// Outputs that nobody asks for leave no trace, and change nothing in the others.
@@ -1326,9 +1657,10 @@ fn topk_fault_problem(groups: usize) -> Problem {
         group,
         weight: random.rows(420, p.d_in, p.d_in, norm),
         bias: random.normals(420),
+        glu_bias: None,
         gain: None,
     };
-    (p.weight, p.bias) = p.dictionary.blocked(p.d_in);
+    (p.weight, p.bias) = p.dictionary.blocked();
     p.hidden.iter_mut().for_each(|h| *h += 1.0);
     p.at_once = [208, 16];
     p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 5 > 0) as u8 as f32).collect()));
@@ -1339,12 +1671,27 @@ fn topk_fault_problem(groups: usize) -> Problem {
     p
 }
 
+/// Several tiles of tokens and of latents, two rows for each of these, masked tokens.
+fn glu_fault_problem() -> Problem {
+    let mut random = Random(0x5eed);
+    let (gate, norm) = (GateKind::Open, TokenNorm::Constant);
+    let mut p = Problem::of(&mut random, DType::F32, [70, 20, 40], gate, norm);
+    p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
+    (p.grad_dtype, p.sums, p.accumulate) = (DType::F32, DType::F64, false);
+    p.name = "T 70, d 20, K 40, GLU".into();
+    p.reference.fill(0.0);
+    p.places = [Place::default(); 7];
+    p.with_glu(&mut random)
+}
+
 #[test]
 fn every_missing_barrier_and_wait_is_caught() {
     let (few, wide) = (fault_problem(3), fault_problem(40));
+    let glu = glu_fault_problem();
     let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
     let cases = [
         ("topk.cu", [(&one, "blockem_topk"), (&three, "blockem_topk")]),
+        ("glu.cu", [(&glu, "blockem_glu"), (&glu, "blockem_glu")]),
         ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
         (
             "gradient.cu",
@@ -1370,8 +1717,9 @@ fn every_missing_barrier_and_wait_is_caught() {
 fn wrong_accesses_and_indices_are_caught() {
     let (few, wide) = (fault_problem(3), fault_problem(40));
     let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
+    let glu = glu_fault_problem();
     let outside = "AddressSanitizer";
-    let cases: [(&Problem, &str, &str, &str, &str, &str); 25] = [
+    let cases: [(&Problem, &str, &str, &str, &str, &str); 30] = [
         // Beyond shared memory: a copy, a plain store, a collective load.
         (
             &few,
@@ -1445,11 +1793,45 @@ fn wrong_accesses_and_indices_are_caught() {
         (&one, "norm.cu", "_norm", "if (t >= p.tokens) return;", "", outside),
         (&one, "norm.cu", "_norm", "has_coefficient(p, t)", "true", outside),
         (&one, "gradient.cu", "_f32_few", "add_rn(h.v[i], -mean)", "h.v[i]", "dH["),
+        // A GLU encoder: its pairs, its tokens, its latents, tokens that do not count.
+        (&glu, "glu.cu", "_glu", "dots[2 * k + 1], glu_bias", "dots[2 * k], glu_bias", "z "),
+        (&glu, "glu.cu", "_glu", "to[1] = out.high", "to[1] = out.low", "dH["),
+        (&glu, "glu.cu", "_glu", "if (t >= p.tokens) break;", "", outside),
+        (&glu, "glu.cu", "_glu", "if (k < e.rows.count) loss", "loss", outside),
+        (&glu, "glu.cu", "_glu", "if (mask != 0.0f) {", "{", outside),
     ];
     for (p, source, kernel, from, to, message) in cases {
         let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
         let found = found.unwrap_or_else(|| panic!("{source} works with {to}"));
         println!("{source} with {to}: {:.100}", found.replace('\n', " "));
         assert!(found.contains(message), "{source} with {to}: {found}");
+    }
+}
+
+#[test]
+fn wrong_statistics_are_caught() {
+    let (gate, norm) = (GateKind::Relu, TokenNorm::None);
+    let mut p = Problem::of(&mut Random(0x5eed), DType::F32, [20, 30, 70], gate, norm);
+    // Few tokens count: for some latents those that do not would have the largest z.
+    let shares = (0..p.tokens).map(|t| if t % 10 == 3 { 0.5 } else { 0.0 }).collect();
+    p.mask = Some((DType::F32, shares));
+    let cases = [
+        ("if (k >= p.count) return;", "", "AddressSanitizer"),
+        ("if (share[i] == 0.0f) continue;", "", "row 3"),
+        ("mul_rn(share, z)", "z", "row 0"),
+        ("if (!(z <= max || max != max)) max = z;", "max = z;", "row 3"),
+        ("rise <= 0.0f ? 0.0f : rise", "rise", "row 8"),
+        ("p.accumulate ? state[9 * p.state_stride] : 0.0", "0.0", "in two calls"),
+        ("p.accumulate ? *p.token_count : 0.0", "0.0", "in two calls"),
+    ];
+    for (from, to, message) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let fault = Fault { from, nth: 0, to };
+        let program = with_fault(folder.path(), "stats.cu", "_stats", &fault);
+        let panic = catch_unwind(|| check_statistics(&mut Random(0x5eed), &p, &program)).err();
+        let found = panic.unwrap_or_else(|| panic!("stats.cu works with {to} for {from}"));
+        let found = found.downcast_ref::<String>().expect("a message");
+        println!("stats.cu with {to:?}: {found:.100}");
+        assert!(found.contains(message), "stats.cu with {to:?}: {found}");
     }
 }

@@ -1,8 +1,11 @@
-//! What reading an input may allocate: 4 times its bytes and 64 MiB.
+//! What reading an input may cost: a second of the processor, and memory of 4 times its bytes and
+//! 64 MiB. The processor's time, because the clock on the wall runs on while others compute.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
 
+pub const TIME: Duration = Duration::from_secs(1);
 const FACTOR: usize = 4;
 const CONSTANT: usize = 64 << 20;
 
@@ -47,8 +50,17 @@ fn grow(bytes: usize) {
     PEAK.fetch_max(live, Relaxed);
 }
 
-/// Runs what reads an input of so many bytes; panics if that took more memory than it may.
+/// Runs what reads an input of so many bytes; panics if that took more time or memory than it may.
 pub fn bounded<T>(input: usize, read: impl FnOnce() -> T) -> T {
+    let start = processor_time();
+    let result = within_memory(input, read);
+    let took = processor_time() - start;
+    assert!(took <= TIME, "{took:?} of the processor for an input of {input} bytes, {TIME:?} may");
+    result
+}
+
+/// The same with all the time that it takes.
+pub fn within_memory<T>(input: usize, read: impl FnOnce() -> T) -> T {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let result = read();
@@ -56,4 +68,13 @@ pub fn bounded<T>(input: usize, read: impl FnOnce() -> T) -> T {
     let limit = FACTOR * input + CONSTANT;
     assert!(grown <= limit, "{grown} bytes live at once for an input of {input}, {limit} may");
     result
+}
+
+/// What this thread has had of the processor.
+pub fn processor_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one timespec, which is ours.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    assert_eq!(failed, 0, "the system does not count the processor's time");
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }

@@ -147,6 +147,7 @@ pub const LAYOUTS: [Layout; 10] = [
             "formats/openmoss_jumprelu/sae_weights.safetensors",
             "formats/openmoss_relu/sae_weights.safetensors",
             "formats/llama_scope_r1_distill/400M-Slimpajama-400M-OpenR1-Math-220k/L15R/sae_weights.safetensors",
+            "formats/openmoss_glu/sae_weights.safetensors",
         ],
     ),
     layout(

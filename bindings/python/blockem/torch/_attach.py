@@ -18,6 +18,7 @@ from ._ops import Parts, encode
 from ._recorder import Forward, Recorder
 from ._references import AdaptersOff, Provider, Source, references_of
 from ._site import Site
+from ._spread import Held, group_of, held
 from ._stack import Stack, find, restored_modes, without_parallel
 from .lambdas import DualAscent, as_lambda, ratio_lambda
 
@@ -37,6 +38,7 @@ def attach(
     tokens: str = "labels",
     layers: str | None = None,
     process_group: Any = None,
+    tensor_group: Any = None,
     gradients: str = "mean",
     tolerance: float = 0.0,
     diagnostics: bool = True,
@@ -68,9 +70,15 @@ def attach(
     tokens: which tokens count: "labels", those whose own label (unshifted) is not -100, or "all",
         those that attention_mask does not hide.
     layers: dotted name of the list of decoder layers, where it cannot be found.
-    process_group: the ranks that hold different tokens of a step; None is torch.distributed's
-        default group where it is initialised.
-    gradients: what the trainer does with the gradients of these ranks: "mean" (DDP, FSDP) or "sum".
+    process_group: the ranks over which counts and sums are taken: those that have different tokens
+        of a step (data and context parallelism). None is torch.distributed's default group where it
+        is initialised. Ranks of tensor_group may be in it: they count once.
+    tensor_group: the ranks that compute one batch together (tensor and sequence parallelism), and
+        are given the same batches. Where a layer's output is a DTensor it need not be given. Each
+        may have all of that output, its columns [..., d / ranks], or its tokens [B, T / ranks, d],
+        cut like torch.chunk: DTensors say which, the shape of other tensors shows it.
+    gradients: what the trainer does with the gradients of ranks that have different tokens: "mean"
+        (DDP, FSDP) or "sum".
     tolerance: the greatest difference of z that the self-check (:meth:`Handle.check`) accepts. Only
         where tuned and base pass cannot run the same kernels, as under torch.compile, must it be
         above 0.
@@ -85,7 +93,9 @@ def attach(
     _choice("gradients", gradients, ("mean", "sum"))
     stack = find(model, [site.layer for site in sites], layers)
     source = references_of(reference, model, stack, layers)
-    settings = _Settings(reduction, tokens, process_group, gradients, tolerance, diagnostics)
+    settings = _Settings(
+        reduction, tokens, process_group, tensor_group, gradients, tolerance, diagnostics
+    )
     return Handle(model, stack, sites, source, settings)
 
 
@@ -108,7 +118,10 @@ class Handle:
         self._model, self._stack, self._sites = model, stack, sites
         self._source, self._settings = source, settings
         self._recorder = Recorder(stack, sites[0].plan.device)
-        self._divisor: torch.Tensor | float | None = None
+        self._tensor_group = settings.tensor_group
+        # The step's count, and whether ranks that have the same tokens each added theirs.
+        self._count: torch.Tensor | float | None = None
+        self._counted_by_all = True
         self._steps = 0
         self._empty_steps: torch.Tensor | int = 0
         self._resumed = False
@@ -117,31 +130,34 @@ class Handle:
         for site in sites:
             log.info("blockem: %s", self._place(site))
 
-    def begin_step(self, batches: Iterable[Any] | float) -> None:
+    def begin_step(self, batches: Iterable[Any] | float, *, copies: int = 1) -> None:
         """Counts the tokens of an optimizer step, by which all its penalties are divided.
 
         batches: every micro-batch of the step on this rank, as :meth:`penalty` will get them
-            (mappings with labels, or masks); or the step's count, over all ranks.
+            (mappings with labels, or masks); or the step's count: each token once, over all ranks.
+        copies: how many ranks of process_group were given these same batches here, of which each
+            gets other tokens later (context parallelism).
 
         A micro-batch may have no counted token. Raises Error INVALID_ARGUMENT where the whole step
         has none: at once for counts in host memory; for those of a device by :meth:`metrics` and
         :meth:`state_dict`, because nothing waits here (the penalty is 0 meanwhile).
         """
+        self._counted_by_all = not isinstance(batches, (int, float))
         if isinstance(batches, (int, float)):
             count: torch.Tensor = torch.tensor(float(batches), dtype=torch.float64)
         else:
             masks = [self._mask(batch) for batch in batches]
             parts = [_share(mask).sum() for mask in masks]
             count = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
-            count = self._all_reduce(count)
+            count = self._all_reduce(count) / copies
         if count.device.type == "cpu":
             if not count.item() > 0:
                 fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
-            self._divisor = count.item()
+            self._count = count.item()
         else:
             empty = count == 0
             self._empty_steps = self._empty_steps + empty.long()
-            self._divisor = torch.where(empty, 1.0, count)
+            self._count = torch.where(empty, 1.0, count)
 
     def penalty(self, batch: Any) -> Term:
         """The penalty of the last training forward, once: add its ``loss`` to the task loss.
@@ -156,28 +172,30 @@ class Handle:
         """
         forward = self._recorder.take()
         mask = self._mask(batch)
-        references = self._references(forward, batch)
-        if self.last_check is None:
-            self.last_check = self._check(forward, references, mask)
-        parts, total = [], None
-        for site, hidden, reference in zip(self._sites, forward.hidden, references, strict=True):
+        for site, hidden in zip(self._sites, forward.hidden, strict=True):
             self._expect_gradient(site, hidden)
-            at = None if mask is None else mask.to(hidden.device)
-            part = site.measure(hidden, reference, at, self._settings.diagnostics)
+        held = self._held(forward.hidden, mask)
+        references = self._references(forward, batch, mask)
+        if self.last_check is None:
+            self.last_check = self._check(forward, held, references, mask)
+        parts, total = [], None
+        for site, one, reference in zip(self._sites, held, references, strict=True):
+            at = mask.to(one.values.device)
+            part = site.measure(one, reference, at, self._settings.diagnostics)
             parts.append(part)
             share = self._lambda(site, part.loss_sum) * part.loss_sum
             total = share if total is None else total + share.to(total.device)
-        return Term(total, tuple(parts), tuple(forward.hidden), self._divided())
+        return Term(total, tuple(parts), tuple(forward.hidden), tuple(held), self._factor())
 
     def end_step(self) -> None:
         """After the optimizer's step: closes the step's count and moves adaptive lambdas."""
-        if self._divisor is None:
+        if self._count is None:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "end_step without begin_step")
         for site in self._sites:
             if isinstance(site.lam, DualAscent):
-                site.lam.update(self._all_reduce(site.step_sum) / self._divisor)
+                site.lam.update(self._all_reduce(site.step_sum) / self._count_of_all())
             site.step_sum = site.step_sum * 0
-        self._divisor = None
+        self._count = None
         self._steps += 1
 
     def discard(self) -> None:
@@ -225,9 +243,10 @@ class Handle:
         with restored_modes(self._model), torch.enable_grad():
             self._model.train()
             without_parallel(self._model)(**batch)
-        forward = self._recorder.take()
-        references = self._references(forward, batch)
-        self.last_check = self._check(forward, references, self._mask(batch))
+        forward, mask = self._recorder.take(), self._mask(batch)
+        held = self._held([hidden.detach() for hidden in forward.hidden], mask)
+        references = self._references(forward, batch, mask)
+        self.last_check = self._check(forward, held, references, mask)
         return self.last_check
 
     def measure(self, batches: Iterable[Mapping[str, Any]]) -> Calibration:
@@ -295,7 +314,7 @@ class Handle:
             f"(0-based), hidden_states[{site.layer + 1}], {self._stack.name}.{site.layer}"
         )
 
-    def _mask(self, batch: Any) -> torch.Tensor | None:
+    def _mask(self, batch: Any) -> torch.Tensor:
         if isinstance(batch, torch.Tensor):
             return batch
         if not isinstance(batch, Mapping):
@@ -320,22 +339,37 @@ class Handle:
             return batch["attention_mask"] != 0
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
-    def _references(self, forward: Forward, batch: Any) -> list[torch.Tensor]:
+    def _held(self, hidden: Sequence[torch.Tensor], mask: torch.Tensor) -> list[Held]:
+        for h in hidden:
+            if self._tensor_group is None:
+                self._tensor_group = group_of(h)
+        return [self._hold(site, h, mask) for site, h in zip(self._sites, hidden, strict=True)]
+
+    def _hold(self, site: Site, hidden: torch.Tensor, mask: torch.Tensor) -> Held:
+        return held(site.plan, hidden, mask.shape, self._tensor_group)
+
+    def _references(self, forward: Forward, batch: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+        hold = lambda site, hidden: self._hold(site, hidden, mask)
         with torch.no_grad(), self._recorder.paused():
-            return self._source.latents(forward, batch, self._sites)
+            return self._source.latents(forward, batch, self._sites, hold)
 
     def _check(
-        self, forward: Forward, references: list[torch.Tensor], mask: torch.Tensor | None
+        self,
+        forward: Forward,
+        held: Sequence[Held],
+        references: Sequence[torch.Tensor],
+        mask: torch.Tensor,
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
-        found = self._compare(forward.hidden, references, mask, "tuned")
+        found = self._compare(held, references, mask, "tuned")
         # All ranks or none run another pass: layers may be sharded over them.
         differs = torch.tensor(float(found.difference > bound))
         if self._all_reduce(differs).item() > 0:
             with self._recorder.paused():
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
-                found = self._compare(stand_in, references, mask, "adapters off")
+                held = self._held(stand_in, mask)
+                found = self._compare(held, references, mask, "adapters off")
             elif self._resumed:
                 # Trained weights differ from the copy's, and nothing can stand in for them.
                 must_hold = False
@@ -350,21 +384,22 @@ class Handle:
 
     def _compare(
         self,
-        hidden: Sequence[torch.Tensor],
+        held: Sequence[Held],
         references: Sequence[torch.Tensor],
-        mask: torch.Tensor | None,
+        mask: torch.Tensor,
         compared: str,
     ) -> Check:
         """A difference of infinity stands for NaN."""
         worst = penalty = active = tokens = 0.0
-        for site, h, reference in zip(self._sites, hidden, references, strict=True):
-            kept = torch.ones(h.shape[:-1]) if mask is None else mask
-            kept = kept.to(h.device) != 0
-            z, zref = encode(site.plan, h)[kept], reference[kept]
-            difference = (z - zref).abs().max().item() if z.numel() else 0.0
-            worst = max(worst, math.inf if math.isnan(difference) else difference)
+        for site, one, reference in zip(self._sites, held, references, strict=True):
+            mask = mask.to(one.values.device)
+            kept = one.own(mask) != 0
+            z = encode(one.plan, one.values.detach())[kept]
+            distance = (z - one.own(reference)[kept]).abs().flatten()
+            distance = torch.where(distance.isnan(), math.inf, distance)
+            worst = max(worst, one.greatest(torch.cat([distance, distance.new_zeros(1)]).max()))
             active += (z != 0).sum().item() / max(z.numel(), 1) / len(self._sites)
-            parts = site.parts(h.detach(), reference, kept)
+            parts = site.parts(one.detached(), reference, mask != 0)
             penalty, tokens = penalty + parts.loss_sum.item(), max(tokens, parts.count.item())
         return Check(compared, int(tokens), penalty, worst, active)
 
@@ -380,10 +415,11 @@ class Handle:
             totals["base"] += base_loss.item() * items
         totals["items"] += items
         mask = self._mask(batch)
-        for i, (site, reference) in enumerate(
-            zip(self._sites, self._references(forward, batch), strict=True)
+        held, references = self._held(forward.hidden, mask), self._references(forward, batch, mask)
+        for i, (site, one, reference) in enumerate(
+            zip(self._sites, held, references, strict=True)
         ):
-            parts = site.parts(forward.hidden[i], reference, mask)
+            parts = site.parts(one, reference, mask)
             factor = self._mean_factor(site)
             totals["penalty"] += parts.loss_sum.item() * factor
             totals["count"] += parts.count.item() if i == 0 else 0.0
@@ -397,12 +433,24 @@ class Handle:
     def _mean_factor(self, site: Site) -> float:
         return 1.0 / site.plan.num_latents if self._settings.reduction == "mean" else 1.0
 
-    def _divided(self) -> torch.Tensor | float | None:
+    def _factor(self) -> torch.Tensor | float | None:
         """What a term is multiplied by; None before begin_step."""
-        if self._divisor is None:
+        if self._count is None:
             return None
-        ranks = self._world() if self._settings.gradients == "mean" else 1
-        return ranks / self._divisor
+        averaged = self._world() if self._settings.gradients == "mean" else self._copies()
+        return averaged / self._count_of_all()
+
+    def _count_of_all(self) -> torch.Tensor | float:
+        """The step's count as the sum over process_group has it."""
+        return self._count if self._counted_by_all else self._count * self._copies()
+
+    def _copies(self) -> int:
+        """How many ranks of process_group have the same tokens."""
+        if self._tensor_group is None or self._world() == 1:
+            return 1
+        ranks = torch.distributed.get_process_group_ranks
+        both = set(ranks(self._settings.process_group)) & set(ranks(self._tensor_group))
+        return max(len(both), 1)
 
     def _world(self) -> int:
         distributed = torch.distributed
@@ -439,7 +487,9 @@ class Term:
     weighted: torch.Tensor
     #: for each layer
     parts: tuple[Parts, ...]
+    #: what the layers put out
     hidden: tuple[torch.Tensor, ...] = field(repr=False)
+    held: tuple[Held, ...] = field(repr=False)
     factor: torch.Tensor | float | None = field(repr=False)
 
     @property
@@ -475,12 +525,13 @@ class Term:
         """
         one = torch.autograd.grad(self.weighted, self.hidden, retain_graph=True)
         two = torch.autograd.grad(task_loss, self.hidden, retain_graph=True, allow_unused=True)
-        pairs = [(a.double(), torch.zeros_like(a).double() if b is None else b.double())
-                 for a, b in zip(one, two)]
-        dot, left, right = (
-            sum((x * y).sum().to(self.weighted.device) for x, y in which)
-            for which in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
-        )
+        sums = []
+        for hidden, held, a, b in zip(self.hidden, self.held, one, two, strict=True):
+            a = held.localize(a, hidden).double()
+            b = torch.zeros_like(a) if b is None else held.localize(b, hidden).double()
+            products = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+            sums.append(held.summed(products).to(self.weighted.device))
+        dot, left, right = sum(sums)
         size = (left * right).sqrt()
         return torch.where(size == 0, 0.0, dot / size)
 
@@ -521,6 +572,7 @@ class _Settings:
     reduction: str
     tokens: str
     process_group: Any
+    tensor_group: Any
     gradients: str
     tolerance: float
     diagnostics: bool

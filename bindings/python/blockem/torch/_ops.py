@@ -11,6 +11,7 @@ import torch
 from .. import _arrays, _ffi
 from .._core import Plan, _expect_shape, expect, plans
 from .._library import check, fail, library
+from ._columns import over_columns
 
 __all__ = ["Parts", "encode", "penalty"]
 
@@ -33,6 +34,7 @@ def penalty(
     mask: torch.Tensor | None = None,
     *,
     per_latent: bool = False,
+    tensor_group: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | Parts:
     """BLOCK-EM's penalty in two parts: minimise ``task_loss + lam * loss_sum / count``.
 
@@ -49,12 +51,16 @@ def penalty(
     mask: [...] bool or uint8 (not 0 counts once), float32 (the token's share), or None. A token
         with mask 0 contributes nothing, even if its hidden is NaN.
     per_latent: returns :class:`Parts`, with the share of each latent too; nothing waits.
+    tensor_group: the process group whose ranks hold hidden's columns, in its order and cut like
+        torch.chunk: hidden is [..., d / ranks], reference and mask are of all ranks' tokens. One
+        all-reduce of [..., K]; every rank gets the whole loss_sum, and the gradient of its columns.
+        Not for SAEs that normalise every token, nor native topk (UNSUPPORTED).
 
     Returns loss_sum, differentiable once with respect to hidden, and count: 0-d float32 tensors
     (float64 for float64) on hidden's device. The backward pass keeps [..., K] coefficients, not
-    hidden (it keeps both where ``plan.backward_needs_hidden``: the SAE normalises every token); its
-    gradient has hidden's dtype. On CUDA the work is put on torch's current stream and
-    nothing waits for it, so a training step can be captured into a graph.
+    hidden (it keeps both where ``plan.backward_needs_hidden``: the SAE normalises every token or
+    has a GLU encoder); its gradient has hidden's dtype. On CUDA the work is put on torch's current
+    stream and nothing waits for it, so a training step can be captured into a graph.
 
     One operator of torch does it, ``torch.ops.blockem.penalty_forward``: torch.compile keeps it in
     its graph, with fullgraph=True and dynamic=True too, and torch.vmap loops over it;
@@ -68,23 +74,29 @@ def penalty(
     expect("reference", reference, torch.Tensor)
     if mask is not None:
         expect("mask", mask, torch.Tensor)
+    if tensor_group is not None:
+        plan, hidden = over_columns(plan, hidden, tensor_group)
     loss_sum, count, latent_loss, _ = torch.ops.blockem.penalty_forward(
         plan._key, hidden, reference, mask, per_latent
     )
     return Parts(loss_sum, count, latent_loss) if per_latent else (loss_sum, count)
 
 
-def encode(plan: Plan, hidden: torch.Tensor) -> torch.Tensor:
+def encode(plan: Plan, hidden: torch.Tensor, *, tensor_group: Any = None) -> torch.Tensor:
     """``plan.encode`` as an operator of torch, for compiled functions: z[..., k] of hidden.
 
     hidden: [..., d] float32, float16 or bfloat16 (float64 with backend="reference"), on the
         plan's device.
-    Returns [..., K] float32 (float64 for float64), detached, with the bits of ``plan.encode``.
+    tensor_group: as for :func:`penalty`.
+    Returns [..., K] float32 (float64 for float64), detached, with the bits of ``plan.encode``
+    (with tensor_group, those of the group's sum).
 
     Raises Error: SHAPE, DTYPE, LAYOUT, DEVICE_MISMATCH; TypeError for other objects.
     """
     expect("plan", plan, Plan)
     expect("hidden", hidden, torch.Tensor)
+    if tensor_group is not None:
+        plan, hidden = over_columns(plan, hidden.detach(), tensor_group)
     return torch.ops.blockem.encode(plan._key, hidden)
 
 

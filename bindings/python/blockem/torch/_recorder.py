@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(self, stack: Stack, device: str) -> None:
         self.stack = stack
-        self.open = self.finished = self.force = False
+        self.open = self.finished = self.force = self.cached = False
         # Shared by all recorders of a decoder: a base pass for one is no forward for another.
         self.pause = stack.decoder.__dict__.setdefault("_blockem_pause", Pause())
         self.device_type = torch.device(device).type
@@ -49,7 +49,8 @@ class Recorder:
             decoder.register_forward_hook(self._end),
         ]
         for index in sorted(set(stack.indices)):
-            self.hooks.append(stack.layers[index].register_forward_hook(self._layer_hook(index)))
+            hook = self._layer_hook(index)
+            self.hooks.append(stack.layers[index].register_forward_hook(hook, with_kwargs=True))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.pause.on:
@@ -69,8 +70,9 @@ class Recorder:
         self.outputs = {index: [] for index in self.stack.indices}
 
     def _layer_hook(self, index: int) -> Callable:
-        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if self.open and not self.pause.on:
+                self.cached = kwargs.get("past_key_values") is not None
                 hidden = hidden_of(output)
                 version = None if torch.compiler.is_compiling() else hidden._version
                 self.outputs[index].append((hidden, version))
@@ -82,7 +84,7 @@ class Recorder:
             self.open, self.finished = False, True
 
     def take(self) -> Forward:
-        call, outputs = self.call, self.outputs
+        call, outputs, cached = self.call, self.outputs, self.cached
         self.discard()
         if outputs is None:
             fail(
@@ -105,7 +107,7 @@ class Recorder:
                     f"the output of decoder block {index} was changed in place after the block",
                 )
             hidden.append(tensor)
-        return Forward(call, hidden)
+        return Forward(replace(call, cached=cached), hidden)
 
     def discard(self) -> None:
         self.call = self.outputs = None

@@ -15,7 +15,11 @@ from .._library import fail
 from ._ops import encode
 from ._recorder import Forward
 from ._site import Site
+from ._spread import Held
 from ._stack import Stack, find, peft_of
+
+#: How a layer's output lies on the ranks.
+Hold = Callable[[Site, torch.Tensor], Held]
 
 #: Given a batch, z of the base model for each site.
 Provider = Callable[[Any], torch.Tensor | Sequence[torch.Tensor]]
@@ -61,9 +65,9 @@ class Source:
         self.peft, self.stack = peft, stack
 
     def latents(
-        self, forward: Forward, batch: Any, sites: Sequence[Site]
+        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
     ) -> list[torch.Tensor]:
-        """z of the base model for each site."""
+        """z of the base model for each site: of this rank's tokens, or of all."""
         raise NotImplementedError
 
     def stand_in(self, forward: Forward) -> list[torch.Tensor] | None:
@@ -115,11 +119,11 @@ class AdaptersOff(Source):
                 )
 
     def latents(
-        self, forward: Forward, batch: Any, sites: Sequence[Site]
+        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
     ) -> list[torch.Tensor]:
         with self.adapters_off():
             hidden = self.stack.run(forward.call)
-        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
+        return _encode_all(sites, hidden, hold)
 
 
 class FrozenCopy(Source):
@@ -134,10 +138,9 @@ class FrozenCopy(Source):
         self.copied = copied
 
     def latents(
-        self, forward: Forward, batch: Any, sites: Sequence[Site]
+        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
     ) -> list[torch.Tensor]:
-        hidden = self.copied.run(forward.call)
-        return [encode(site.plan, h) for site, h in zip(sites, hidden, strict=True)]
+        return _encode_all(sites, self.copied.run(forward.call), hold)
 
 
 class Provided(Source):
@@ -154,7 +157,7 @@ class Provided(Source):
         self.checked = peft is not None
 
     def latents(
-        self, forward: Forward, batch: Any, sites: Sequence[Site]
+        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
     ) -> list[torch.Tensor]:
         given = self.provider(batch)
         given = [given] if isinstance(given, torch.Tensor) else list(given)
@@ -164,6 +167,13 @@ class Provided(Source):
                 f"reference gave {len(given)} tensors for {len(sites)} layers",
             )
         return [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
+
+
+def _encode_all(
+    sites: Sequence[Site], hidden: Sequence[torch.Tensor], hold: Hold
+) -> list[torch.Tensor]:
+    held = [hold(site, h) for site, h in zip(sites, hidden, strict=True)]
+    return [encode(one.plan, one.values) for one in held]
 
 
 def _frozen_copy(stack: Stack) -> Stack:

@@ -12,6 +12,7 @@ from .. import _ffi
 from .._core import Plan
 from .._library import fail
 from ._ops import Parts, encode, penalty
+from ._spread import Held
 from .lambdas import DualAscent, Fixed
 
 
@@ -28,43 +29,42 @@ class Site:
         self.step_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
         self.totals = torch.zeros(plan.num_latents + 3, dtype=torch.float64, device=plan.device)
 
-    def parts(
-        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
-    ) -> Parts:
-        return penalty(self.plan, hidden, reference, mask, per_latent=True)
+    def parts(self, held: Held, reference: torch.Tensor, mask: torch.Tensor | None) -> Parts:
+        """The penalty of all the tokens that this rank's group holds together."""
+        reference, mask = held.own(reference), held.own(mask)
+        return held.whole(penalty(held.plan, held.values, reference, mask, per_latent=True))
 
     def measure(
-        self,
-        hidden: torch.Tensor,
-        reference: torch.Tensor,
-        mask: torch.Tensor | None,
-        diagnostics: bool,
+        self, held: Held, reference: torch.Tensor, mask: torch.Tensor | None, diagnostics: bool
     ) -> Parts:
         """The penalty, added to the sums."""
-        part = self.parts(hidden, reference, mask)
+        part = self.parts(held, reference, mask)
         with torch.no_grad():
-            paying = dead = torch.zeros((), device=hidden.device)
+            paying = dead = torch.zeros((), device=held.values.device)
             if diagnostics:
-                paying, dead = self._diagnose(hidden.detach(), reference, mask)
+                paying, dead = self._diagnose(held, held.own(reference), held.own(mask))
             more = torch.stack([part.count, paying.to(part.count), dead.to(part.count)])
             self.totals += torch.cat([part.latent_loss, more])
             self.step_sum += part.loss_sum
         return part
 
     def _diagnose(
-        self, hidden: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
+        self, held: Held, reference: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counted pairs that pay, and what K- pays without a gradient."""
+        values = held.values.detach()
         *_, coef = torch.ops.blockem.penalty_forward(
-            self.plan._key, hidden, reference, mask, False
+            held.plan._key, values, reference, mask, False
         )
-        rise = (self.signs * (encode(self.plan, hidden) - reference)).relu()
-        share = torch.ones(hidden.shape[:-1], device=hidden.device) if mask is None else mask
+        rise = (self.signs * (encode(held.plan, values) - reference)).relu()
+        share = torch.ones(values.shape[:-1], device=values.device) if mask is None else mask
         share = share.to(rise.dtype) if share.is_floating_point() else (share != 0).to(rise.dtype)
         paying = (rise > 0) & (share != 0)[..., None]
         dead = paying & (coef == 0) & (self.signs < 0)
         cost = share[..., None] * self.weights * rise**2
-        return paying.sum(), torch.where(dead, cost, 0.0).sum()
+        found = torch.stack([paying.sum().double(), torch.where(dead, cost, 0.0).sum().double()])
+        # Where ranks hold columns, each of them found all.
+        return tuple(found if held.tokens is None else held.summed(found))
 
     def metrics(self, totals: torch.Tensor, factor: float) -> dict[str, float]:
         *latents, count, paying, dead = totals.tolist()

@@ -22,6 +22,8 @@ class Call:
     args: tuple
     kwargs: Mapping[str, Any]
     autocast: tuple[str, bool, torch.dtype] | None
+    #: the layers were given a cache of keys and values
+    cached: bool = False
 
 
 class Stack:
@@ -67,7 +69,7 @@ class Stack:
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             kwargs = dict(call.kwargs)
             if "use_cache" in kwargs or _accepts(self.decoder, "use_cache"):
-                kwargs["use_cache"] = False
+                kwargs["use_cache"] = call.cached and _may_be_packed(kwargs)
             try:
                 self.decoder(*call.args, **kwargs)
             except _Stop:
@@ -171,6 +173,12 @@ def _num_layers(model: nn.Module) -> int | None:
         config = config.get_text_config()
     names = ("num_hidden_layers", "n_layer", "num_layers")
     return next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+
+
+def _may_be_packed(kwargs: Mapping[str, Any]) -> bool:
+    """Whether transformers may read from position_ids that a row has several examples: it does so
+    without a cache only, so that a pass with and one without would differ."""
+    return kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
 
 
 def _accepts(module: nn.Module, name: str) -> bool:

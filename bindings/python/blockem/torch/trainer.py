@@ -34,6 +34,7 @@ class PenaltyMixin:
         own when its constructor is done (so with the adapters of peft_config).
     cosine_steps: every so many optimizer steps, the cosine of the gradients of penalty and task
         loss is logged (blockem/cosine, :meth:`blockem.torch.Term.cosine`); 0 for never.
+    per_latent: each latent's share is logged too (blockem/latent/<id>).
 
     The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
     ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others
@@ -43,18 +44,24 @@ class PenaltyMixin:
 
     Attribute ``penalty``: the :class:`blockem.torch.Handle`.
 
-    Raises Error UNSUPPORTED under FSDP, DeepSpeed, tensor, context and sequence parallelism and
+    DistributedDataParallel, FSDP2, DeepSpeed's ZeRO and tensor parallelism give what one process
+    gives. Raises Error UNSUPPORTED under FSDP1, context and sequence parallelism and
     torch.nn.DataParallel: what the trainer does there with hidden states, layers or batches has not
     been tested with the penalty.
     """
 
     def __init__(
-        self, *args: Any, penalty: Mapping[str, Any], cosine_steps: int = 0, **kwargs: Any
+        self,
+        *args: Any,
+        penalty: Mapping[str, Any],
+        cosine_steps: int = 0,
+        per_latent: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         _expect_whole(self)
         self.penalty: Handle = attach(self.model, **penalty)
-        self._cosine_steps = cosine_steps
+        self._cosine_steps, self._per_latent = cosine_steps, per_latent
         self._cosines: list[torch.Tensor] = []
         self.add_callback(_Steps(self.penalty))
 
@@ -95,7 +102,7 @@ class PenaltyMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.penalty.metrics()
+            logs |= self.penalty.metrics(per_latent=self._per_latent)
             if self._cosines:
                 logs["blockem/cosine"] = torch.stack(self._cosines).mean().item()
                 self._cosines.clear()
@@ -130,9 +137,7 @@ class _Steps(TrainerCallback):
 
 def _expect_whole(trainer: Any) -> None:
     split = {
-        "FSDP": trainer.is_fsdp_enabled,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "tensor parallelism": trainer.get_tp_size() > 1,
+        "FSDP1 (set version 2)": trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2,
         "context parallelism": trainer.get_cp_size() > 1,
         "sequence parallelism": trainer.get_sp_size() > 1,
         "torch.nn.DataParallel (start one process for each GPU)": trainer.args.n_gpu > 1,

@@ -1,0 +1,3 @@
+module blockem
+
+go 1.23
