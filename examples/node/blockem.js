@@ -56,6 +56,10 @@ export const structs = {
     activation: 'int32_t',
     num_threads: 'int32_t',
     reserved: 'int32_t',
+    part: 'int32_t',
+    reserved2: 'int32_t',
+    column_begin: 'int64_t',
+    column_end: 'int64_t',
   }),
   blockem_plan_info: koffi.struct('blockem_plan_info', {
     struct_size: 'size_t',
@@ -268,6 +272,10 @@ export class Plan {
       activation: known('activation', ACTIVATIONS, activation),
       num_threads: 0,
       reserved: 0,
+      part: 0,
+      reserved2: 0,
+      column_begin: 0,
+      column_end: 0,
     });
     this.handle = made((out) => C.planCreate(sae.handle, latents.handle, options, out));
     const info = { struct_size: koffi.sizeof(structs.blockem_plan_info) };
