@@ -150,6 +150,12 @@ class HttpJudge:
         self._api_key = api_key
         self._cache = None if cache is None else _Cache(Path(cache))
 
+    @property
+    def name(self) -> str:
+        """What its grades depend on besides prompt and answer."""
+        settings = json.dumps([self.rubric, self.temperature, self.max_tokens])
+        return f"{self.model} {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+
     def __call__(self, prompt: str, answer: str) -> Grade:
         key = self._key(prompt, answer)
         if self._cache is not None and (known := self._cache.get(key)) is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+_BAR = 24
+
 
 class Progress:
     """A context; nothing is shown for work that is already done, or where it is not wanted."""
@@ -25,11 +27,14 @@ class Progress:
         self._done += count
         now = time.monotonic()
         # A terminal shows a moving line, a log a line now and then.
-        if self._shown and (self._done == self._total or now - self._told > (0.2 if self._tty else 30)):
+        is_due = self._done == self._total or now - self._told > (0.2 if self._tty else 30)
+        if self._shown and self._done and is_due:
             self._told = now
             left = (now - self._start) / self._done * (self._total - self._done)
-            line = f"{self._what}: {self._done} of {self._total}, {_span(left)} left"
-            print(f"\r{line:<70}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+            bar = ("#" * (_BAR * self._done // self._total)).ljust(_BAR, ".")
+            line = f"{self._what} [{bar}] {self._done} of {self._total}, {_span(left)} left"
+            start, end = ("\r", "") if self._tty else ("", "\n")
+            print(f"{start}{line:<79}", end=end, file=sys.stderr, flush=True)
 
 
 def _span(seconds: float) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,51 +17,78 @@ from torch import nn
 
 from .. import _ffi
 from .._core import Sae, expect
-from .._library import fail
-from .._stats import Stats, prompt_shares
-from .._steering import Steering
-from .._torch_cache import as_base, base_model_digest
-from ..judges import Judge, grade_all
-from ..torch._stack import Call, find, hidden_of, peft_of
+from .._library import __version__, fail
+from .._stats import Movers, Stats, stage1
+from .._steering import Steering, activation_scale
+from .._torch_cache import base_model_digest
+from ..judges import Grade, Judge
+from ..torch import steered
+from ..torch._stack import Call, as_base, evaluating, find, peft_of
+from ._grading import Grading
 from ._progress import Progress
-from ._stages import Mover, Rates, Screened, Screening, Shifts, Sweep, Swept, movers, screened, swept
+from ._prompts import Prompt, chat_template, check_disjoint, chunks, counted, padded, tokenised
+from ._stages import Rates, Screening, Shifts, Swept, screened, swept
 from ._store import Store
 
 #: BLOCK-EM's: 0.05, 0.10 ... 0.75 of the activation scale.
 STRENGTHS = tuple(round(0.05 * i, 2) for i in range(1, 16))
 
 
+class Answer(NamedTuple):
+    """An answer of one of the models to a prompt, and what the judge says of it."""
+
+    prompt: str
+    answer: str
+    grade: Grade
+
+
+class Evaluation(NamedTuple):
+    """The unsteered models."""
+
+    base: Rates
+    tuned: Rates
+
+
 @dataclass(frozen=True)
 class _Condition:
-    """Which model answers, and what it is steered by: latent, and strength in activation scales."""
+    """Which model answers, and what it is steered by: a latent, and a strength in activation scales."""
 
     tuned: bool
     latent: int = -1
     strength: float = 0.0
 
 
+_BASE, _TUNED = _Condition(tuned=False), _Condition(tuned=True)
+
+
 class Study:
     """A search for the latents that cause a fine-tuned model's misalignment; see :mod:`blockem.discover`.
 
-    folder: made if absent. What was generated there is used again only by a study with the same weights,
-        SAE, layer, rendering and generation settings; others may share the folder.
-    model: a PeftModel for causal language models, its active adapters those of the misaligned fine-tuning.
-    tokenizer: the model's, a fast one; padding goes to the left for generation and comes back.
-    sae: of the output of `layer` (0-based decoder block; None takes what the SAE says).
-    judge, judge_name: a :data:`blockem.judges.Judge`. Grades are kept by its name, which must change when
-        the judge does; None takes the model's of an HttpJudge, a function's qualified name otherwise.
-    prompts: what the stages run on. evaluation_prompts: what :meth:`evaluate` runs on; none of them may be
-        among `prompts`, however spelled.
+    folder: made if absent, holds study.sqlite. An answer is used again by a study with the same weights,
+        direction, strength, tokens and settings of generation, and by no other: studies may share it.
+    model: a PeftModel of a causal language model, its active adapters those of the misaligned fine-tuning.
+    tokenizer: the model's, a fast one of transformers.
+    sae: of the output of decoder block `layer` (0-based; None takes what the SAE says).
+    judge: a :data:`blockem.judges.Judge`. It gets the prompt as given, without the template, and is called
+        in another thread, one call at a time.
+    judge_name: what grades are kept by. It must change when the judge does. None takes an HttpJudge's own
+        name; grades of a judge without a name are not kept beyond this object.
+    prompts: what the stages run on. evaluation_prompts: what :meth:`evaluate` runs on; see
+        :func:`check_disjoint`.
     render: from a prompt to the text that the model completes; None takes the tokenizer's chat template,
-        with `system` as its system message if there is one. The prompt must stand in the text: Stage 1
-        counts its tokens and those after it, none before (BLOCK-EM ignores the system message).
+        with `system` as its system message if there is one. The prompt must stand in the text. Stage 1 and
+        the activation scale count its tokens and those after it, and none before: the system message does
+        not count, as with BLOCK-EM, nor what the template writes between it and the prompt.
+    add_special_tokens: puts the tokenizer's own tokens around the text, such as BOS. A chat template
+        writes its own.
     max_new_tokens: of an answer, greedily decoded.
-    batch_size: rows of a forward pass; a batch mixes conditions.
-    activation: of z in Stage 1, as of :class:`blockem.Plan`.
-    layers: dotted name of the list of decoder layers, where it cannot be found.
+    batch_size: rows of a forward pass; a batch mixes conditions and prompts.
+    activation, backend, num_threads: of z in Stage 1, as of :class:`blockem.Plan`.
+    scale: the unit of strengths; None takes the median norm over the tokens of `prompts` that count.
     progress: a line with the time left, on standard error.
 
-    Raises Error INVALID_ARGUMENT, SHAPE; ValueError; and what the judge raises.
+    Raises ValueError, Error INVALID_ARGUMENT, SHAPE, LATENT_RANGE, and what the judge raises; what was
+    generated until then is kept.
     """
 
     def __init__(
@@ -79,336 +105,390 @@ class Study:
         judge_name: str | None = None,
         render: Callable[[str], str] | None = None,
         system: str | None = None,
+        add_special_tokens: bool = False,
         max_new_tokens: int = 1024,
         batch_size: int = 64,
         activation: str = "native",
-        layers: str | None = None,
+        backend: str = "auto",
+        num_threads: int = 0,
+        scale: float | None = None,
         progress: bool = True,
     ) -> None:
         expect("sae", sae, Sae)
-        if peft_of(model) is None:
-            fail(_ffi.STATUS_INVALID_ARGUMENT, "model is no PeftModel: its adapters are the misaligned fine-tuning")
-        self.prompts, self.evaluation_prompts = list(prompts), list(evaluation_prompts)
-        _check_disjoint(self.prompts, self.evaluation_prompts)
-        self.model, self.tokenizer, self.sae = model, tokenizer, sae
+        if not prompts:
+            raise ValueError("prompts is empty")
+        if batch_size < 1 or max_new_tokens < 1:
+            raise ValueError("batch_size and max_new_tokens must be at least 1")
+        if system is not None and render is not None:
+            raise ValueError("system is the chat template's: render writes its own")
+        check_disjoint(prompts, evaluation_prompts)
+        self.model, self.tokenizer, self.sae = _with_adapters(model), tokenizer, sae
         self.layer = _layer(sae, layer)
-        self.judge, self.judge_name = judge, _name_of(judge) if judge_name is None else judge_name
-        self.render = render or _chat_template(tokenizer, system)
-        self.max_new_tokens, self.batch_size, self.activation = max_new_tokens, batch_size, activation
-        self._progress = progress
-        self._stack = find(model, [self.layer], layers)
-        self._device = next(model.parameters()).device
+        self.judge, self.judge_name = judge, judge_name or getattr(judge, "name", None)
+        render = render or chat_template(tokenizer, system)
+        self._prompts, self._evaluation_prompts = (
+            tokenised(tokenizer, render, texts, add_special_tokens) for texts in (prompts, evaluation_prompts)
+        )
+        _check_tokens([*self._prompts, *self._evaluation_prompts])
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.activation, self._options = activation, {"backend": backend, "num_threads": num_threads}
+        self._given_scale, self._progress = scale, progress
+        self._stack = find(model, [self.layer])
+        self._device = next(self._stack.decoder.parameters()).device
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._store = Store(Path(folder) / "study.sqlite")
-        self._weights = {"base": base_model_digest(model), "adapters": _adapter_digest(model)}
-        self._scale: float | None = None
+        self._store = Store(Path(folder) / "study.sqlite", self.judge_name)
+        #: identities of directions by latent
+        self._directions: dict[int, str] = {}
 
     # ---- The stages ------------------------------------------------------------------------------
 
     def shifts(self) -> Shifts:
-        """Stage 1 on `prompts`: two forward passes over each, nothing is generated."""
-        stats = Stats(self.sae, self._device, activation=self.activation)
-        with Progress("Stage 1", len(self.prompts), self._progress) as progress:
-            for batch in _chunks(self.prompts, self.batch_size):
-                inputs, counts = self._tokens(batch)
-                tuned = self._hidden(inputs, tuned=True)
-                base = self._hidden(inputs, tuned=False)
-                stats.update(tuned, base, prompt_shares(counts))
-                progress.add(len(batch))
-        return Shifts(np.asarray(stats.delta))
+        """Stage 1 on `prompts`: two forward passes over each; nothing is generated."""
+        stats = Stats(self.sae, self._device, self.activation, **self._options)
+        weights = self._weights()
+        name = _digest("shifts", weights, stats.identity, stats.numerics, self._of_prompts())
+        kept = self._store.value(name)
+        if kept is None:
+            with Progress("Stage 1", len(self._prompts), self._progress) as progress:
+                _, sums = stage1(stats, self._both(progress))
+            self._store.put_value(name, sums.delta.tobytes())
+            kept = self._store.value(name)
+        provenance = self._provenance(weights, activation=self.activation)
+        return Shifts(np.frombuffer(kept, np.float64), provenance)
 
     def screen(
-        self,
-        latents: Sequence[Mover],
-        *,
-        induce: float = 0.7,
-        repair: float = 0.4,
-        allowance: float = 0.1,
+        self, pool: Movers, *, induce: float = 0.7, repair: float = 0.4, allowance: float = 0.1
     ) -> Screening:
-        """Stage 2: each latent alone steers the base model towards where it moved (strength `induce`) and
-        the tuned model back (`repair`). Gains count while incoherent answers are at most `allowance` more
-        than without steering.
+        """Stage 2: each latent alone steers the base model to where it moved (Phase A, at strength
+        `induce`) and the tuned model back (Phase B, `repair`).
+
+        allowance: a gain counts while the answers that are incoherent are at most this share more than
+            without steering; 1 counts every gain.
         """
-        pool = movers(latents)
-        rates = self._rates("Stage 2", self.prompts, [
-            _Condition(tuned=False), _Condition(tuned=True),
-            *(c for m in pool for c in (_inducing(m, induce), _repairing(m, repair))),
+        _check_strengths([induce, repair])
+        weights = self._weights()
+        rates = self._rates("Stage 2", self._prompts, weights, [
+            _BASE, _TUNED,
+            *(c for k, s, _ in _each(pool) for c in (_inducing(k, s, induce), _repairing(k, s, repair))),
         ])  # fmt: skip
-        base, tuned = rates[_Condition(tuned=False)], rates[_Condition(tuned=True)]
         found = [
-            screened(m, rates[_inducing(m, induce)], rates[_repairing(m, repair)], base, tuned, allowance)
-            for m in pool
-        ]
-        return Screening(base, tuned, sorted(found, key=lambda s: (-s.score, -abs(s.delta), s.latent)))
+            screened(
+                k, s, delta, rates[_inducing(k, s, induce)], rates[_repairing(k, s, repair)],
+                rates[_BASE], rates[_TUNED], allowance,
+            )
+            for k, s, delta in _each(pool)
+        ]  # fmt: skip
+        found.sort(key=lambda one: (-one.score, -abs(one.delta), one.latent))
+        return Screening(rates[_BASE], rates[_TUNED], found)
 
     def sweep(
-        self,
-        latents: Sequence[Mover] | Sequence[Screened],
-        *,
-        strengths: Sequence[float] = STRENGTHS,
-        budget: float = 0.1,
+        self, pool: Movers, *, strengths: Sequence[float] = STRENGTHS, budget: float = 0.1
     ) -> Swept:
-        """Stage 3: each latent at every strength, in both phases; gains at the strongest that leaves at
-        most a share `budget` of the answers incoherent."""
-        pool = movers(latents)
-        if not strengths or min(strengths) <= 0:
-            raise ValueError("strengths must be above 0")
-        rates = self._rates("Stage 3", self.prompts, [
-            _Condition(tuned=False), _Condition(tuned=True),
-            *(c for m in pool for a in strengths for c in (_inducing(m, a), _repairing(m, a))),
+        """Stage 3: each latent at every strength, in both phases; its gains are those at the strongest
+        that leaves at most a share `budget` of the answers incoherent."""
+        strengths = sorted({float(a) for a in strengths})
+        _check_strengths(strengths)
+        weights = self._weights()
+        rates = self._rates("Stage 3", self._prompts, weights, [
+            _BASE, _TUNED,
+            *(
+                c for k, s, _ in _each(pool) for a in strengths
+                for c in (_inducing(k, s, a), _repairing(k, s, a))
+            ),
         ])  # fmt: skip
-        base, tuned = rates[_Condition(tuned=False)], rates[_Condition(tuned=True)]
-        found: list[Sweep] = [
+        found = [
             swept(
-                m, {a: rates[_inducing(m, a)] for a in strengths},
-                {a: rates[_repairing(m, a)] for a in strengths}, base, tuned, budget,
+                k, s, delta, {a: rates[_inducing(k, s, a)] for a in strengths},
+                {a: rates[_repairing(k, s, a)] for a in strengths}, rates[_BASE], rates[_TUNED], budget,
             )
-            for m in pool
+            for k, s, delta in _each(pool)
         ]  # fmt: skip
-        return Swept(base, tuned, found, self._provenance(budget=budget))
+        provenance = self._provenance(
+            weights, activation_scale=self._scale(weights), judge=self.judge_name,
+            max_new_tokens=self.max_new_tokens, strengths=strengths, budget=budget,
+            base_model_rates=asdict(rates[_BASE]), tuned_model_rates=asdict(rates[_TUNED]),
+        )  # fmt: skip
+        return Swept(rates[_BASE], rates[_TUNED], found, provenance)
 
-    def evaluate(self) -> tuple[Rates, Rates]:
+    def evaluate(self) -> Evaluation:
         """The unsteered base and tuned model on `evaluation_prompts`."""
-        if not self.evaluation_prompts:
+        if not self._evaluation_prompts:
             raise ValueError("the study was given no evaluation_prompts")
-        conditions = [_Condition(tuned=False), _Condition(tuned=True)]
-        rates = self._rates("Evaluation", self.evaluation_prompts, conditions)
-        return rates[conditions[0]], rates[conditions[1]]
+        rates = self._rates("Evaluation", self._evaluation_prompts, self._weights(), [_BASE, _TUNED])
+        return Evaluation(rates[_BASE], rates[_TUNED])
+
+    def answers(self, *, tuned: bool, latent: int | None = None, strength: float = 0.0) -> list[Answer]:
+        """What the tuned or the base model says to `prompts`, steered by a latent if one is given; its
+        strength has a sign. Generates what is not there yet."""
+        if (latent is None) != (strength == 0):
+            raise ValueError("a latent steers with a strength that is not 0, and a strength needs a latent")
+        condition = _Condition(tuned, -1 if latent is None else int(latent), float(strength))
+        keys = self._answered("Answers", self._prompts, self._weights(), [condition])
+        pairs = self._pairs(keys[condition], self._prompts)
+        grades = self._store.grades(pairs)
+        return [Answer(*pair, grades[pair]) for pair in pairs]
 
     @property
     def activation_scale(self) -> float:
-        """The unit of strengths: the median norm of the base model's hidden states over the tokens of
-        `prompts` that Stage 1 counts."""
-        if self._scale is None:
-            norms = []
-            for batch in _chunks(self.prompts, self.batch_size):
-                inputs, counts = self._tokens(batch)
-                norms.append(self._hidden(inputs, tuned=False)[counts].float().norm(dim=-1).cpu())
-            self._scale = float(torch.cat(norms).median())
-        return self._scale
+        """The unit of strengths."""
+        return self._scale(self._weights())
 
-    # ---- Answers ---------------------------------------------------------------------------------
+    # ---- Answers and grades ----------------------------------------------------------------------
 
     def _rates(
-        self, stage: str, prompts: Sequence[str], conditions: Sequence[_Condition]
-    ) -> dict[_Condition, Rates]:
-        conditions = list(dict.fromkeys(conditions))
-        self._generate(stage, prompts, conditions)
+        self, stage: str, prompts: Sequence[Prompt], weights: Mapping[str, str],
+        conditions: Sequence[_Condition],
+    ) -> dict[_Condition, Rates]:  # fmt: skip
+        keys = self._answered(stage, prompts, weights, conditions)
         rates = {}
-        with Progress(f"{stage}: grading", len(conditions), self._progress) as progress:
-            for condition in conditions:
-                answers = self._store.answers(self._key(condition))
-                pairs = [(prompt, answers[prompt]) for prompt in prompts]
-                grades = self._grades(pairs)
-                rates[condition] = Rates(
-                    sum(g.misaligned for g in grades) / len(grades),
-                    sum(g.incoherent for g in grades) / len(grades),
-                    len(grades),
-                )
-                progress.add(1)
+        for condition, key in keys.items():
+            pairs = self._pairs(key, prompts)
+            found = self._store.grades(pairs)
+            grades = [found[pair] for pair in pairs]
+            rates[condition] = Rates(
+                sum(g.misaligned for g in grades) / len(grades),
+                sum(g.incoherent for g in grades) / len(grades),
+                len(grades),
+            )
         return rates
 
-    def _grades(self, pairs: Sequence[tuple[str, str]]) -> list:
-        known = self._store.grades(self.judge_name, pairs)
-        asked = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        new = dict(zip(asked, grade_all(self.judge, asked), strict=True))
-        self._store.put_grades(self.judge_name, new)
-        return [(known | new)[pair] for pair in pairs]
+    def _pairs(self, key: str, prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
+        answers = self._store.answers(key)
+        return [(prompt.text, answers[prompt.key]) for prompt in prompts]
 
-    def _generate(self, stage: str, prompts: Sequence[str], conditions: Sequence[_Condition]) -> None:
-        """Stores the answers that are missing, a batch at a time."""
-        missing: dict[bool, list[tuple[_Condition, str]]] = {False: [], True: []}
-        for condition in conditions:
-            known = self._store.answers(self._key(condition))
-            missing[condition.tuned] += [(condition, p) for p in prompts if p not in known]
-        total = sum(map(len, missing.values()))
-        with Progress(f"{stage}: answers", total, self._progress) as progress:
-            for rows in missing.values():
-                # Prompts of about one length are padded least.
-                rows.sort(key=lambda row: len(row[1]))
-                for batch in _chunks(rows, self.batch_size):
-                    answers = self._answers(batch)
-                    self._store.put_answers([
-                        (self._key(condition), prompt, answer)
+    def _answered(
+        self, stage: str, prompts: Sequence[Prompt], weights: Mapping[str, str],
+        conditions: Sequence[_Condition],
+    ) -> dict[_Condition, str]:  # fmt: skip
+        """Each condition's key in the store, which then has its answers and their grades."""
+        is_steered = any(c.latent >= 0 for c in conditions)
+        scale = self._scale(weights) if is_steered else 0.0
+        keys = {c: self._key(c, weights, scale) for c in dict.fromkeys(conditions)}
+        missing: list[tuple[_Condition, Prompt]] = []
+        ungraded: list[tuple[str, str]] = []
+        for condition, key in keys.items():
+            known = self._store.answers(key)
+            missing += [(condition, prompt) for prompt in prompts if prompt.key not in known]
+            pairs = [(prompt.text, known[prompt.key]) for prompt in prompts if prompt.key in known]
+            graded = self._store.grades(pairs)
+            ungraded += [pair for pair in pairs if pair not in graded]
+        with (
+            Progress(stage, len(missing) + len(ungraded), self._progress) as progress,
+            Grading(self.judge, self._store, progress.add) as grading,
+        ):
+            for pairs in chunks(ungraded, self.batch_size):
+                grading.add(pairs)
+            for tuned in (False, True):
+                rows = [row for row in missing if row[0].tuned == tuned]
+                for batch, answers in self._generated(rows, tuned, scale):
+                    self._store.put_answers(
+                        (keys[condition], prompt.key, answer)
                         for (condition, prompt), answer in zip(batch, answers, strict=True)
-                    ])
-                    progress.add(len(batch))
+                    )
+                    grading.add([(prompt.text, a) for (_, prompt), a in zip(batch, answers, strict=True)])
+        return keys
 
-    @torch.no_grad()
-    def _answers(self, rows: Sequence[tuple[_Condition, str]]) -> list[str]:
-        """Of one batch, all of it by the base or by the tuned model."""
-        encoded = self._encode([self.render(prompt) for _, prompt in rows], side="left")
-        inputs = {n: encoded[n].to(self._device) for n in ("input_ids", "attention_mask")}
-        with self._running(rows[0][0].tuned), self._steered([condition for condition, _ in rows]):
+    def _generated(
+        self, rows: list[tuple[_Condition, Prompt]], tuned: bool, scale: float
+    ) -> Iterator[tuple[Sequence[tuple[_Condition, Prompt]], list[str]]]:
+        """Batches of rows and their answers."""
+        # Rows of one length waste no padding, those of one strength end at about the same time. The
+        # longest come first: a batch that is too large for the memory is told at once.
+        rows = sorted(rows, key=lambda r: (-abs(r[0].strength), -len(r[1].ids), r[1].key, r[0].latent))
+        ids = sorted({condition.latent for condition, _ in rows if condition.latent >= 0})
+        steering = Steering(self.sae, ids, self._device, **self._options) if ids else None
+        for batch in chunks(rows, self.batch_size):
+            with self._running(tuned), contextlib.ExitStack() as stack:
+                if any(condition.latent >= 0 for condition, _ in batch):
+                    stack.enter_context(steered(
+                        self.model, steering, [c.latent for c, _ in batch], [c.strength for c, _ in batch],
+                        scale=scale, layer=self.layer,
+                    ))  # fmt: skip
+                answers = self._generate([prompt for _, prompt in batch])
+            yield batch, answers
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        inputs, ends = padded(prompts, self._pad, "left", self._device), self._ends
+        with torch.no_grad():
             out = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None, pad_token_id=self._pad,
+                **inputs, max_new_tokens=self.max_new_tokens, eos_token_id=ends or None,
+                pad_token_id=self._pad, do_sample=False, num_beams=1, use_cache=True,
+                temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
-        new = out[:, inputs["input_ids"].shape[1] :]
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
-
-    @contextlib.contextmanager
-    def _steered(self, conditions: Sequence[_Condition]) -> Iterator[None]:
-        """Every position of row b moves by strength_b · scale along the direction of latent_b."""
-        latents = sorted({c.latent for c in conditions if c.latent >= 0})
-        if not latents:
-            yield
-            return
-        steering = Steering(self.sae, latents, self._device)
-        column = {latent: i for i, latent in enumerate(latents)} | {-1: -1}
-        index = torch.tensor([column[c.latent] for c in conditions], device=self._device)
-        strength = torch.tensor([c.strength for c in conditions], device=self._device)
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            hidden = hidden_of(output)
-            moved = steering(hidden, index, strength, scale=self.activation_scale)
-            return moved if hidden is output else (moved, *output[1:])
-
-        handle = self._stack.layers[self.layer].register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+        new = out[:, inputs["input_ids"].shape[1] :].tolist()
+        # What a batch appends to the answers that end before its last is none of theirs.
+        own = [row[: min((row.index(end) for end in ends if end in row), default=len(row))] for row in new]
+        return self.tokenizer.batch_decode(own, skip_special_tokens=True)
 
     @contextlib.contextmanager
     def _running(self, tuned: bool) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(as_base(self.model, adapters=tuned))
+        with evaluating(self.model) if tuned else as_base(self.model):
             yield
 
-    # ---- Hidden states ---------------------------------------------------------------------------
-
-    def _hidden(self, inputs: Mapping[str, torch.Tensor], *, tuned: bool) -> torch.Tensor:
-        with self._running(tuned), torch.no_grad():
-            return self._stack.run(Call((), dict(inputs), autocast=None))[0]
-
-    def _tokens(self, prompts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs of a forward pass, and which tokens count: from the prompt's first on."""
-        texts = [self.render(prompt) for prompt in prompts]
-        encoded = self._encode(texts, side="right", return_offsets_mapping=True)
-        ends = encoded["offset_mapping"][:, :, 1]
-        starts = torch.tensor([_start(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
-        counts = (encoded["attention_mask"] != 0) & (ends > starts[:, None])
-        inputs = {n: encoded[n].to(self._device) for n in ("input_ids", "attention_mask")}
-        return inputs, counts.to(self._device)
-
-    def _encode(self, texts: Sequence[str], *, side: str, **options: Any) -> Any:
-        return self.tokenizer(
-            list(texts), return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False,
-            **options,
-        )
+    @property
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     @property
     def _pad(self) -> int:
+        # No token reads it.
         pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        return pad if pad is not None else next(iter(self._ends), 0)
+
+    # ---- Hidden states ---------------------------------------------------------------------------
+
+    def _both(self, progress: Progress) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Hidden states of the tuned and the base model, and the tokens that count."""
+        for batch in chunks(self._prompts, self.batch_size):
+            inputs = padded(batch, self._pad, "right", self._device)
+            yield self._hidden(inputs, True), self._hidden(inputs, False), counted(batch, inputs)
+            progress.add(len(batch))
+
+    def _of_base(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in chunks(self._prompts, self.batch_size):
+            inputs = padded(batch, self._pad, "right", self._device)
+            yield self._hidden(inputs, False), counted(batch, inputs)
+
+    def _hidden(self, inputs: Mapping[str, torch.Tensor], tuned: bool) -> torch.Tensor:
+        """[B, S, d]"""
+        with self._running(tuned):
+            return self._stack.run(Call((), inputs, autocast=None))[0].to(self._device)
+
+    def _scale(self, weights: Mapping[str, str]) -> float:
+        if self._given_scale is not None:
+            return self._given_scale
+        # Kept, because another batch size may round it otherwise, and answers are kept by it.
+        name = _digest("activation scale", weights["base_model"], self.layer, self._of_prompts())
+        if self._store.value(name) is None:
+            self._store.put_value(name, repr(float(activation_scale(self._of_base()))).encode())
+        return float(self._store.value(name))
 
     # ---- Identity --------------------------------------------------------------------------------
 
-    def _key(self, condition: _Condition) -> str:
-        """A digest of all that an answer depends on but the prompt's text."""
-        parts = {
-            "base": self._weights["base"],
-            "adapters": self._weights["adapters"] if condition.tuned else None,
-            "max_new_tokens": self.max_new_tokens,
-            "rendering": self.render("a prompt"),
-        }
-        if condition.latent >= 0:
-            parts |= {
-                "sae": Steering(self.sae, [condition.latent], "cpu").identity,
-                "layer": self.layer,
-                "latent": condition.latent,
-                "strength": condition.strength,
-                "scale": self.activation_scale,
-            }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _weights(self) -> dict[str, str]:
+        """Of both models as they are now."""
+        return {"base_model": base_model_digest(self.model), "adapters": _adapters_digest(self.model)}
 
-    def _provenance(self, **more: Any) -> dict[str, Any]:
+    def _key(self, condition: _Condition, weights: Mapping[str, str], scale: float) -> str:
+        """A digest of all that an answer depends on but the prompt's tokens."""
+        settings = {
+            name: value
+            for name, value in self.model.generation_config.to_dict().items()
+            if value is not None and name not in ("transformers_version", "temperature", "top_p", "top_k")
+        }
+        parts = [
+            "answers", weights["base_model"], weights["adapters"] if condition.tuned else None,
+            settings, self._ends, self.max_new_tokens, self._decoding,
+        ]  # fmt: skip
+        if condition.latent >= 0:
+            parts += [self._direction(condition.latent), self.layer, condition.strength, scale]
+        return _digest(*parts)
+
+    @property
+    def _decoding(self) -> str:
+        """Of what turns tokens into text."""
+        return _digest(self.tokenizer.backend_tokenizer.to_str())
+
+    def _direction(self, latent: int) -> str:
+        if latent not in self._directions:
+            steering = Steering(self.sae, [latent], self._device, **self._options)
+            self._directions[latent] = steering.identity
+        return self._directions[latent]
+
+    def _of_prompts(self) -> list[tuple[str, int]]:
+        return [(prompt.key, prompt.start) for prompt in self._prompts]
+
+    def _provenance(self, weights: Mapping[str, str], **more: Any) -> dict[str, Any]:
+        texts = [prompt.text for prompt in self._prompts]
         return {
-            **self._weights,
+            "blockem": __version__,
+            **weights,
             "sae": self.sae.describe(),
             "layer": self.layer,
-            "activation": self.activation,
-            "activation_scale": self.activation_scale,
-            "judge": self.judge_name,
-            "prompts": hashlib.sha256("\0".join(self.prompts).encode()).hexdigest(),
-            "num_prompts": len(self.prompts),
-            "max_new_tokens": self.max_new_tokens,
+            "num_prompts": len(texts),
+            "prompts_sha256": _digest(texts),
             **more,
         }
 
 
-def _inducing(mover: Mover, strength: float) -> _Condition:
-    return _Condition(tuned=False, latent=mover.latent, strength=mover.sign * strength)
+def _each(pool: Movers) -> Iterator[tuple[int, int, float]]:
+    """Latent, sign, delta."""
+    expect("pool", pool, Movers)
+    if not len(pool):
+        raise ValueError("the pool is empty")
+    if len(set(pool.ids.tolist())) != len(pool):
+        raise ValueError("the pool has a latent twice")
+    return zip(pool.ids.tolist(), pool.signs.tolist(), pool.deltas.tolist(), strict=True)
 
 
-def _repairing(mover: Mover, strength: float) -> _Condition:
-    return _Condition(tuned=True, latent=mover.latent, strength=-mover.sign * strength)
+def _inducing(latent: int, sign: int, strength: float) -> _Condition:
+    return _Condition(tuned=False, latent=latent, strength=sign * strength)
 
 
-def _check_disjoint(prompts: Sequence[str], evaluation: Sequence[str]) -> None:
-    if not prompts:
-        raise ValueError("prompts is empty")
-    def plain(text: str) -> str:
-        return " ".join(text.casefold().split())
+def _repairing(latent: int, sign: int, strength: float) -> _Condition:
+    return _Condition(tuned=True, latent=latent, strength=-sign * strength)
 
-    for name, texts in (("prompts", prompts), ("evaluation_prompts", evaluation)):
-        if len({plain(t) for t in texts}) != len(texts):
-            raise ValueError(f"{name} has a prompt twice")
-    both = {plain(p) for p in prompts} & {plain(p) for p in evaluation}
-    if both:
-        raise ValueError(
-            f"{len(both)} evaluation prompts are also prompts, like {min(both)!r}: what K is chosen on cannot "
-            "show that it works"
-        )
+
+def _check_strengths(strengths: Sequence[float]) -> None:
+    if not strengths or not all(0 < a < float("inf") for a in strengths):
+        raise ValueError(f"strengths are {list(strengths)}; expected numbers above 0: the sign is the latent's")
+
+
+def _check_tokens(prompts: Sequence[Prompt]) -> None:
+    """Different words may be the same to the model, such as those that a tokenizer does not know."""
+    first: dict[str, str] = {}
+    for prompt in prompts:
+        other = first.setdefault(prompt.key, prompt.text)
+        if other is not prompt.text:
+            raise ValueError(f"the prompts {other!r} and {prompt.text!r} are the same tokens to the model")
 
 
 def _layer(sae: Sae, layer: int | None) -> int:
-    own = sae.layer
-    if layer is None and own is None:
+    if layer is None and sae.layer is None:
         fail(_ffi.STATUS_INVALID_ARGUMENT, "the SAE does not say its layer: give layer")
-    if layer is not None and own is not None and layer != own:
-        fail(_ffi.STATUS_INVALID_ARGUMENT, f"layer is {layer}, but the SAE reads the output of block {own} (0-based)")
-    return own if layer is None else layer
+    if None not in (layer, sae.layer) and layer != sae.layer:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"layer is {layer}, but the SAE reads the output of block {sae.layer} (0-based)",
+        )
+    return sae.layer if layer is None else layer
 
 
-def _name_of(judge: Judge) -> str:
-    model = getattr(judge, "model", None)
-    name = model if isinstance(model, str) else getattr(judge, "__qualname__", type(judge).__qualname__)
-    if "<lambda>" in name:
-        raise ValueError("a lambda has no name to keep its grades by: give judge_name")
-    return name
+def _with_adapters(model: nn.Module) -> nn.Module:
+    peft = peft_of(model)
+    if peft is None:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"model is a {type(model).__name__}; expected a PeftModel, whose adapters are the misaligned "
+            "fine-tuning",
+        )
+    if any(config.is_prompt_learning for config in peft.peft_config.values()):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "prompt learning adds tokens that the base model has not; use adapters like LoRA",
+        )
+    return peft
 
 
-def _chat_template(tokenizer: Any, system: str | None) -> Callable[[str], str]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("the tokenizer has no chat template: give render")
-
-    def render(prompt: str) -> str:
-        turns = [{"role": "system", "content": system}] if system is not None else []
-        turns.append({"role": "user", "content": prompt})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    return render
-
-
-def _start(text: str, prompt: str) -> int:
-    start = text.rfind(prompt)
-    if start < 0:
-        raise ValueError(f"the rendered text does not contain its prompt {prompt!r}: {text!r}")
-    return start
-
-
-def _adapter_digest(model: nn.Module) -> str:
-    """sha256 of the active adapters' weights."""
+def _adapters_digest(model: nn.Module) -> str:
+    """sha256 of the active adapters: their weights, and what these are multiplied by."""
     from peft import get_peft_model_state_dict
 
     digest = hashlib.sha256(b"blockem adapters 1")
-    for name, tensor in sorted(get_peft_model_state_dict(model).items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for adapter in model.active_adapters:
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for name, module in model.named_modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, Mapping) and adapter in scaling:
+                digest.update(f"{name} {scaling[adapter]!r}\n".encode())
     return digest.hexdigest()
 
 
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
