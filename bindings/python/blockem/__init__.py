@@ -22,6 +22,7 @@ from ._core import Latents, Penalty, Plan, Sae, load_latents, load_sae
 from ._library import ArgumentError, DataError, Error, FileError, __version__, build_info
 from ._mask import Markers, Masked, Tokenizer, mask_from_offsets
 from ._stats import Movers, Stats, movers, prompt_shares, stage1
+from ._steering import Steering, activation_scale, token_norms
 
 if TYPE_CHECKING:
     from . import discover, jax, judges, torch
@@ -41,8 +42,10 @@ __all__ = [
     "Plan",
     "Sae",
     "Stats",
+    "Steering",
     "Tokenizer",
     "__version__",
+    "activation_scale",
     "base_model_digest",
     "build_info",
     "discover",
@@ -54,6 +57,7 @@ __all__ = [
     "movers",
     "prompt_shares",
     "stage1",
+    "token_norms",
     "torch",
 ]
 
