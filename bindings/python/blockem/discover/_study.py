@@ -23,6 +23,7 @@ from .._steering import Steering, activation_scale
 from .._torch_cache import base_model_digest
 from ..judges import Grade, Judge
 from ..torch import steered
+from ..torch._attach import _layer
 from ..torch._stack import Call, as_base, evaluating, find, peft_of
 from ._grading import Grading
 from ._progress import Progress
@@ -85,6 +86,7 @@ class Study:
     batch_size: rows of a forward pass; a batch mixes conditions and prompts.
     activation, backend, num_threads: of z in Stage 1, as of :class:`blockem.Plan`.
     scale: the unit of strengths; None takes the median norm over the tokens of `prompts` that count.
+    layers: dotted name of the list of decoder layers, where it cannot be found.
     progress: a line with the time left, on standard error.
 
     Raises ValueError, Error INVALID_ARGUMENT, SHAPE, LATENT_RANGE, and what the judge raises; what was
@@ -112,6 +114,7 @@ class Study:
         backend: str = "auto",
         num_threads: int = 0,
         scale: float | None = None,
+        layers: str | None = None,
         progress: bool = True,
     ) -> None:
         expect("sae", sae, Sae)
@@ -133,8 +136,13 @@ class Study:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.activation, self._options = activation, {"backend": backend, "num_threads": num_threads}
         self._given_scale, self._progress = scale, progress
-        self._stack = find(model, [self.layer])
-        self._device = next(self._stack.decoder.parameters()).device
+        #: digest of what turns tokens into text
+        self._decoding = _digest(tokenizer.backend_tokenizer.to_str())
+        self._layers, self._stack = layers, find(model, [self.layer], layers)
+        self._device, self._layer_device = (
+            next(module.parameters()).device
+            for module in (self._stack.decoder, self._stack.layers[self.layer])
+        )
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._store = Store(Path(folder) / "study.sqlite", self.judge_name)
         #: identities of directions by latent
@@ -144,7 +152,7 @@ class Study:
 
     def shifts(self) -> Shifts:
         """Stage 1 on `prompts`: two forward passes over each; nothing is generated."""
-        stats = Stats(self.sae, self._device, self.activation, **self._options)
+        stats = Stats(self.sae, self._layer_device, self.activation, **self._options)
         weights = self._weights()
         name = _digest("shifts", weights, stats.identity, stats.numerics, self._of_prompts())
         kept = self._store.value(name)
@@ -263,7 +271,8 @@ class Study:
         """Each condition's key in the store, which then has its answers and their grades."""
         is_steered = any(c.latent >= 0 for c in conditions)
         scale = self._scale(weights) if is_steered else 0.0
-        keys = {c: self._key(c, weights, scale) for c in dict.fromkeys(conditions)}
+        settings = self._settings()
+        keys = {c: self._key(c, weights, settings, scale) for c in dict.fromkeys(conditions)}
         missing: list[tuple[_Condition, Prompt]] = []
         ungraded: list[tuple[str, str]] = []
         for condition, key in keys.items():
@@ -296,13 +305,13 @@ class Study:
         # longest come first: a batch that is too large for the memory is told at once.
         rows = sorted(rows, key=lambda r: (-abs(r[0].strength), -len(r[1].ids), r[1].key, r[0].latent))
         ids = sorted({condition.latent for condition, _ in rows if condition.latent >= 0})
-        steering = Steering(self.sae, ids, self._device, **self._options) if ids else None
+        steering = Steering(self.sae, ids, self._layer_device, **self._options) if ids else None
         for batch in chunks(rows, self.batch_size):
             with self._running(tuned), contextlib.ExitStack() as stack:
                 if any(condition.latent >= 0 for condition, _ in batch):
                     stack.enter_context(steered(
                         self.model, steering, [c.latent for c, _ in batch], [c.strength for c, _ in batch],
-                        scale=scale, layer=self.layer,
+                        scale=scale, layer=self.layer, layers=self._layers,
                     ))  # fmt: skip
                 answers = self._generate([prompt for _, prompt in batch])
             yield batch, answers
@@ -344,18 +353,19 @@ class Study:
         """Hidden states of the tuned and the base model, and the tokens that count."""
         for batch in chunks(self._prompts, self.batch_size):
             inputs = padded(batch, self._pad, "right", self._device)
-            yield self._hidden(inputs, True), self._hidden(inputs, False), counted(batch, inputs)
+            counts = counted(batch, inputs).to(self._layer_device)
+            yield self._hidden(inputs, True), self._hidden(inputs, False), counts
             progress.add(len(batch))
 
     def _of_base(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in chunks(self._prompts, self.batch_size):
             inputs = padded(batch, self._pad, "right", self._device)
-            yield self._hidden(inputs, False), counted(batch, inputs)
+            yield self._hidden(inputs, False), counted(batch, inputs).to(self._layer_device)
 
     def _hidden(self, inputs: Mapping[str, torch.Tensor], tuned: bool) -> torch.Tensor:
         """[B, S, d]"""
         with self._running(tuned):
-            return self._stack.run(Call((), inputs, autocast=None))[0].to(self._device)
+            return self._stack.run(Call((), inputs, autocast=None))[0].to(self._layer_device)
 
     def _scale(self, weights: Mapping[str, str]) -> float:
         if self._given_scale is not None:
@@ -372,29 +382,30 @@ class Study:
         """Of both models as they are now."""
         return {"base_model": base_model_digest(self.model), "adapters": _adapters_digest(self.model)}
 
-    def _key(self, condition: _Condition, weights: Mapping[str, str], scale: float) -> str:
-        """A digest of all that an answer depends on but the prompt's tokens."""
-        settings = {
+    def _settings(self) -> str:
+        """A digest of how answers are generated, by either model."""
+        overridden = ("transformers_version", "temperature", "top_p", "top_k")
+        generation = {
             name: value
             for name, value in self.model.generation_config.to_dict().items()
-            if value is not None and name not in ("transformers_version", "temperature", "top_p", "top_k")
+            if value is not None and name not in overridden
         }
-        parts = [
-            "answers", weights["base_model"], weights["adapters"] if condition.tuned else None,
-            settings, self._ends, self.max_new_tokens, self._decoding,
-        ]  # fmt: skip
-        if condition.latent >= 0:
-            parts += [self._direction(condition.latent), self.layer, condition.strength, scale]
-        return _digest(*parts)
+        return _digest(generation, self._ends, self.max_new_tokens, self._decoding)
 
-    @property
-    def _decoding(self) -> str:
-        """Of what turns tokens into text."""
-        return _digest(self.tokenizer.backend_tokenizer.to_str())
+    def _key(
+        self, condition: _Condition, weights: Mapping[str, str], settings: str, scale: float
+    ) -> str:
+        """A digest of all that an answer depends on but the prompt's tokens."""
+        adapters = weights["adapters"] if condition.tuned else None
+        parts = ["answers", weights["base_model"], adapters, settings]
+        if condition.latent >= 0:
+            direction = self._direction(condition.latent)
+            parts += [direction, self.layer, condition.strength, scale]
+        return _digest(*parts)
 
     def _direction(self, latent: int) -> str:
         if latent not in self._directions:
-            steering = Steering(self.sae, [latent], self._device, **self._options)
+            steering = Steering(self.sae, [latent], self._layer_device, **self._options)
             self._directions[latent] = steering.identity
         return self._directions[latent]
 
@@ -444,17 +455,6 @@ def _check_tokens(prompts: Sequence[Prompt]) -> None:
         other = first.setdefault(prompt.key, prompt.text)
         if other is not prompt.text:
             raise ValueError(f"the prompts {other!r} and {prompt.text!r} are the same tokens to the model")
-
-
-def _layer(sae: Sae, layer: int | None) -> int:
-    if layer is None and sae.layer is None:
-        fail(_ffi.STATUS_INVALID_ARGUMENT, "the SAE does not say its layer: give layer")
-    if None not in (layer, sae.layer) and layer != sae.layer:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"layer is {layer}, but the SAE reads the output of block {sae.layer} (0-based)",
-        )
-    return sae.layer if layer is None else layer
 
 
 def _with_adapters(model: nn.Module) -> nn.Module:
