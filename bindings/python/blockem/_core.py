@@ -128,8 +128,8 @@ class Sae(Immutable):
         threshold: [F]; "jumprelu".
         gate_bias, magnitude_bias, magnitude_log_scale: [F] b_gate, b_mag, r_mag; "gated".
         decoder_bias: [d]; with ``apply_b_dec_to_input`` it is subtracted from hidden.
-        decoder_weight: [F, d]; with ``rescale_acts_by_decoder_norm`` ("topk") its rows' norms
-            scale the pre-activations.
+        decoder_weight: [F, d]; :class:`Steering` needs it, and with
+            ``rescale_acts_by_decoder_norm`` ("topk") its rows' norms scale the pre-activations.
         k: active latents per token; "topk".
         encoder_layout: "d_f", "f_d", or "auto" to tell from the shape, which needs d != F.
         input_scale: hidden is multiplied by it before encoding.

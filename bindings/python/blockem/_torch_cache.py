@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import sys
@@ -18,7 +17,7 @@ from torch import nn
 from . import _ffi
 from ._cache import Cache
 from ._library import fail
-from .torch._stack import Call, Stack, find
+from .torch._stack import Call, Stack, as_base, find
 
 __all__ = ["base_model_digest", "fill", "reference"]
 
@@ -63,7 +62,7 @@ def fill(
     """See :meth:`Cache.fill`."""
     stored = 0
     stack = find(model, [cache.layer], layers)
-    with _as_base(model), torch.no_grad():
+    with as_base(model), torch.no_grad():
         for batch in _shown(batches, progress):
             found = _examples(cache, batch, packed)
             absent = cache.missing([e.key for e in found]).any(axis=1)
@@ -167,23 +166,6 @@ def _hidden_after(stack: Stack, batch: Mapping[str, Any], rows: list[int]) -> to
 
 def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextlib.contextmanager
-def _as_base(model: nn.Module) -> Iterator[None]:
-    """Adapters and dropout off for a while; every flag is back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    with contextlib.ExitStack() as stack:
-        if hasattr(model, "disable_adapter"):
-            # peft trains every parameter of the active adapters when it turns them on again.
-            stack.callback(lambda: [p.requires_grad_(False) for p in frozen])
-            stack.enter_context(model.disable_adapter())
-        # Not train(False), whose overrides may merge weights.
-        stack.callback(lambda: [setattr(m, "training", True) for m in training])
-        for m in training:
-            m.training = False
-        yield
 
 
 def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -3,6 +3,7 @@ that put it into a training loop."""
 
 from ._attach import Calibration, Check, Handle, Term, attach
 from ._ops import Parts, encode, penalty
+from ._steer import steered
 from .lambdas import DualAscent, ratio_lambda
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "encode",
     "penalty",
     "ratio_lambda",
+    "steered",
 ]

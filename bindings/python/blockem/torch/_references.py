@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ._ops import encode
 from ._recorder import Forward
 from ._site import Site
 from ._spread import Held
-from ._stack import Stack, find, peft_of
+from ._stack import Stack, adapters_off, find, peft_of
 
 #: How a layer's output lies on the ranks.
 Hold = Callable[[Site, torch.Tensor], Held]
@@ -77,16 +77,8 @@ class Source:
         with torch.enable_grad(), self.adapters_off():
             return [hidden.detach() for hidden in self.stack.run(forward.call, training=True)]
 
-    @contextlib.contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        # peft trains every parameter of the active adapters when it turns them on again.
-        frozen = [p for p in self.peft.parameters() if not p.requires_grad]
-        try:
-            with self.peft.disable_adapter():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+    def adapters_off(self) -> contextlib.AbstractContextManager[None]:
+        return adapters_off(self.peft)
 
 
 class AdaptersOff(Source):

@@ -63,7 +63,8 @@ class Stack:
                 stack.callback(hook.remove)
             stack.enter_context(_eager())
             stack.enter_context(torch.set_grad_enabled(training))
-            stack.enter_context(_mode(self.decoder, training))
+            if not training:
+                stack.enter_context(evaluating(self.decoder))
             if call.autocast is not None:
                 device, enabled, dtype = call.autocast
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
@@ -142,6 +143,39 @@ def restored_modes(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Training mode off for a while, dropout with it.
+
+    The flags are set without `train()`, whose overrides merge weights and the like.
+    """
+    with restored_modes(module):
+        for m in module.modules():
+            m.training = False
+        yield
+
+
+@contextlib.contextmanager
+def adapters_off(peft: nn.Module) -> Iterator[None]:
+    """A PeftModel without its adapters for a while."""
+    # peft trains every parameter of the active adapters when it turns them on again.
+    frozen = [p for p in peft.parameters() if not p.requires_grad]
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Adapters and dropout off for a while; every flag is back afterwards."""
+    peft = peft_of(model)
+    with evaluating(model), contextlib.nullcontext() if peft is None else adapters_off(peft):
+        yield
+
+
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in a layer's output: itself, or the first of a tuple."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
@@ -188,15 +222,3 @@ def _accepts(module: nn.Module, name: str) -> bool:
 def _eager() -> contextlib.AbstractContextManager:
     """Compiled layers run uncompiled: a pass that stops in the middle is no graph."""
     return torch.compiler.set_stance("force_eager")
-
-
-@contextlib.contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training mode off for a while, unless it is wanted.
-
-    The flags are set without `train()`, whose overrides merge weights and the like.
-    """
-    with restored_modes(module):
-        for m in () if training else module.modules():
-            m.training = False
-        yield
