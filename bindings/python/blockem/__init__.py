@@ -24,7 +24,7 @@ from ._mask import Markers, Masked, Tokenizer, mask_from_offsets
 from ._stats import Movers, Stats, movers, prompt_shares, stage1
 
 if TYPE_CHECKING:
-    from . import jax, torch
+    from . import jax, report, torch
     from ._torch_cache import base_model_digest
 
 __all__ = [
@@ -51,13 +51,14 @@ __all__ = [
     "mask_from_offsets",
     "movers",
     "prompt_shares",
+    "report",
     "stage1",
     "torch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("jax", "torch"):
+    if name in ("jax", "report", "torch"):
         return importlib.import_module(f".{name}", __name__)
     if name == "base_model_digest":
         return importlib.import_module("._torch_cache", __name__).base_model_digest

@@ -1,0 +1,290 @@
+"""Charts as SVG text: lines over an axis, and rows of bars or marks.
+
+One chart is WIDTH wide and is never scaled far from that, so its text stays as large as the page's. A
+variant has one style on the whole page: a colour and a shape, so that no chart is read by colour alone.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+WIDTH = 380
+COLOURS = 8
+#: What a character of the chart's text takes up at most, in its own size of 11.
+CHARACTER = 6.2
+SHAPES = (
+    '<circle r="4"/>',
+    '<rect x="-3.6" y="-3.6" width="7.2" height="7.2"/>',
+    '<path d="M0-4.8 4.6 3.4H-4.6z"/>',
+    '<path d="M0-5.2 5.2 0 0 5.2-5.2 0z"/>',
+    '<path d="M0 4.8 4.6-3.4H-4.6z"/>',
+    '<path d="M-4.6-2 0-5 4.6-2 3 4.4H-3z"/>',
+)
+DASHES = ("", "6 3", "2 3", "8 3 2 3")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is drawn along a side; values outside low..high are not expected."""
+
+    label: str
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+    logarithmic: bool = False
+    #: a logarithmic axis with a place of its own for 0, left of a gap
+    zero: bool = False
+
+    def place(self, value: float) -> float:
+        """From 0 at the start to 1 at the end."""
+        if not self.logarithmic:
+            return (value - self.low) / (self.high - self.low)
+        start = 0.16 if self.zero else 0.0
+        if value == 0:
+            return 0.0
+        if self.low == self.high:
+            return (start + 1) / 2
+        return start + (1 - start) * math.log(value / self.low) / math.log(self.high / self.low)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An estimate, with the text that it shows under the pointer, and the seeds that it is the mean of."""
+
+    mean: float
+    lo: float
+    hi: float
+    text: str
+    dots: Sequence[tuple[float, str]] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    style: int
+    points: Sequence[tuple[float, Mark]]
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    value: str
+    lanes: Sequence[tuple[int, Mark]]
+
+
+def percents(label: str, values: Iterable[float] = ()) -> Axis:
+    """0 to 100 %, and further down if there are values below 0."""
+    low = min([0.0, *values])
+    ticks = _round_ticks(low, 1.0)
+    return Axis(label, min(low, ticks[0]), 1.0, [(t, _signed(f"{100 * t:.0f}")) for t in ticks])
+
+
+def amounts(label: str, values: Iterable[float]) -> Axis:
+    """From 0 to a round number that holds all values."""
+    most = max([0.0, *values]) or 1.0
+    ticks = _round_ticks(0.0, most)
+    if ticks[-1] < most:
+        ticks.append(2 * ticks[-1] - ticks[-2])
+    return Axis(label, 0.0, ticks[-1], [(t, f"{t:.6g}") for t in ticks])
+
+
+def steps(label: str, most: int) -> Axis:
+    ticks = _round_ticks(0.0, most or 1)
+    return Axis(label, 0.0, most or 1, [(t, f"{t:,.6g}") for t in ticks])
+
+
+def logarithms(label: str, values: Iterable[float]) -> Axis:
+    """Decades, or the values themselves where they span less than two; 0 has a place of its own."""
+    values = sorted(set(values))
+    above = [v for v in values if v > 0]
+    ticks = [(v, f"{v:.4g}") for v in above]
+    if above[-1] >= 100 * above[0]:
+        decades = range(math.ceil(math.log10(above[0]) - 1e-9), math.floor(math.log10(above[-1]) + 1e-9) + 1)
+        ticks = [(10.0**n, _power(n)) for n in decades]
+    if values[0] == 0:
+        ticks = [(0.0, "0"), *ticks]
+    return Axis(label, above[0], above[-1], ticks, logarithmic=True, zero=values[0] == 0)
+
+
+def lines(name: str, x: Axis, y: Axis, series: Sequence[Line]) -> str:
+    """Means as lines with their intervals as bands, and a dot for each seed."""
+    height, left, right, top, bottom = 252, 44, 14, 26, 42
+    across = lambda value: left + x.place(value) * (WIDTH - left - right)
+    down = lambda value: height - bottom - y.place(value) * (height - top - bottom)
+    parts = [_text(0, 11, y.label, "start", "label")]
+    for value, label in y.ticks:
+        parts.append(_line("grid", left, down(value), WIDTH - right, down(value)))
+        parts.append(_text(left - 6, down(value) + 4, label, "end"))
+    base = height - bottom
+    for value, label in _apart(x, WIDTH - left - right):
+        parts.append(_line("tick", across(value), base, across(value), base + 4))
+        parts.append(_text(across(value), base + 17, label, "middle"))
+    parts.append(_line("axis", left, base, WIDTH - right, base))
+    if x.zero:
+        cut = left + 0.08 * (WIDTH - left - right)
+        for shift in (-3, 3):
+            parts.append(_line("tick", cut + shift - 3, base + 5, cut + shift + 3, base - 5))
+    parts.append(_text((left + WIDTH - right) / 2, height - 5, x.label, "middle", "label"))
+    for line in series:
+        places = [(across(at), mark) for at, mark in line.points]
+        parts.append(_opened(line.style))
+        if len(places) > 1:
+            edge = [(px, down(m.hi)) for px, m in places] + [(px, down(m.lo)) for px, m in places[::-1]]
+            if any(m.hi > m.lo for _, m in places):
+                parts.append(f'<polygon class="band" points="{_points(edge)}"/>')
+            dash = DASHES[line.style // COLOURS % len(DASHES)]
+            dashed = f' stroke-dasharray="{dash}"' if dash else ""
+            middle = _points((px, down(m.mean)) for px, m in places)
+            parts.append(f'<polyline class="line" points="{middle}"{dashed}/>')
+        elif places and places[0][1].hi > places[0][1].lo:
+            px, only = places[0]
+            parts.append(_line("whisker", px, down(only.lo), px, down(only.hi)))
+        for px, mark in places:
+            parts += [_dot(px, down(value), text) for value, text in mark.dots]
+        # Shapes that touch would hide the line that they are to tell apart.
+        step = max(1, math.ceil(len(places) / 16))
+        for i, (px, mark) in enumerate(places):
+            shown = (len(places) - 1 - i) % step == 0
+            parts.append(_shape(line.style, px, down(mark.mean), mark.text, shown))
+        parts.append("</g>")
+    return _svg(name, height, parts)
+
+
+def rows(name: str, x: Axis, found: Sequence[Row], bars: bool) -> str:
+    """A label with a value above each row's lanes: bars from 0, or marks."""
+    left, right, head, lane = 8, 12, 19, 15
+    across = lambda value: left + x.place(value) * (WIDTH - left - right)
+    tops, top = [], 4
+    for row in found:
+        tops.append(top)
+        top += head + lane * len(row.lanes) + 9
+    base = top
+    parts = []
+    for value, label in _apart(x, WIDTH - left - right):
+        parts.append(_line("grid", across(value), 4, across(value), base))
+        parts.append(_text(across(value), base + 15, label, "middle"))
+    parts.append(_line("axis", across(0.0), 4, across(0.0), base))
+    parts.append(_text(WIDTH / 2, base + 33, x.label, "middle", "label"))
+    for row, y in zip(found, tops, strict=True):
+        room = int((WIDTH - 20 - CHARACTER * len(row.value)) / CHARACTER)
+        parts.append(_text(left, y + 13, row.label, "start", "row", room))
+        parts.append(_text(WIDTH - right, y + 13, row.value, "end", "value"))
+        for i, (style, mark) in enumerate(row.lanes):
+            middle = y + head + lane * i + lane / 2
+            parts.append(_opened(style))
+            if bars:
+                start, end = sorted((across(0.0), across(mark.mean)))
+                parts.append(
+                    f'<rect class="bar" x="{start:.1f}" y="{middle - 6:.1f}" width="{end - start:.1f}" '
+                    f'height="12">{_title(mark.text)}</rect>'
+                )
+            if mark.hi > mark.lo:
+                parts.append(_line("whisker", across(mark.lo), middle, across(mark.hi), middle))
+                for value in (mark.lo, mark.hi):
+                    parts.append(_line("whisker", across(value), middle - 3, across(value), middle + 3))
+            parts += [_dot(across(value), middle, text) for value, text in mark.dots]
+            parts.append(_shape(style, across(mark.mean), middle, mark.text, shown=True))
+            parts.append("</g>")
+    return _svg(name, base + 40, parts)
+
+
+def swatch(style: int) -> str:
+    """A style's line and shape, for a legend."""
+    dash = DASHES[style // COLOURS % len(DASHES)]
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return (
+        '<svg class="swatch" viewBox="0 0 32 12" width="32" height="12" aria-hidden="true">'
+        f'{_opened(style)}<polyline class="line" points="0,6 32,6"{dashed}/>'
+        f'<g transform="translate(16 6)" class="shape">{_form(style)}</g></g></svg>'
+    )
+
+
+def escaped(value: object) -> str:
+    """Text for HTML and for SVG as XML; characters that XML does not have become U+FFFD."""
+    text = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value))
+    return html.escape(text)
+
+
+def _svg(name: str, height: float, parts: Sequence[str]) -> str:
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escaped(name)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _opened(style: int) -> str:
+    return f'<g class="s{style % COLOURS}">'
+
+
+def _form(style: int) -> str:
+    return SHAPES[style % len(SHAPES)]
+
+
+def _shape(style: int, x: float, y: float, text: str, shown: bool) -> str:
+    # What is not drawn can still be pointed at.
+    form = _form(style) if shown else '<circle r="4" class="ghost"/>'
+    return f'<g transform="translate({x:.1f} {y:.1f})" class="shape">{form}{_title(text)}</g>'
+
+
+def _dot(x: float, y: float, text: str) -> str:
+    return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.4">{_title(text)}</circle>'
+
+
+def _title(text: str) -> str:
+    return f"<title>{escaped(text)}</title>"
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(
+    x: float, y: float, text: str, anchor: str, kind: str = "number", room: int | None = None
+) -> str:
+    cut, title = text, ""
+    if room is not None and len(text) > room:
+        cut, title = text[: max(room - 1, 1)] + "…", _title(text)
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
+        f"{escaped(cut)}{title}</text>"
+    )
+
+
+def _points(places: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _apart(axis: Axis, length: float) -> list[tuple[float, str]]:
+    """The ticks whose labels do not touch their neighbours'."""
+    kept: list[tuple[float, str]] = []
+    end = -math.inf
+    for value, label in axis.ticks:
+        half = CHARACTER * len(label) / 2
+        place = axis.place(value) * length
+        if place - half > end + 6:
+            kept.append((value, label))
+            end = place + half
+    return kept
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Four to six multiples of 1, 2, 2.5 or 5 times a power of ten, the first at or below low, the last within high."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _power(n: int) -> str:
+    if 0 <= n <= 1:
+        return str(10**n)
+    return "10" + str(n).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,0 +1,792 @@
+"""The page: what a lab's runs show, in one HTML file without scripts or anything from outside."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import numbers
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from . import _chart
+from ._chart import Line, Mark, Row, escaped
+from ._runs import BLOCK, DRIFTS, FRACTIONS, PLAIN, Run, checked, refuse
+from ._style import STYLE
+from ._summary import (
+    METRICS,
+    Estimate,
+    Variants,
+    estimate,
+    in_order,
+    mean,
+    pair,
+    plain_runs,
+    sweep_of,
+    variants,
+    write_whole,
+)
+
+LABELS = {
+    "em": "Misalignment",
+    "relative_reduction": "Reduction of misalignment",
+    "in_domain": "In-domain adherence",
+    "relative_in_domain": "Adherence relative to plain",
+    "coherence": "Coherence",
+    "coherence_change": "Change of coherence",
+    "drift_in": "Drift inside K",
+    "drift_out": "Drift outside K",
+}
+#: Metrics that compare a variant with plain, so that plain has none worth showing.
+COMPARED = ("relative_reduction", "relative_in_domain", "coherence_change")
+#: With more lines than this in a chart, bands hide each other.
+BANDS = 6
+
+
+def write(path: str | os.PathLike[str], runs: Iterable[Mapping[str, Any]], **options: Any) -> None:
+    """Writes :func:`page` to a file, whole or not at all."""
+    write_whole(path, page(runs, **options))
+
+
+def page(
+    runs: Iterable[Mapping[str, Any]],
+    *,
+    title: str = "BLOCK-EM: what blocking did",
+    blocked: str = BLOCK,
+    k_domain: str = "finance",
+    targets: Sequence[Mapping[str, Any]] = (),
+    notes: str | Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    k_sets: Mapping[str, Mapping[str, Any]] | None = None,
+    drift_unit: str = "as the runs measure it",
+) -> str:
+    """The page as text; the same runs give the same page.
+
+    runs: dicts as the module's description says.
+    blocked: the variant that the summary on top compares with ``plain``.
+    k_domain: the training domain that K was found on, which has lines of its own.
+    targets: dicts {variant, metric, at_least or at_most, optional steps and note}: what was to be reached,
+        with a note on why it was not. Without steps it is the shortest training that has plain and blocked.
+    notes: paragraphs of plain text.
+    config: any nested dict.
+    k_sets: what K0.json holds, by a label such as "seed 11".
+    drift_unit: the unit that the axes of drift state.
+
+    Raises ArgumentError (also ValueError) that names the run and the key: a missing or unknown value, a
+    fraction outside 0..1, NaN, two runs of one seed, domain, steps and variant; a target or K set that is
+    no such thing.
+    """
+    made = _Page(checked(runs), blocked, k_domain, drift_unit)
+    sections = [
+        ("summary", "Summary", made.summary() + _targets(targets, made)),
+        ("notes", "Notes", _notes(notes)),
+        ("lambda", "Against λ", made.each_length(made.against_lambda)),
+        ("variants", "Variants and controls", made.each_length(made.bars)),
+        ("domains", "By domain", made.each_length(made.domains)),
+        ("training", "Over training", made.lengths_chart() + made.each_length(made.curves)),
+        ("tables", "All numbers", made.each_length(made.table)),
+        ("k", "The blocked latents", _k_sets(k_sets or {})),
+        ("config", "Configuration", _facts(config) if config else ""),
+        ("reading", "How to read this", METHOD),
+    ]
+    sections = [section for section in sections if section[2]]
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
+    body = "".join(
+        f'<section id="{key}"><h2>{name}</h2>\n{content}</section>\n' for key, name, content in sections
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<header><h1>{escaped(title)}</h1>\n{made.lead()}<nav>{links}</nav></header>\n"
+        f"<main>\n{body}</main>\n</body>\n</html>\n"
+    )
+
+
+METHOD = """\
+<p>Every number is the mean over runs, with a 95 % interval in brackets: what other seeds would give on the
+same domains. Runs of one seed share their base model, SAE and K, so each seed counts once in the interval
+(Student's t over seeds, cut off where a fraction ends). With a single seed there is no interval. In the
+charts bars, lines and shapes are means, whiskers and bands are intervals, and small dots are single seeds;
+the exact numbers appear under the pointer.</p>
+<p><b>Misalignment</b> is the share of misaligned answers outside the training domain, <b>in-domain
+adherence</b> the share of answers in the training domain that do what was trained, <b>coherence</b> the share
+of answers that are well formed and on topic. <b>Reduction of misalignment</b> and the other comparisons set
+each run against the <code>plain</code> run of the same seed, domain and length of training.</p>
+"""
+
+
+class _Page:
+    """Runs with the styles of their variants, and the sections that they fill."""
+
+    def __init__(self, runs: list[Run], blocked: str, k_domain: str, drift_unit: str) -> None:
+        self.runs = runs
+        self.plain = plain_runs(runs)
+        self.blocked = blocked
+        self.k_domain = k_domain
+        self.drift_unit = drift_unit
+        self.names = in_order(runs)
+        if blocked not in self.names:
+            refuse(f"blocked is {blocked!r}, and no run is of this variant: there are {', '.join(self.names)}")
+        self.lengths = sorted({run["steps"] for run in runs})
+        self.styles = _styles(self.names, blocked)
+        has = lambda length, name: any(
+            run["steps"] == length and run["variant"] == name for run in runs
+        )
+        both = [n for n in self.lengths if has(n, PLAIN) and has(n, blocked)]
+        self.main_length = (both or self.lengths)[0]
+
+    def each_length(self, section: Any) -> str:
+        parts = []
+        for length in self.lengths:
+            content = section([run for run in self.runs if run["steps"] == length])
+            if content and len(self.lengths) > 1:
+                content = f"<h3>{_count(length, 'step')} of training</h3>\n{content}"
+            parts.append(content)
+        return "".join(parts)
+
+    def lead(self) -> str:
+        seeds = sorted({run["seed"] for run in self.runs})
+        domains = _domains(self.runs, self.k_domain)
+        return (
+            f"<p>{_count(len(self.runs), 'run')} of {_count(len(self.names), 'variant')}: "
+            f"{'seed' if len(seeds) == 1 else 'seeds'} {_listed(map(str, seeds))}; trained on "
+            f"{escaped(_listed(domains))}, for {_listed(f'{n:,}' for n in self.lengths)} steps.</p>\n"
+        )
+
+    # ---- Summary --------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        return self.each_length(self._cards)
+
+    def _cards(self, runs: list[Run]) -> str:
+        made = variants(runs)
+        plain, blocked = made.get(PLAIN, {}), made.get(self.blocked, {})
+        cards = [
+            _card("Misalignment, unblocked", "em", plain),
+            _card("Misalignment, blocked", "em", blocked),
+            _card(LABELS["relative_reduction"], "relative_reduction", blocked),
+            _card("In-domain adherence, blocked", "in_domain", blocked, plain, "relative_in_domain"),
+            _card("Coherence, blocked", "coherence", blocked, plain, "coherence_change"),
+        ]
+        if not any(cards):
+            return ""
+        seeds = sorted({run["seed"] for run in runs if run["variant"] in (PLAIN, self.blocked)})
+        domains = _domains([r for r in runs if r["variant"] in (PLAIN, self.blocked)], self.k_domain)
+        return (
+            f'<div class="cards">{"".join(cards)}</div>\n'
+            f"<p>{self._code(self.blocked)} against {self._code(PLAIN)}: {_count(len(seeds), 'seed')}, "
+            f"trained on {escaped(_listed(domains))}.</p>\n"
+        )
+
+    def _code(self, name: str) -> str:
+        return f"<code>{escaped(name)}</code>"
+
+    # ---- Charts ---------------------------------------------------------------------------------
+
+    def against_lambda(self, runs: list[Run]) -> str:
+        """Sweeps of at least two values of lambda, on what all of their variants and plain were run on."""
+        parts = []
+        for family, members in _sweeps(runs).items():
+            by_name = {name: [r for r in runs if r["variant"] == name] for name in (PLAIN, *members)}
+            common = set.intersection(*({pair(r) for r in found} for found in by_name.values()))
+            if not common:
+                parts.append(
+                    f"<p>The sweep of {self._code(family)} is not drawn: no seed and domain has all its values "
+                    f"of λ and {self._code(PLAIN)}.</p>\n"
+                )
+                continue
+            kept = {name: [r for r in found if pair(r) in common] for name, found in by_name.items()}
+            xs = {name: statistics.median(r.get("lam") or 0.0 for r in kept[name]) for name in kept}
+            x = _chart.logarithms("λ", xs.values())
+            style = self.styles[next(iter(members))]
+            charts = []
+            for metric in FRACTIONS:
+                marks = [
+                    (xs[n], self._mark(metric, kept[n], f"{n}, λ = {xs[n]:.4g}"))
+                    for n in sorted(kept, key=lambda n: xs[n])
+                ]
+                charts.append(
+                    _chart.lines(
+                        f"{LABELS[metric]} against λ, {family}", x, self._axis(metric, []),
+                        [Line(style, [(at, m) for at, m in marks if m is not None])],
+                    )
+                )  # fmt: skip
+            seeds, domains = {s for s, _, _ in common}, {d for _, d, _ in common}
+            parts.append(
+                f"<p>{self._code(family)} by λ, 0 being {self._code(PLAIN)}: {_count(len(seeds), 'seed')}, "
+                f"trained on {escaped(_listed(sorted(domains)))}.</p>\n{_figure(charts)}"
+            )
+        return "".join(parts)
+
+    def bars(self, runs: list[Run]) -> str:
+        """All variants but the members of the sweeps, which have charts of their own."""
+        swept = {name for family in _sweeps(runs).values() for name in family}
+        names = [n for n in in_order(runs) if n not in swept or sweep_of(n) == n]
+        charts = []
+        for metric in ("em", "relative_reduction", "in_domain", "coherence"):
+            marks = {
+                name: self._mark(metric, [r for r in runs if r["variant"] == name], name)
+                for name in names
+                if not (metric in COMPARED and name == PLAIN)
+            }
+            found = {name: mark for name, mark in marks.items() if mark is not None}
+            if not found:
+                continue
+            axis = self._axis(metric, found.values())
+            rows = [
+                Row(name, f"{_shown(metric, mark.mean)}{_interval(metric, mark)}", [(self.styles[name], mark)])
+                for name, mark in found.items()
+            ]
+            charts.append(_chart.rows(f"{LABELS[metric]} by variant", axis, rows, bars=True))
+        return _figure(charts) + _uneven(runs)
+
+    def domains(self, runs: list[Run]) -> str:
+        named = [n for n in (PLAIN, self.blocked) if any(r["variant"] == n for r in runs)]
+        own = {n: [r for r in runs if r["variant"] == n] for n in named}
+        domains = _domains(runs, self.k_domain)
+        charts = []
+        if len(domains) > 1:
+            for metric in FRACTIONS:
+                rows = [
+                    self._row(domain, [
+                        (n, self._mark(metric, [r for r in own[n] if r["domain"] == domain], f"{n}, {domain}"))
+                        for n in named
+                    ])
+                    for domain in domains
+                ]  # fmt: skip
+                axis = self._axis(metric, [], f"{LABELS[metric]} by training domain (%)")
+                charts.append(_chart.rows(f"{LABELS[metric]} by training domain", axis, rows, bars=False))
+        evaluated = _evaluated(runs, self.k_domain)
+        if evaluated:
+            rows = [
+                self._row(domain, [(n, self._mark_evaluated(own[n], domain, n)) for n in named])
+                for domain in evaluated
+            ]
+            axis = self._axis("em", [], "Misalignment by evaluated domain (%)")
+            charts.append(_chart.rows("Misalignment by evaluated domain", axis, rows, bars=False))
+        if not charts:
+            return ""
+        text = self._legend(named) + _figure([chart for chart in charts if chart])
+        if len(domains) > 1:
+            text += self._by_training_domain(runs, domains)
+        if evaluated:
+            text += "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
+            rest = [n for n in in_order(runs) if n not in named]
+            tables = "".join(
+                self._matrix(n, [r for r in runs if r["variant"] == n], domains, evaluated) for n in rest
+            )
+            if tables:
+                text += f"<details><summary>The same of all other variants</summary>\n{tables}</details>\n"
+        return text
+
+    def _row(self, domain: str, lanes: list[tuple[str, Mark | None]]) -> Row:
+        return Row(domain, "", [(self.styles[n], mark) for n, mark in lanes if mark is not None])
+
+    def curves(self, runs: list[Run]) -> str:
+        charts, drawn = [], []
+        for metric in (*FRACTIONS, *DRIFTS):
+            series = {}
+            for name in in_order(runs):
+                points = _curve(metric, [r for r in runs if r["variant"] == name and r.get("curve")], name)
+                if points:
+                    series[name] = points
+            if not series:
+                continue
+            drawn = [n for n in in_order(runs) if n in series or n in drawn]
+            marks = [mark for points in series.values() for _, mark in points]
+            if len(series) > BANDS:
+                marks = [Mark(m.mean, m.mean, m.mean, m.text) for m in marks]
+                series = {n: [(at, Mark(m.mean, m.mean, m.mean, m.text)) for at, m in points]
+                          for n, points in series.items()}  # fmt: skip
+            x = _chart.steps("training step", runs[0]["steps"])
+            charts.append(
+                _chart.lines(
+                    f"{LABELS[metric]} over training", x, self._axis(metric, marks),
+                    [Line(self.styles[n], points) for n, points in series.items()],
+                )
+            )  # fmt: skip
+        if not charts:
+            return ""
+        bands = ""
+        if len(drawn) > BANDS:
+            bands = "<p>There are too many lines for bands; the intervals appear under the pointer.</p>\n"
+        return self._legend(drawn) + _figure(charts) + bands
+
+    def lengths_chart(self) -> str:
+        """Where runs ended by their length, on the seeds and domains that a variant has at each."""
+        by_name: dict[str, dict[int, list[Run]]] = {}
+        for name in self.names:
+            groups: dict[int, list[Run]] = {}
+            for run in self.runs:
+                if run["variant"] == name:
+                    groups.setdefault(run["steps"], []).append(run)
+            common = set.intersection(
+                *({(r["seed"], r["domain"]) for r in found} for found in groups.values())
+            )
+            if len(groups) > 1 and common:
+                by_name[name] = {
+                    n: [r for r in found if (r["seed"], r["domain"]) in common]
+                    for n, found in sorted(groups.items())
+                }
+        if not by_name:
+            return ""
+        x = _chart.logarithms("steps of training", [n for groups in by_name.values() for n in groups])
+        charts = []
+        for metric in (*FRACTIONS, *DRIFTS):
+            series = {}
+            for name, groups in by_name.items():
+                marks = [(n, self._mark(metric, found, f"{name}, {n} steps")) for n, found in groups.items()]
+                if any(mark is not None for _, mark in marks):
+                    series[name] = [(float(n), mark) for n, mark in marks if mark is not None]
+            if series:
+                axis = self._axis(metric, [mark for points in series.values() for _, mark in points])
+                found = [Line(self.styles[n], points) for n, points in series.items()]
+                charts.append(_chart.lines(f"{LABELS[metric]} by length of training", x, axis, found))
+        return (
+            "<h3>By length of training</h3>\n<p>Where each run ended.</p>\n"
+            + self._legend(list(by_name)) + _figure(charts)
+        )  # fmt: skip
+
+    def _mark(self, metric: str, runs: list[Run], text: str) -> Mark | None:
+        found = estimate(metric, runs, self.plain)
+        if found is None:
+            return None
+        dots = []
+        for seed in sorted({run["seed"] for run in runs}):
+            own = estimate(metric, [r for r in runs if r["seed"] == seed], self.plain)
+            if own is not None:
+                dots.append((own["mean"], f"{text}, seed {seed}: {_shown(metric, own['mean'])}"))
+        return _mark(metric, found, text, dots if len(dots) > 1 else [])
+
+    def _mark_evaluated(self, runs: list[Run], domain: str, name: str) -> Mark | None:
+        values = [
+            (r["seed"], r["em_by_domain"][domain])
+            for r in runs
+            if r["domain"] != domain and domain in (r.get("em_by_domain") or {})
+        ]
+        found = mean(values, (0, 1))
+        if found is None:
+            return None
+        text, dots = f"{name}, evaluated on {domain}", []
+        for seed in sorted({seed for seed, _ in values}):
+            own = statistics.fmean(value for s, value in values if s == seed)
+            dots.append((own, f"{text}, seed {seed}: {_shown('em', own)}"))
+        return _mark("em", found, text, dots if len(dots) > 1 else [])
+
+    def _axis(self, metric: str, marks: Iterable[Mark], label: str | None = None) -> _chart.Axis:
+        values = [v for m in marks for v in (m.lo, m.hi, m.mean, *(value for value, _ in m.dots))]
+        if metric in DRIFTS:
+            return _chart.amounts(f"{LABELS[metric]} ({self.drift_unit})", values)
+        unit = "% of plain's" if metric == "relative_reduction" else "% of answers"
+        return _chart.percents(label or f"{LABELS[metric]} ({unit})", values if metric in COMPARED else [])
+
+    def _legend(self, names: Sequence[str]) -> str:
+        items = "".join(
+            f"<li>{_chart.swatch(self.styles[n])}<span>{escaped(n)}</span></li>" for n in names
+        )
+        return f'<ul class="legend">{items}</ul>\n'
+
+    # ---- Tables ---------------------------------------------------------------------------------
+
+    def table(self, runs: list[Run]) -> str:
+        """Each variant over all domains, over the one that K was found on, and over the others."""
+        own = [r for r in runs if r["domain"] == self.k_domain]
+        others = [r for r in runs if r["domain"] != self.k_domain]
+        parts = {"all": variants(runs)}
+        if own and others:
+            parts = {"all domains": parts["all"], self.k_domain: variants(own), "the others": variants(others)}
+        metrics = [m for m in METRICS if any(m in v for v in parts[next(iter(parts))].values())]
+        head = "".join(f'<th scope="col">{LABELS[m]}</th>' for m in metrics)
+        domain = '<th scope="col">Trained on</th>' if len(parts) > 1 else ""
+        body = []
+        for name in in_order(runs):
+            lines = [(label, made[name]) for label, made in parts.items() if name in made]
+            rows = []
+            for i, (label, values) in enumerate(lines):
+                first = f'<th scope="rowgroup" rowspan="{len(lines)}">{escaped(name)}</th>' if i == 0 else ""
+                where = f'<th scope="row">{escaped(label)}</th>' if len(parts) > 1 else ""
+                count = values["em"]["runs"]
+                cells = "".join(_cell(m, values, count, name == PLAIN and m in COMPARED) for m in metrics)
+                rows.append(f"<tr>{first}{where}<td>{count}</td>{cells}</tr>\n")
+            body.append(f"<tbody>{''.join(rows)}</tbody>\n")
+        return _scrolled(
+            "All variants",
+            f'<table class="all"><thead><tr><th scope="col">Variant</th>{domain}<th scope="col">Runs</th>{head}'
+            f"</tr></thead>\n{''.join(body)}</table>",
+        )
+
+    def _by_training_domain(self, runs: list[Run], domains: Sequence[str]) -> str:
+        rows = []
+        for name in in_order(runs):
+            own = [r for r in runs if r["variant"] == name]
+            cells = [mean([(r["seed"], r["em"]) for r in own if r["domain"] == d], (0, 1)) for d in domains]
+            rows.append((name, cells))
+        return _heat("Misalignment by training domain", "Variant", domains, rows)
+
+    def _matrix(
+        self, name: str, runs: list[Run], domains: Sequence[str], evaluated: Sequence[str]
+    ) -> str:
+        rows = []
+        for domain in domains:
+            own = [r for r in runs if r["domain"] == domain and r.get("em_by_domain")]
+            cells = [
+                mean([(r["seed"], r["em_by_domain"][e]) for r in own if e in r["em_by_domain"]], (0, 1))
+                for e in evaluated
+            ]
+            if any(cells):
+                rows.append((domain, cells))
+        if not rows:
+            return ""
+        return _heat(f"{name}: misalignment by evaluated domain", "Trained on", evaluated, rows)
+
+
+# ---- Pieces of the page -------------------------------------------------------------------------
+
+
+def _card(
+    label: str,
+    metric: str,
+    values: Mapping[str, Estimate],
+    plain: Mapping[str, Estimate] | None = None,
+    compared: str = "",
+) -> str:
+    if metric not in values:
+        return ""
+    found, against = values[metric], ""
+    if plain and metric in plain:
+        against = f"<p>unblocked {_data(metric, plain[metric]['mean'])}"
+        if compared in values:
+            against += f"; {LABELS[compared].lower()} {_estimated(compared, values[compared])}"
+        against += "</p>"
+    return (
+        f'<div class="card"><p class="name">{label}</p><p class="big">{_data(metric, found["mean"])}</p>'
+        f"<p>{_bracketed(metric, found) or 'one seed, no interval'}</p>{against}</div>"
+    )
+
+
+def _targets(targets: Sequence[Mapping[str, Any]], page: _Page) -> str:
+    if not targets:
+        return ""
+    rows = []
+    for i, target in enumerate(targets):
+        rows.append(_target(f"targets[{i}]", target, page))
+    return "<h3>Targets</h3>\n" + _scrolled(
+        "Targets",
+        '<table class="targets"><thead><tr><th scope="col">Target</th><th scope="col">Measured</th>'
+        '<th scope="col">Verdict</th></tr></thead>\n<tbody>' + "".join(rows) + "</tbody></table>",
+    )
+
+
+def _target(place: str, target: Mapping[str, Any], page: _Page) -> str:
+    if not isinstance(target, Mapping):
+        refuse(f"{place} is a {type(target).__name__}; expected a dict")
+    known = {"variant", "metric", "at_least", "at_most", "steps", "note"}
+    if unknown := [str(key) for key in target if key not in known]:
+        refuse(f"{place} has unknown keys: {', '.join(unknown)}")
+    bounds = [key for key in ("at_least", "at_most") if key in target]
+    metric, name = target.get("metric"), target.get("variant")
+    if metric not in METRICS:
+        refuse(f"{place}: metric is {metric!r}; expected one of {', '.join(METRICS)}")
+    if not isinstance(name, str):
+        refuse(f"{place}: variant is {name!r}; expected a name")
+    if len(bounds) != 1:
+        refuse(f"{place} must have at_least or at_most, and not both")
+    bound = target[bounds[0]]
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not math.isfinite(bound):
+        refuse(f"{place}: {bounds[0]} is {bound!r}; expected a number")
+    length = target.get("steps", page.main_length)
+    runs = [run for run in page.runs if run["steps"] == length]
+    found = variants(runs).get(name, {}).get(metric)
+    sign = "≥" if bounds[0] == "at_least" else "≤"
+    where = f", {_count(length, 'step')}" if len(page.lengths) > 1 else ""
+    text = f"<code>{escaped(name)}</code>{where}: {LABELS[metric]} {sign} {_data(metric, float(bound))}"
+    if found is None:
+        verdict, measured = ("open", "? not measured"), "–"
+    else:
+        verdict, measured = _verdict(found, bounds[0], float(bound)), _estimated(metric, found)
+    note = f'<p class="note">{escaped(target["note"])}</p>' if target.get("note") else ""
+    return (
+        f'<tr><td>{text}{note}</td><td>{measured}</td><td class="{verdict[0]}">{verdict[1]}</td></tr>\n'
+    )
+
+
+def _verdict(found: Estimate, kind: str, bound: float) -> tuple[str, str]:
+    """By the mean; what the interval leaves open is said."""
+    turn = 1 if kind == "at_least" else -1
+    reached = turn * (found["mean"] - bound) >= 0
+    ends = turn * (found["lo"] - bound) >= 0, turn * (found["hi"] - bound) >= 0
+    text = "✓ reached" if reached else "✗ not reached"
+    if found["seeds"] == 1:
+        text += ", one seed only"
+    elif not all(ends) and reached:
+        text += " on average; the interval goes beyond"
+    elif any(ends) and not reached:
+        text += "; the interval includes it"
+    return ("met" if reached else "missed"), text
+
+
+def _notes(notes: str | Sequence[str]) -> str:
+    paragraphs = [notes] if isinstance(notes, str) else list(notes)
+    return "".join(f'<p class="note">{escaped(p.strip())}</p>\n' for p in paragraphs if p.strip())
+
+
+def _k_sets(k_sets: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = []
+    for label, found in k_sets.items():
+        count, table = _k_set(f"k_sets[{label!r}]", found)
+        rest = {k: v for k, v in found.items() if k not in ("K_pos", "K_neg", "selected_latents")}
+        opened = " open" if len(k_sets) == 1 else ""
+        parts.append(
+            f"<details{opened}><summary>{escaped(label)}: {count}</summary>\n{table}"
+            f"{_facts(rest) if rest else ''}</details>\n"
+        )
+    return "".join(parts)
+
+
+EVIDENCE = {
+    "delta": "Δ",
+    "score": "Score",
+    "induce_strength": "Induces at α",
+    "induce_gain": "Induces",
+    "repair_strength": "Repairs at α",
+    "repair_gain": "Repairs",
+}
+
+
+def _k_set(place: str, found: Mapping[str, Any]) -> tuple[str, str]:
+    """How many latents of each sign, and their table."""
+    sides: dict[int, str] = {}
+    for side in ("K_pos", "K_neg"):
+        ids = found.get(side) if isinstance(found, Mapping) else None
+        if not isinstance(ids, Sequence) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            refuse(f"{place} has no list of latents {side}")
+        for latent in ids:
+            if latent in sides:
+                refuse(f"{place}: latent {latent} is there twice")
+            sides[latent] = side
+    evidence = {}
+    for i, latent in enumerate(found.get("selected_latents") or []):
+        number = latent.get("latent") if isinstance(latent, Mapping) else None
+        if number not in sides or latent.get("sign_group", sides[number]) != sides[number]:
+            refuse(f"{place}['selected_latents'][{i}] is not in K_pos or K_neg as it says: {latent!r}")
+        evidence[number] = latent
+    columns = [key for key in EVIDENCE if any(key in latent for latent in evidence.values())]
+    rows = []
+    for latent in [*evidence, *(i for i in sides if i not in evidence)]:
+        values = [_evidence(evidence.get(latent, {}).get(key), key) for key in columns]
+        sign = "K+" if sides[latent] == "K_pos" else "K−"
+        rows.append(f'<tr><th scope="row">{latent}</th><td>{sign}</td>{"".join(values)}</tr>\n')
+    head = "".join(f'<th scope="col">{EVIDENCE[key]}</th>' for key in columns)
+    up = sum(side == "K_pos" for side in sides.values())
+    legend = ""
+    if columns:
+        legend = (
+            "<p>Δ: how far the latent's mean moved from the base model to the misaligned one. Induces, "
+            "repairs: how much more misaligned steering along it makes the base model's answers, and how "
+            "much less the misaligned model's, at the strength α.</p>\n"
+        )
+    table = (
+        f'<table class="k"><thead><tr><th scope="col">Latent</th><th scope="col">Side</th>{head}</tr></thead>'
+        f"\n<tbody>{''.join(rows)}</tbody></table>"
+    )
+    return f"{up} latents in K+, {len(sides) - up} in K−", legend + _scrolled("Blocked latents", table)
+
+
+def _evidence(value: object, key: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return "<td>–</td>"
+    if key.endswith("gain"):
+        shown = f"{_signed(100 * float(value), '+.1f')}\u00a0points"
+    else:
+        shown = _signed(float(value), "+.3g" if key == "delta" else ".3g")
+    return f'<td><data value="{float(value)!r}">{shown}</data></td>'
+
+
+def _facts(found: Mapping[str, Any]) -> str:
+    """A nested dict as lines of dotted keys."""
+    rows = "".join(
+        f'<tr><th scope="row">{escaped(key)}</th><td>{escaped(value)}</td></tr>\n'
+        for key, value in _flat("", found)
+    )
+    return f'<table class="facts"><tbody>{rows}</tbody></table>\n'
+
+
+def _flat(before: str, found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for key, value in found.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(f"{name}.", value)
+        elif isinstance(value, str):
+            yield name, value
+        else:
+            yield name, json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _heat(
+    caption: str, corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Estimate | None]]]
+) -> str:
+    """Fractions with a tint that grows with them."""
+    body = []
+    for name, cells in rows:
+        found = []
+        for column, cell in zip(columns, cells, strict=True):
+            if cell is None:
+                found.append("<td>–</td>")
+                continue
+            own = ' class="own"' if column == name else ""
+            found.append(
+                f'<td{own} style="background:rgb(213 94 0/{0.5 * cell["mean"]:.3f})">'
+                f"{_data('em', cell['mean'])}{_small(_bracketed('em', cell))}</td>"
+            )
+        body.append(f'<tr><th scope="row">{escaped(name)}</th>{"".join(found)}</tr>\n')
+    head = "".join(f'<th scope="col">{escaped(column)}</th>' for column in columns)
+    return _scrolled(
+        caption,
+        f'<table class="heat"><caption>{escaped(caption)}</caption><thead><tr><th scope="col">{corner}</th>'
+        f"{head}</tr></thead>\n<tbody>{''.join(body)}</tbody></table>",
+    )
+
+
+def _cell(metric: str, values: Mapping[str, Estimate], runs: float, trivial: bool) -> str:
+    if metric not in values or trivial:
+        return "<td>–</td>"
+    found = values[metric]
+    fewer = f"<small>of {found['runs']} runs</small>" if found["runs"] != runs else ""
+    return f"<td>{_data(metric, found['mean'])}{_small(_bracketed(metric, found))}{fewer}</td>"
+
+
+def _estimated(metric: str, found: Estimate) -> str:
+    return f"{_data(metric, found['mean'])} {_bracketed(metric, found)}".rstrip()
+
+
+def _bracketed(metric: str, found: Estimate) -> str:
+    """The interval, if there is one."""
+    if found["seeds"] == 1:
+        return ""
+    lo, hi = (_data(metric, found[key], unit=False) for key in ("lo", "hi"))
+    return f"[{lo},\u00a0{hi}]"
+
+
+def _small(text: str) -> str:
+    return f"<small>{text}</small>" if text else ""
+
+
+def _data(metric: str, value: float, unit: bool = True) -> str:
+    """A number as it is read, with its exact value for programs."""
+    shown = _shown(metric, value) if unit else _number(metric, value)
+    return f'<data value="{value!r}">{shown}</data>'
+
+
+def _interval(metric: str, mark: Mark) -> str:
+    if mark.lo == mark.hi == mark.mean:
+        return ""
+    return f" [{_number(metric, mark.lo)}, {_number(metric, mark.hi)}]"
+
+
+def _mark(metric: str, found: Estimate, text: str, dots: Sequence[tuple[float, str]]) -> Mark:
+    lo, hi = found["lo"], found["hi"]
+    interval = f" [{_number(metric, lo)}, {_number(metric, hi)}]" if found["seeds"] > 1 else ""
+    seeds = _count(int(found["seeds"]), "seed")
+    return Mark(found["mean"], lo, hi, f"{text}: {_shown(metric, found['mean'])}{interval}, {seeds}", dots)
+
+
+def _shown(metric: str, value: float) -> str:
+    unit = "" if metric in DRIFTS else "\u00a0points" if metric == "coherence_change" else "\u00a0%"
+    return _number(metric, value) + unit
+
+
+def _number(metric: str, value: float) -> str:
+    if metric in DRIFTS:
+        return f"{value:.3g}"
+    return _signed(100 * value, "+.1f" if metric == "coherence_change" else ".1f")
+
+
+def _signed(value: float, form: str) -> str:
+    """With a real minus sign, and none before 0."""
+    text = format(value, form)
+    if float(text) == 0:
+        text = format(0.0, form.removeprefix("+"))
+    return text.replace("-", "−")
+
+
+def _figure(charts: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(f"<figure>{c}</figure>" for c in charts)}</div>\n' if charts else ""
+
+
+def _scrolled(label: str, table: str) -> str:
+    return f'<div class="scroll" role="region" aria-label="{escaped(label)}" tabindex="0">{table}</div>\n'
+
+
+def _uneven(runs: list[Run]) -> str:
+    """What a comparison of means must be told: not every variant has the same seeds and domains."""
+    own = {n: {(r["seed"], r["domain"]) for r in runs if r["variant"] == n} for n in in_order(runs)}
+    most = set.union(*own.values())
+    fewer = [f"<code>{escaped(n)}</code> {len(found)}" for n, found in own.items() if found != most]
+    if not fewer:
+        return ""
+    return (
+        f"<p>Not every variant was run on all {len(most)} pairs of seed and domain: {_listed(fewer)}. Means of "
+        "different pairs are not comparable; the reduction is, since each run is set against its own plain "
+        "run.</p>\n"
+    )
+
+
+# ---- What is in the runs ------------------------------------------------------------------------
+
+
+def _styles(names: Sequence[str], blocked: str) -> dict[str, int]:
+    """plain and the blocked variant have colours of their own; a sweep has one style."""
+    others = (i for i in itertools.count(2) if i % _chart.COLOURS > 1)
+    families = {PLAIN: 0, sweep_of(blocked): 1}
+    for name in names:
+        if sweep_of(name) not in families:
+            families[sweep_of(name)] = next(others)
+    return {name: families[sweep_of(name)] for name in names}
+
+
+def _sweeps(runs: list[Run]) -> dict[str, list[str]]:
+    """Variants by sweep, where there are at least two with a lambda, and plain."""
+    families: dict[str, list[str]] = {}
+    for name in in_order(runs):
+        own = [run for run in runs if run["variant"] == name]
+        if name != PLAIN and all(run.get("lam") for run in own):
+            families.setdefault(sweep_of(name), []).append(name)
+    has_plain = any(run["variant"] == PLAIN for run in runs)
+    return {family: names for family, names in families.items() if len(names) > 1 and has_plain}
+
+
+def _curve(metric: str, runs: list[Run], name: str) -> list[tuple[float, Mark]]:
+    """At the steps that all runs of the variant measured."""
+    measured = [{p["step"]: p[metric] for p in run["curve"] if p.get(metric) is not None} for run in runs]
+    if not measured:
+        return []
+    points = []
+    for step in sorted(set.intersection(*(set(found) for found in measured))):
+        values = [(run["seed"], found[step]) for run, found in zip(runs, measured, strict=True)]
+        made = mean(values, METRICS[metric])
+        points.append((float(step), _mark(metric, made, f"{name}, step {step}", [])))
+    return points
+
+
+def _domains(runs: Iterable[Run], first: str) -> list[str]:
+    """Training domains, the one that K was found on first."""
+    return sorted({run["domain"] for run in runs}, key=lambda name: (name != first, name))
+
+
+def _evaluated(runs: Iterable[Run], first: str) -> list[str]:
+    found = {domain for run in runs for domain in run.get("em_by_domain") or {}}
+    return sorted(found, key=lambda name: (name != first, name))
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = list(words)
+    return f"{', '.join(most)} and {last}" if most else last
