@@ -60,10 +60,10 @@ HOSTILE = "\"><script>alert('x')</script><img src=x onerror=alert(1)>&lt;</svg><
 def made_up(seed: int = 0) -> list[dict[str, Any]]:
     """Runs as a lab gives them: seeds scatter, domains differ, long runs have curves."""
     draw = random.Random(seed)
-    lift = {d: draw.uniform(-0.08, 0.08) for d in DOMAINS}
+    lift = {d: draw.uniform(-0.2, 0.2) for d in DOMAINS}
     runs = []
     for run_seed, domain in itertools.product(SEEDS, DOMAINS):
-        luck = draw.gauss(0, 0.04)
+        luck = draw.gauss(0, 0.12)
         for steps, levels in ((40, LEVELS), (400, LONG)):
             for variant, level in levels.items():
                 if "_lam" in variant and domain not in ("finance", "legal"):
@@ -77,7 +77,7 @@ def _made_up(
 ) -> dict[str, Any]:
     cut = lambda x: min(max(x, 0.0), 1.0)
     em, in_domain, coherence, drift_in, drift_out = level
-    em = cut(em * (1 + shift + draw.gauss(0, 0.05)))
+    em = cut(em * (1 + shift + draw.gauss(0, 0.15)))
     run = {
         "seed": seed, "domain": domain, "steps": steps, "variant": variant, "em": em,
         "in_domain": cut(in_domain + draw.gauss(0, 0.01)), "coherence": cut(coherence + draw.gauss(0, 0.008)),
@@ -137,7 +137,7 @@ def whole_page(runs: list[dict[str, Any]]) -> str:
 class Parsed(html.parser.HTMLParser):
     """Tags with their attributes, the text of each, and that all are closed in order."""
 
-    VOID = {"meta", "link", "br", "img", "input", "hr"}
+    VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -440,7 +440,9 @@ def as_text(metric: str, numbers: list[float]) -> str:
         mean, lo, hi = (f"{x:.3g}" for x in numbers)
         unit = ""
     elif metric == "coherence_change":
-        mean, lo, hi = (f"{100 * x:+.1f}".replace("-", "−") for x in numbers)
+        zero = {"+0.0": "0.0", "-0.0": "0.0"}
+        signed = [f"{100 * x:+.1f}" for x in numbers]
+        mean, lo, hi = (zero.get(x, x).replace("-", "−") for x in signed)
         unit = "\u00a0points"
     else:
         mean, lo, hi = (f"{100 * x:.1f}".replace("-", "−") for x in numbers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH = 380
@@ -114,7 +114,7 @@ def lines(name: str, x: Axis, y: Axis, series: Sequence[Line]) -> str:
     height, left, right, top, bottom = 252, 44, 14, 26, 42
     across = lambda value: left + x.place(value) * (WIDTH - left - right)
     down = lambda value: height - bottom - y.place(value) * (height - top - bottom)
-    parts = [_text(0, 11, y.label, "start", "label")]
+    parts = [_text(0, 11, y.label, "start", "label", WIDTH / CHARACTER)]
     for value, label in y.ticks:
         parts.append(_line("grid", left, down(value), WIDTH - right, down(value)))
         parts.append(_text(left - 6, down(value) + 4, label, "end"))
@@ -155,40 +155,44 @@ def lines(name: str, x: Axis, y: Axis, series: Sequence[Line]) -> str:
 
 def rows(name: str, x: Axis, found: Sequence[Row], bars: bool) -> str:
     """A label with a value above each row's lanes: bars from 0, or marks."""
-    left, right, head, lane = 8, 12, 19, 15
+    right, title, head, lane = 12, 22, 17, 14
+    left = max(8.0, CHARACTER * len(x.ticks[0][1]) / 2)
     across = lambda value: left + x.place(value) * (WIDTH - left - right)
-    tops, top = [], 4
+    parts = [_text(0, 11, x.label, "start", "label", WIDTH / CHARACTER)]
+    ticks = _apart(x, WIDTH - left - right)
+    top = title
     for row in found:
-        tops.append(top)
-        top += head + lane * len(row.lanes) + 9
-    base = top
-    parts = []
-    for value, label in _apart(x, WIDTH - left - right):
-        parts.append(_line("grid", across(value), 4, across(value), base))
-        parts.append(_text(across(value), base + 15, label, "middle"))
-    parts.append(_line("axis", across(0.0), 4, across(0.0), base))
-    parts.append(_text(WIDTH / 2, base + 33, x.label, "middle", "label"))
-    for row, y in zip(found, tops, strict=True):
-        room = int((WIDTH - 20 - CHARACTER * len(row.value)) / CHARACTER)
-        parts.append(_text(left, y + 13, row.label, "start", "row", room))
-        parts.append(_text(WIDTH - right, y + 13, row.value, "end", "value"))
+        room = (WIDTH - right - CHARACTER * len(row.value)) / CHARACTER - 2
+        parts.append(_text(0, top + 12, row.label, "start", "row", room))
+        parts.append(_text(WIDTH - right, top + 12, row.value, "end", "value"))
+        start, end = top + head, top + head + lane * len(row.lanes)
+        # Nothing runs through the words.
+        parts += [_line("grid", across(value), start, across(value), end) for value, _ in ticks]
+        parts.append(_line("axis", across(0.0), start - 1, across(0.0), end + 1))
         for i, (style, mark) in enumerate(row.lanes):
-            middle = y + head + lane * i + lane / 2
-            parts.append(_opened(style))
-            if bars:
-                start, end = sorted((across(0.0), across(mark.mean)))
-                parts.append(
-                    f'<rect class="bar" x="{start:.1f}" y="{middle - 6:.1f}" width="{end - start:.1f}" '
-                    f'height="12">{_title(mark.text)}</rect>'
-                )
-            if mark.hi > mark.lo:
-                parts.append(_line("whisker", across(mark.lo), middle, across(mark.hi), middle))
-                for value in (mark.lo, mark.hi):
-                    parts.append(_line("whisker", across(value), middle - 3, across(value), middle + 3))
-            parts += [_dot(across(value), middle, text) for value, text in mark.dots]
-            parts.append(_shape(style, across(mark.mean), middle, mark.text, shown=True))
-            parts.append("</g>")
-    return _svg(name, base + 40, parts)
+            parts += _lane(across, start + lane * (i + 0.5), style, mark, bars)
+        top = end + 7
+    parts += [_text(across(value), top + 10, label, "middle") for value, label in ticks]
+    return _svg(name, top + 16, parts)
+
+
+def _lane(
+    across: Callable[[float], float], middle: float, style: int, mark: Mark, bar: bool
+) -> list[str]:
+    parts = [_opened(style)]
+    if bar:
+        start, end = sorted((across(0.0), across(mark.mean)))
+        parts.append(
+            f'<rect class="bar" x="{start:.1f}" y="{middle - 6:.1f}" width="{end - start:.1f}" '
+            f'height="12">{_title(mark.text)}</rect>'
+        )
+    if mark.hi > mark.lo:
+        parts.append(_line("whisker", across(mark.lo), middle, across(mark.hi), middle))
+        for value in (mark.lo, mark.hi):
+            parts.append(_line("whisker", across(value), middle - 4, across(value), middle + 4))
+    parts += [_dot(across(value), middle, text) for value, text in mark.dots]
+    parts.append(_shape(style, across(mark.mean), middle, mark.text, shown=True))
+    return [*parts, "</g>"]
 
 
 def swatch(style: int) -> str:
@@ -243,11 +247,11 @@ def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def _text(
-    x: float, y: float, text: str, anchor: str, kind: str = "number", room: int | None = None
+    x: float, y: float, text: str, anchor: str, kind: str = "number", room: float = math.inf
 ) -> str:
     cut, title = text, ""
-    if room is not None and len(text) > room:
-        cut, title = text[: max(room - 1, 1)] + "…", _title(text)
+    if len(text) > room:
+        cut, title = text[: max(int(room) - 1, 1)] + "…", _title(text)
     return (
         f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
         f"{escaped(cut)}{title}</text>"

@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import os
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -224,9 +225,7 @@ class _Page:
         return "".join(parts)
 
     def bars(self, runs: list[Run]) -> str:
-        """All variants but the members of the sweeps, which have charts of their own."""
-        swept = {name for family in _sweeps(runs).values() for name in family}
-        names = [n for n in in_order(runs) if n not in swept or sweep_of(n) == n]
+        names = _unswept(runs)
         charts = []
         for metric in ("em", "relative_reduction", "in_domain", "coherence"):
             marks = {
@@ -243,7 +242,7 @@ class _Page:
                 for name, mark in found.items()
             ]
             charts.append(_chart.rows(f"{LABELS[metric]} by variant", axis, rows, bars=True))
-        return _figure(charts) + _uneven(runs)
+        return _figure(charts) + _uneven([run for run in runs if run["variant"] in names])
 
     def domains(self, runs: list[Run]) -> str:
         named = [n for n in (PLAIN, self.blocked) if any(r["variant"] == n for r in runs)]
@@ -275,7 +274,8 @@ class _Page:
         if len(domains) > 1:
             text += self._by_training_domain(runs, domains)
         if evaluated:
-            text += "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
+            pair_of = "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
+            text += f'<div class="pair">{pair_of}</div>\n'
             rest = [n for n in in_order(runs) if n not in named]
             tables = "".join(
                 self._matrix(n, [r for r in runs if r["variant"] == n], domains, evaluated) for n in rest
@@ -288,16 +288,16 @@ class _Page:
         return Row(domain, "", [(self.styles[n], mark) for n, mark in lanes if mark is not None])
 
     def curves(self, runs: list[Run]) -> str:
-        charts, drawn = [], []
+        charts, drawn, names = [], [], _unswept(runs)
         for metric in (*FRACTIONS, *DRIFTS):
             series = {}
-            for name in in_order(runs):
+            for name in names:
                 points = _curve(metric, [r for r in runs if r["variant"] == name and r.get("curve")], name)
                 if points:
                     series[name] = points
             if not series:
                 continue
-            drawn = [n for n in in_order(runs) if n in series or n in drawn]
+            drawn = [n for n in names if n in series or n in drawn]
             marks = [mark for points in series.values() for _, mark in points]
             if len(series) > BANDS:
                 marks = [Mark(m.mean, m.mean, m.mean, m.text) for m in marks]
@@ -408,7 +408,7 @@ class _Page:
             lines = [(label, made[name]) for label, made in parts.items() if name in made]
             rows = []
             for i, (label, values) in enumerate(lines):
-                first = f'<th scope="rowgroup" rowspan="{len(lines)}">{escaped(name)}</th>' if i == 0 else ""
+                first = f'<th scope="rowgroup" rowspan="{len(lines)}">{_breaking(name)}</th>' if i == 0 else ""
                 where = f'<th scope="row">{escaped(label)}</th>' if len(parts) > 1 else ""
                 count = values["em"]["runs"]
                 cells = "".join(_cell(m, values, count, name == PLAIN and m in COMPARED) for m in metrics)
@@ -607,6 +607,11 @@ def _evidence(value: object, key: str) -> str:
     return f'<td><data value="{float(value)!r}">{shown}</data></td>'
 
 
+def _breaking(name: str) -> str:
+    """A name that may be broken where its words meet."""
+    return re.sub("([_./])", r"\1<wbr>", escaped(name))
+
+
 def _facts(found: Mapping[str, Any]) -> str:
     """A nested dict as lines of dotted keys."""
     rows = "".join(
@@ -643,7 +648,7 @@ def _heat(
                 f'<td{own} style="background:rgb(213 94 0/{0.5 * cell["mean"]:.3f})">'
                 f"{_data('em', cell['mean'])}{_small(_bracketed('em', cell))}</td>"
             )
-        body.append(f'<tr><th scope="row">{escaped(name)}</th>{"".join(found)}</tr>\n')
+        body.append(f'<tr><th scope="row">{_breaking(name)}</th>{"".join(found)}</tr>\n')
     head = "".join(f'<th scope="col">{escaped(column)}</th>' for column in columns)
     return _scrolled(
         caption,
@@ -715,7 +720,11 @@ def _signed(value: float, form: str) -> str:
 
 
 def _figure(charts: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(f"<figure>{c}</figure>" for c in charts)}</div>\n' if charts else ""
+    """Charts side by side, as many as there is room for; an even number in twos."""
+    if not charts:
+        return ""
+    kind = "charts twos" if len(charts) in (2, 4) else "charts"
+    return f'<div class="{kind}">{"".join(f"<figure>{chart}</figure>" for chart in charts)}</div>\n'
 
 
 def _scrolled(label: str, table: str) -> str:
@@ -758,6 +767,12 @@ def _sweeps(runs: list[Run]) -> dict[str, list[str]]:
             families.setdefault(sweep_of(name), []).append(name)
     has_plain = any(run["variant"] == PLAIN for run in runs)
     return {family: names for family, names in families.items() if len(names) > 1 and has_plain}
+
+
+def _unswept(runs: list[Run]) -> list[str]:
+    """Variants but for the members of the sweeps, which look the same and have charts of their own."""
+    swept = {name for family in _sweeps(runs).values() for name in family}
+    return [name for name in in_order(runs) if name not in swept or sweep_of(name) == name]
 
 
 def _curve(metric: str, runs: list[Run], name: str) -> list[tuple[float, Mark]]:

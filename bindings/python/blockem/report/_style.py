@@ -28,7 +28,7 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem }
 code { font: .92em ui-monospace, monospace }
 small { display: block; color: var(--soft); font-size: .8rem }
 .note { white-space: pre-wrap }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.5rem), 1fr)); gap: .75rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); gap: .75rem }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .75rem 1rem }
 .card p { margin: 0; font-size: .85rem; color: var(--soft) }
 .card .name { color: var(--ink) }
@@ -36,6 +36,8 @@ small { display: block; color: var(--soft); font-size: .8rem }
 .met { color: var(--met) } .missed { color: var(--missed) }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem 1.5rem;
   align-items: start }
+.twos { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)) }
+.pair { display: flex; flex-wrap: wrap; gap: 0 2rem } .pair > * { max-width: 100% }
 figure { margin: 0; max-width: 30rem }
 .chart { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif }
 .chart text { fill: var(--soft) } .chart .label, .chart .row, .chart .value { fill: var(--ink) }
@@ -61,13 +63,14 @@ caption { text-align: left; font-weight: 600; padding: .25rem 0 }
 th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule) }
 thead th { vertical-align: bottom; font-weight: 600 }
 th:first-child, th[scope^=row], .facts td, .targets td, .targets th { text-align: left }
-tbody th { font-weight: 500; max-width: 16rem; overflow-wrap: anywhere; min-width: 6rem }
+tbody th { font-weight: 500; max-width: 16rem; overflow-wrap: break-word }
 td data, td small { white-space: nowrap }
 .all th[scope=rowgroup], .heat th:first-child, .k th:first-child { position: sticky; left: 0; background: var(--page) }
 .heat td { text-align: center } .heat thead th:not(:first-child) { text-align: center }
 .heat td small { color: inherit } .heat .own { font-style: italic }
-.targets td:first-child { min-width: 15rem } .targets td { min-width: 9rem }
+.targets td { overflow-wrap: anywhere }
 .facts td { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .8rem }
-.facts th { min-width: 8rem }
+.facts th { min-width: 7rem; overflow-wrap: anywhere }
+@media (max-width: 40rem) { th, td { padding: .35rem .45rem } tbody th { max-width: 9rem } .card { padding: .6rem .7rem } }
 details { margin: .75rem 0 } summary { cursor: pointer }
 """
