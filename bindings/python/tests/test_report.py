@@ -411,12 +411,12 @@ def test_the_tables_say_what_the_summary_says() -> None:
     for steps, levels in ((40, LEVELS), (400, LONG)):
         own = [r for r in runs if r["steps"] == steps]
         parts = {
-            "all domains": own,
+            "all": own,
             "finance": [r for r in own if r["domain"] == "finance"],
-            "the others": [r for r in own if r["domain"] != "finance"],
+            "others": [r for r in own if r["domain"] != "finance"],
         }
         made = {label: report.summarize(part)["variants"] for label, part in parts.items()}
-        for name in made["all domains"]:
+        for name in made["all"]:
             for i, label in enumerate(parts):
                 cells = next(found)
                 if i == 0:
@@ -431,7 +431,7 @@ def test_the_tables_say_what_the_summary_says() -> None:
                     numbers = [values[metric][key] for key in ("mean", "lo", "hi")]
                     assert cell["values"] == numbers
                     assert cell["text"] == as_text(metric, numbers)
-        assert len(made["all domains"]) == len(levels)
+        assert len(made["all"]) == len(levels)
     assert next(found, None) is None
 
 

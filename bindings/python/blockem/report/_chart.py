@@ -75,11 +75,19 @@ class Row:
     lanes: Sequence[tuple[int, Mark]]
 
 
-def percents(label: str, values: Iterable[float] = ()) -> Axis:
+def percents(label: str, values: Iterable[float] = (), unit: str = "% of answers") -> Axis:
     """0 to 100 %, and further down if there are values below 0."""
-    low = min([0.0, *values])
-    ticks = _round_ticks(low, 1.0)
-    return Axis(label, min(low, ticks[0]), 1.0, [(t, _signed(f"{100 * t:.0f}")) for t in ticks])
+    ticks = _round_ticks(min([0.0, *values]), 1.0)
+    return Axis(f"{label} ({unit})", ticks[0], 1.0, [(t, _signed(f"{100 * t:.0f}")) for t in ticks])
+
+
+def close_up(label: str, values: Iterable[float]) -> Axis:
+    """The part of 0 to 100 % where the values are; the label says where it starts. Not for bars."""
+    low = max([start for start in (0.0, 0.5, 0.8, 0.9) if start <= min([1.0, *values])])
+    if low == 0:
+        return percents(label)
+    ticks = [(t, f"{100 * t:.0f}") for t in (low + i * (1 - low) / 5 for i in range(6))]
+    return Axis(f"{label} (% of answers, from {100 * low:.0f})", low, 1.0, ticks)
 
 
 def amounts(label: str, values: Iterable[float]) -> Axis:
@@ -168,7 +176,8 @@ def rows(name: str, x: Axis, found: Sequence[Row], bars: bool) -> str:
         start, end = top + head, top + head + lane * len(row.lanes)
         # Nothing runs through the words.
         parts += [_line("grid", across(value), start, across(value), end) for value, _ in ticks]
-        parts.append(_line("axis", across(0.0), start - 1, across(0.0), end + 1))
+        zero = across(max(0.0, x.low))
+        parts.append(_line("axis", zero, start - 1, zero, end + 1))
         for i, (style, mark) in enumerate(row.lanes):
             parts += _lane(across, start + lane * (i + 0.5), style, mark, bars)
         top = end + 7

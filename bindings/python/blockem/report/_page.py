@@ -207,16 +207,15 @@ class _Page:
             style = self.styles[next(iter(members))]
             charts = []
             for metric in FRACTIONS:
-                marks = [
-                    (xs[n], self._mark(metric, kept[n], f"{n}, λ = {xs[n]:.4g}"))
+                points = [
+                    (xs[n], mark)
                     for n in sorted(kept, key=lambda n: xs[n])
+                    if (mark := self._mark(metric, kept[n], f"{n}, λ = {xs[n]:.4g}"))
                 ]
+                y = self._axis(metric, [mark for _, mark in points])
                 charts.append(
-                    _chart.lines(
-                        f"{LABELS[metric]} against λ, {family}", x, self._axis(metric, []),
-                        [Line(style, [(at, m) for at, m in marks if m is not None])],
-                    )
-                )  # fmt: skip
+                    _chart.lines(f"{LABELS[metric]} against λ, {family}", x, y, [Line(style, points)])
+                )
             seeds, domains = {s for s, _, _ in common}, {d for _, d, _ in common}
             parts.append(
                 f"<p>{self._code(family)} by λ, 0 being {self._code(PLAIN)}: {_count(len(seeds), 'seed')}, "
@@ -236,7 +235,7 @@ class _Page:
             found = {name: mark for name, mark in marks.items() if mark is not None}
             if not found:
                 continue
-            axis = self._axis(metric, found.values())
+            axis = self._axis(metric, found.values(), bars=True)
             rows = [
                 Row(name, f"{_shown(metric, mark.mean)}{_interval(metric, mark)}", [(self.styles[name], mark)])
                 for name, mark in found.items()
@@ -258,7 +257,7 @@ class _Page:
                     ])
                     for domain in domains
                 ]  # fmt: skip
-                axis = self._axis(metric, [], f"{LABELS[metric]} by training domain (%)")
+                axis = self._axis(metric, _marks(rows), by=" by training domain")
                 charts.append(_chart.rows(f"{LABELS[metric]} by training domain", axis, rows, bars=False))
         evaluated = _evaluated(runs, self.k_domain)
         if evaluated:
@@ -266,16 +265,15 @@ class _Page:
                 self._row(domain, [(n, self._mark_evaluated(own[n], domain, n)) for n in named])
                 for domain in evaluated
             ]
-            axis = self._axis("em", [], "Misalignment by evaluated domain (%)")
+            axis = self._axis("em", _marks(rows), by=" by evaluated domain")
             charts.append(_chart.rows("Misalignment by evaluated domain", axis, rows, bars=False))
         if not charts:
             return ""
-        text = self._legend(named) + _figure([chart for chart in charts if chart])
+        text = self._legend(named) + _figure(charts)
         if len(domains) > 1:
             text += self._by_training_domain(runs, domains)
         if evaluated:
-            pair_of = "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
-            text += f'<div class="pair">{pair_of}</div>\n'
+            text += "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
             rest = [n for n in in_order(runs) if n not in named]
             tables = "".join(
                 self._matrix(n, [r for r in runs if r["variant"] == n], domains, evaluated) for n in rest
@@ -378,12 +376,14 @@ class _Page:
             dots.append((own, f"{text}, seed {seed}: {_shown('em', own)}"))
         return _mark("em", found, text, dots if len(dots) > 1 else [])
 
-    def _axis(self, metric: str, marks: Iterable[Mark], label: str | None = None) -> _chart.Axis:
+    def _axis(self, metric: str, marks: Iterable[Mark], bars: bool = False, by: str = "") -> _chart.Axis:
         values = [v for m in marks for v in (m.lo, m.hi, m.mean, *(value for value, _ in m.dots))]
+        label = LABELS[metric] + by
         if metric in DRIFTS:
-            return _chart.amounts(f"{LABELS[metric]} ({self.drift_unit})", values)
-        unit = "% of plain's" if metric == "relative_reduction" else "% of answers"
-        return _chart.percents(label or f"{LABELS[metric]} ({unit})", values if metric in COMPARED else [])
+            return _chart.amounts(f"{label} ({self.drift_unit})", values)
+        if metric in COMPARED:
+            return _chart.percents(label, values, "% of plain's")
+        return _chart.percents(label) if bars or metric == "em" else _chart.close_up(label, values)
 
     def _legend(self, names: Sequence[str]) -> str:
         items = "".join(
@@ -399,7 +399,7 @@ class _Page:
         others = [r for r in runs if r["domain"] != self.k_domain]
         parts = {"all": variants(runs)}
         if own and others:
-            parts = {"all domains": parts["all"], self.k_domain: variants(own), "the others": variants(others)}
+            parts = {"all": parts["all"], self.k_domain: variants(own), "others": variants(others)}
         metrics = [m for m in METRICS if any(m in v for v in parts[next(iter(parts))].values())]
         head = "".join(f'<th scope="col">{LABELS[m]}</th>' for m in metrics)
         domain = '<th scope="col">Trained on</th>' if len(parts) > 1 else ""
@@ -717,6 +717,10 @@ def _signed(value: float, form: str) -> str:
     if float(text) == 0:
         text = format(0.0, form.removeprefix("+"))
     return text.replace("-", "−")
+
+
+def _marks(rows: Iterable[Row]) -> list[Mark]:
+    return [mark for row in rows for _, mark in row.lanes]
 
 
 def _figure(charts: Sequence[str]) -> str:

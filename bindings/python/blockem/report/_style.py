@@ -37,8 +37,7 @@ small { display: block; color: var(--soft); font-size: .8rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem 1.5rem;
   align-items: start }
 .twos { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)) }
-.pair { display: flex; flex-wrap: wrap; gap: 0 2rem } .pair > * { max-width: 100% }
-figure { margin: 0; max-width: 30rem }
+figure { margin: 0; max-width: 28rem }
 .chart { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif }
 .chart text { fill: var(--soft) } .chart .label, .chart .row, .chart .value { fill: var(--ink) }
 .chart .label, .chart .row { font-weight: 600 }
@@ -66,6 +65,7 @@ th:first-child, th[scope^=row], .facts td, .targets td, .targets th { text-align
 tbody th { font-weight: 500; max-width: 16rem; overflow-wrap: break-word }
 td data, td small { white-space: nowrap }
 .all th[scope=rowgroup], .heat th:first-child, .k th:first-child { position: sticky; left: 0; background: var(--page) }
+.all { font-size: .82rem } .all th, .all td { padding: .3rem .5rem }
 .heat td { text-align: center } .heat thead th:not(:first-child) { text-align: center }
 .heat td small { color: inherit } .heat .own { font-style: italic }
 .targets td { overflow-wrap: anywhere }
