@@ -551,15 +551,38 @@ def test_colours_can_be_told_from_the_page() -> None:
 
 def contrast(a: str, b: str) -> float:
     """WCAG's ratio of luminances."""
-
-    def luminance(colour: str) -> float:
-        colour = colour if len(colour) == 7 else "#" + "".join(2 * c for c in colour[1:])
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
-
-    dark, light = sorted((luminance(a), luminance(b)))
+    dark, light = sorted(float(linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (a, b))
     return (light + 0.05) / (dark + 0.05)
+
+
+def linear(colour: str) -> np.ndarray:
+    colour = colour if len(colour) == 7 else "#" + "".join(2 * c for c in colour[1:])
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+#: What is left of linear RGB without red or without green cones (Machado, Oliveira and Fernandes 2009).
+BLINDNESS = {
+    "none": np.eye(3),
+    "red": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "green": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_colours_can_be_told_from_each_other(blindness: str) -> None:
+    for theme in re.findall(r":root \{(.*?)\}", _style.STYLE, re.S):
+        colours = [lab(BLINDNESS[blindness] @ linear(c)) for c in re.findall(r"--s\d: (#\w+)", theme)]
+        assert len(colours) == _chart.COLOURS
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > 12
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear sRGB."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    scaled = np.clip(xyz, 0, None) / [0.9505, 1.0, 1.089]
+    f = np.where(scaled > 0.008856, np.cbrt(scaled), 7.787 * scaled + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
 # ---- The command line ---------------------------------------------------------------------------

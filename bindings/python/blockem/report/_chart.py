@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 WIDTH = 380
 COLOURS = 8
-#: What a character of the chart's text takes up at most, in its own size of 11.
-CHARACTER = 6.2
+#: What a character takes up in a wide font, at the charts' size of 11; and in bold.
+CHARACTER, BOLD = 6.2, 7.2
 SHAPES = (
     '<circle r="4"/>',
     '<rect x="-3.6" y="-3.6" width="7.2" height="7.2"/>',
@@ -87,7 +87,7 @@ def close_up(label: str, values: Iterable[float]) -> Axis:
     if low == 0:
         return percents(label)
     ticks = [(t, f"{100 * t:.0f}") for t in (low + i * (1 - low) / 5 for i in range(6))]
-    return Axis(f"{label} (% of answers, from {100 * low:.0f})", low, 1.0, ticks)
+    return Axis(f"{label} (%, from {100 * low:.0f})", low, 1.0, ticks)
 
 
 def amounts(label: str, values: Iterable[float]) -> Axis:
@@ -122,7 +122,7 @@ def lines(name: str, x: Axis, y: Axis, series: Sequence[Line]) -> str:
     height, left, right, top, bottom = 252, 44, 14, 26, 42
     across = lambda value: left + x.place(value) * (WIDTH - left - right)
     down = lambda value: height - bottom - y.place(value) * (height - top - bottom)
-    parts = [_text(0, 11, y.label, "start", "label", WIDTH / CHARACTER)]
+    parts = [_text(0, 11, y.label, "start", "label", WIDTH / BOLD)]
     for value, label in y.ticks:
         parts.append(_line("grid", left, down(value), WIDTH - right, down(value)))
         parts.append(_text(left - 6, down(value) + 4, label, "end"))
@@ -164,13 +164,13 @@ def lines(name: str, x: Axis, y: Axis, series: Sequence[Line]) -> str:
 def rows(name: str, x: Axis, found: Sequence[Row], bars: bool) -> str:
     """A label with a value above each row's lanes: bars from 0, or marks."""
     right, title, head, lane = 12, 22, 17, 14
-    left = max(8.0, CHARACTER * len(x.ticks[0][1]) / 2)
+    left = max(8.0, CHARACTER * len(x.ticks[0][1]) / 2 + 4)
     across = lambda value: left + x.place(value) * (WIDTH - left - right)
-    parts = [_text(0, 11, x.label, "start", "label", WIDTH / CHARACTER)]
+    parts = [_text(0, 11, x.label, "start", "label", WIDTH / BOLD)]
     ticks = _apart(x, WIDTH - left - right)
     top = title
     for row in found:
-        room = (WIDTH - right - CHARACTER * len(row.value)) / CHARACTER - 2
+        room = (WIDTH - right - CHARACTER * len(row.value)) / BOLD - 1
         parts.append(_text(0, top + 12, row.label, "start", "row", room))
         parts.append(_text(WIDTH - right, top + 12, row.value, "end", "value"))
         start, end = top + head, top + head + lane * len(row.lanes)

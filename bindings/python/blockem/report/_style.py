@@ -1,18 +1,22 @@
-"""The page's style sheet. Series are s0 to s7; text keeps the ink's colour, whatever the series."""
+"""The page's style sheet.
+
+Series are s0 to s7, which eyes without red or green cones tell apart too; text keeps the ink's colour,
+whatever the series.
+"""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --card: #f4f5f7; --ink: #1c2026; --soft: #5a6270;
   --rule: #d7dbe0; --grid: #e6e8ec; --met: #00694c; --missed: #a8320c;
-  --s0: #d55e00; --s1: #0072b2; --s2: #68707c; --s3: #9b4f96; --s4: #008a63; --s5: #a67c00; --s6: #3f51c9;
-  --s7: #7a4a2b }
+  --s0: #d55e00; --s1: #0072b2; --s2: #1f3d4a; --s3: #a02c8c; --s4: #45a062; --s5: #4b4a00; --s6: #4a1fd0;
+  --s7: #8a8f99 }
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --card: #1e2329; --ink: #e6e9ed;
   --soft: #a3abb7; --rule: #3a414b; --grid: #2a3038; --met: #4cc79b; --missed: #ff9166;
-  --s0: #ff8a3d; --s1: #56b4f5; --s2: #9aa3b0; --s3: #dd94d8; --s4: #33c794; --s5: #e0bb45; --s6: #97a4ff;
-  --s7: #cf9f7e } }
+  --s0: #ff8a3d; --s1: #56b4f5; --s2: #f5e2bd; --s3: #de7bb5; --s4: #3aa56b; --s5: #966740; --s6: #8f5cff;
+  --s7: #9ff0f2 } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444;
   --rule: #bbb; --grid: #e3e3e3; --met: #00694c; --missed: #a8320c;
-  --s0: #d55e00; --s1: #0072b2; --s2: #68707c; --s3: #9b4f96; --s4: #008a63; --s5: #a67c00; --s6: #3f51c9;
-  --s7: #7a4a2b }
+  --s0: #d55e00; --s1: #0072b2; --s2: #1f3d4a; --s3: #a02c8c; --s4: #45a062; --s5: #4b4a00; --s6: #4a1fd0;
+  --s7: #8a8f99 }
   nav { display: none } figure, .card, tr { break-inside: avoid } h2, h3 { break-after: avoid }
   * { print-color-adjust: exact } .scroll { overflow: visible }
   details::details-content { content-visibility: visible; block-size: auto } }
