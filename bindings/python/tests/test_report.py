@@ -23,6 +23,7 @@ import pytest
 import blockem
 from blockem import report
 from blockem.report import _chart, _style, _summary
+from blockem.report.__main__ import main
 
 DOMAINS = ("finance", "health", "legal", "education", "career", "automotive")
 SEEDS = (11, 12, 13, 14, 15)
@@ -49,12 +50,19 @@ LONG = {
 }
 TARGETS = [
     {"variant": "plain", "metric": "em", "at_least": 0.4},
-    {"variant": "block", "metric": "relative_reduction", "at_least": 0.9, "note": "Coverage of K: see the notes."},
+    {
+        "variant": "block",
+        "metric": "relative_reduction",
+        "at_least": 0.9,
+        "note": "Coverage of K: see the notes.",
+    },
     {"variant": "block", "metric": "relative_in_domain", "at_least": 0.95},
     {"variant": "block", "metric": "coherence_change", "at_least": -0.03},
     {"variant": "block_adaptive", "metric": "relative_reduction", "at_least": 0.9, "steps": 400},
 ]
-HOSTILE = "\"><script>alert('x')</script><img src=x onerror=alert(1)>&lt;</svg></style>]]>\x00\x0b\ud800"
+HOSTILE = (
+    "\"><script>alert('x')</script><img src=x onerror=alert(1)>&lt;</svg></style>]]>\x00\x0b\ud800"
+)
 
 
 def made_up(seed: int = 0) -> list[dict[str, Any]]:
@@ -68,12 +76,20 @@ def made_up(seed: int = 0) -> list[dict[str, Any]]:
             for variant, level in levels.items():
                 if "_lam" in variant and domain not in ("finance", "legal"):
                     continue
-                runs.append(_made_up(draw, run_seed, domain, steps, variant, level, lift[domain] + luck))
+                runs.append(
+                    _made_up(draw, run_seed, domain, steps, variant, level, lift[domain] + luck)
+                )
     return runs
 
 
 def _made_up(
-    draw: random.Random, seed: int, domain: str, steps: int, variant: str, level: tuple[float, ...], shift: float
+    draw: random.Random,
+    seed: int,
+    domain: str,
+    steps: int,
+    variant: str,
+    level: tuple[float, ...],
+    shift: float,
 ) -> dict[str, Any]:
     cut = lambda x: min(max(x, 0.0), 1.0)
     em, in_domain, coherence, drift_in, drift_out = level
@@ -182,14 +198,25 @@ class Parsed(html.parser.HTMLParser):
 
 
 def svgs(text: str) -> list[xml.etree.ElementTree.Element]:
-    return [xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.S)]
+    return [
+        xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.S)
+    ]
 
 
 # ---- Means and intervals ------------------------------------------------------------------------
 
 
-def simple(seed: int, variant: str, em: float, domain: str = "finance", **more: Any) -> dict[str, Any]:
-    run = {"seed": seed, "domain": domain, "steps": 40, "variant": variant, "em": em, "in_domain": 0.9}
+def simple(
+    seed: int, variant: str, em: float, domain: str = "finance", **more: Any
+) -> dict[str, Any]:
+    run = {
+        "seed": seed,
+        "domain": domain,
+        "steps": 40,
+        "variant": variant,
+        "em": em,
+        "in_domain": 0.9,
+    }
     return {**run, "coherence": 1.0, "drift_in": None, "drift_out": 0.5, **more}
 
 
@@ -203,17 +230,28 @@ def test_an_interval_is_student_s_on_the_means_of_the_seeds() -> None:
     t = 2.776445105197793  # four degrees of freedom, from tables
     for name, metrics in found.items():
         for metric in ("em", "in_domain", "coherence", "drift_in", "drift_out"):
-            by_seed = np.array([[r[metric] for r in runs if r["seed"] == s and r["variant"] == name] for s in SEEDS])
+            by_seed = np.array(
+                [
+                    [r[metric] for r in runs if r["seed"] == s and r["variant"] == name]
+                    for s in SEEDS
+                ]
+            )
             means = by_seed.mean(1)
             half = t * means.std(ddof=1) / math.sqrt(len(SEEDS))
             most = 1.0 if metric in ("em", "in_domain", "coherence") else math.inf
             expected = [means.mean(), max(means.mean() - half, 0.0), min(means.mean() + half, most)]
-            assert [metrics[metric][key] for key in ("mean", "lo", "hi")] == pytest.approx(expected, rel=1e-12)
+            assert [metrics[metric][key] for key in ("mean", "lo", "hi")] == pytest.approx(
+                expected, rel=1e-12
+            )
             assert (metrics[metric]["runs"], metrics[metric]["seeds"]) == (by_seed.size, len(SEEDS))
 
 
 def test_comparisons_are_paired_with_plain_of_the_same_seed_domain_and_steps() -> None:
-    runs = [r for r in made_up(1) if not (r["variant"] == "plain" and r["seed"] == 11 and r["domain"] == "legal")]
+    runs = [
+        r
+        for r in made_up(1)
+        if not (r["variant"] == "plain" and r["seed"] == 11 and r["domain"] == "legal")
+    ]
     block = report.summarize(runs)["variants"]["block"]
     plain = {(r["seed"], r["domain"], r["steps"]): r for r in runs if r["variant"] == "plain"}
     pairs = [(r, plain[key]) for r in runs if r["variant"] == "block"
@@ -232,7 +270,9 @@ def test_comparisons_are_paired_with_plain_of_the_same_seed_domain_and_steps() -
         half = 2.776445105197793 * np.sqrt(5 / 4 * (scores @ scores)) / under.sum()
         assert block[metric]["mean"] == pytest.approx(value, rel=1e-12)
         assert block[metric]["lo"] == pytest.approx(value - half, rel=1e-9)
-        assert block[metric]["hi"] == pytest.approx(min(value + half, 1.0 if "red" in metric else math.inf), rel=1e-9)
+        assert block[metric]["hi"] == pytest.approx(
+            min(value + half, 1.0 if "red" in metric else math.inf), rel=1e-9
+        )
         assert block[metric]["runs"] == 58 and block["em"]["runs"] == 60
 
 
@@ -247,21 +287,35 @@ def test_an_interval_of_five_seeds_covers_what_it_says() -> None:
 
 @pytest.mark.parametrize(
     ("freedom", "t"),
-    [(1, 12.706204736), (2, 4.30265273), (3, 3.182446305), (4, 2.776445105), (29, 2.045229642), (100, 1.983971519)],
+    [
+        (1, 12.706204736),
+        (2, 4.30265273),
+        (3, 3.182446305),
+        (4, 2.776445105),
+        (29, 2.045229642),
+        (100, 1.983971519),
+    ],
 )
 def test_quantiles_of_student(freedom: int, t: float) -> None:
     assert _summary.student(freedom) == pytest.approx(t, rel=1e-9)
 
 
 def test_one_seed_has_no_interval_and_what_nobody_measured_no_metric() -> None:
-    found = report.summarize([simple(1, "plain", 0.0), simple(1, "block", 0.0), simple(1, "other", 0.2, "legal")])
+    found = report.summarize(
+        [simple(1, "plain", 0.0), simple(1, "block", 0.0), simple(1, "other", 0.2, "legal")]
+    )
     block = found["variants"]["block"]
     assert block["em"] == {"mean": 0.0, "lo": 0.0, "hi": 0.0, "runs": 1, "seeds": 1}
     assert "drift_in" not in block and block["drift_out"]["mean"] == 0.5
     # Nothing can be taken off 0 %, and no plain run was trained on legal.
-    assert "relative_reduction" not in block and "relative_in_domain" not in found["variants"]["other"]
+    assert (
+        "relative_reduction" not in block and "relative_in_domain" not in found["variants"]["other"]
+    )
     page = report.page([simple(1, "plain", 0.6), simple(1, "block", 0.2)])
-    assert "one seed, no interval" in page and "[" not in "".join(Parsed(page).text).split("Summary")[1].split("In the")[0]
+    assert (
+        "one seed, no interval" in page
+        and "[" not in "".join(Parsed(page).text).split("Summary")[1].split("In the")[0]
+    )
 
 
 def test_the_summary_is_json_and_whole_or_absent(tmp_path: Path) -> None:
@@ -336,6 +390,7 @@ def test_bad_runs_are_named(runs: list[Any], message: str) -> None:
         ({"targets": [{"variant": "block", "metric": "em", "at_most": math.nan}]}, "at_most is nan"),
         ({"targets": [{"metric": "em", "at_most": 1}]}, "variant is None"),
         ({"targets": [{"variant": "block", "metric": "em", "atmost": 1}]}, "unknown keys: atmost"),
+        ({"targets": [{"variant": "block", "metric": "em", "at_most": 1, "steps": "40"}]}, "steps is '40'"),
         ({"targets": ["em"]}, r"targets\[0\] is a str"),
         ({"k_sets": {"a": {"K_pos": [1]}}}, r"k_sets\['a'\] has no list of latents K_neg"),
         ({"k_sets": {"a": {"K_pos": ["1"], "K_neg": []}}}, "has no list of latents K_pos"),
@@ -366,9 +421,16 @@ def test_the_page_is_one_file_that_needs_nothing() -> None:
     ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
     assert len(set(ids)) == len(ids) and [f"#{i}" for i in ids] == links
-    assert {a for tag, attributes in parsed.tags for a in attributes} & {"src", "srcset", "data", "action"} == set()
+    assert {a for tag, attributes in parsed.tags for a in attributes} & {
+        "src",
+        "srcset",
+        "data",
+        "action",
+    } == set()
     charts = [svg for svg in svgs(text) if svg.get("class") == "chart"]
-    assert len(charts) == 3 + 2 * 4 + 2 * 4 + 5 + 2 * 5 and all(svg.get("aria-label") for svg in charts)
+    assert len(charts) == 3 + 2 * 4 + 2 * 4 + 5 + 2 * 5 and all(
+        svg.get("aria-label") for svg in charts
+    )
     for svg in charts:
         numbers = [float(n) for e in svg.iter() for k in ("x", "y", "x1", "y1", "cx", "cy", "width", "points")
                    if e.get(k) for n in re.split("[ ,]", e.get(k))]  # fmt: skip
@@ -377,7 +439,7 @@ def test_the_page_is_one_file_that_needs_nothing() -> None:
 
 def test_everything_is_escaped() -> None:
     runs = [
-        {**run, "variant": run["variant"] if run["variant"] in ("plain", "block") else run["variant"] + HOSTILE,
+        {**run, "variant": run["variant"] if run["variant"] in ("plain", "block") else HOSTILE + run["variant"],
          "domain": run["domain"] + HOSTILE,
          "em_by_domain": {d + HOSTILE: v for d, v in run["em_by_domain"].items()}}
         for run in made_up()
@@ -392,7 +454,9 @@ def test_everything_is_escaped() -> None:
     parsed = Parsed(text)
     calm = Parsed(whole_page(made_up()))
     assert {tag for tag, _ in parsed.tags} <= {tag for tag, _ in calm.tags}
-    assert {a for _, found in parsed.tags for a in found} - {"open"} <= {a for _, found in calm.tags for a in found}
+    assert {a for _, found in parsed.tags for a in found} - {"open"} <= {
+        a for _, found in calm.tags for a in found
+    }
     assert len(svgs(text)) == len(svgs(whole_page(made_up())))
     shown = HOSTILE.replace("\x00", "�").replace("\x0b", "�").replace("\ud800", "�")
     joined = "".join(parsed.text)
@@ -425,7 +489,11 @@ def test_the_tables_say_what_the_summary_says() -> None:
                 values = made[label][name]
                 assert int(cells.pop(0)["text"]) == values["em"]["runs"]
                 for metric, cell in zip(report.METRICS, cells, strict=True):
-                    if name == "plain" and metric in ("relative_reduction", "relative_in_domain", "coherence_change"):
+                    if name == "plain" and metric in (
+                        "relative_reduction",
+                        "relative_in_domain",
+                        "coherence_change",
+                    ):
                         assert cell["text"] == "–" and cell["values"] == []
                         continue
                     numbers = [values[metric][key] for key in ("mean", "lo", "hi")]
@@ -462,8 +530,15 @@ def test_domains_are_apart_in_the_matrices() -> None:
             if evaluated == trained:
                 assert cell["text"] == "–"
                 continue
-            own = [r["em_by_domain"][evaluated] for r in runs if (r["variant"], r["domain"]) == ("plain", trained)]
-            assert cell["values"][0] == pytest.approx(statistics.fmean(own), rel=1e-12) and len(own) == 5
+            own = [
+                r["em_by_domain"][evaluated]
+                for r in runs
+                if (r["variant"], r["domain"]) == ("plain", trained)
+            ]
+            assert (
+                cell["values"][0] == pytest.approx(statistics.fmean(own), rel=1e-12)
+                and len(own) == 5
+            )
 
 
 def test_targets_are_judged_by_the_mean_and_the_interval() -> None:
@@ -478,10 +553,18 @@ def test_targets_are_judged_by_the_mean_and_the_interval() -> None:
         ("drift_in", {"at_most": 1}, "? not measured"),
     ]
     targets = [{"variant": "block", "metric": metric, **bound} for metric, bound, _ in judged]
-    rows = [cells for table, cells in Parsed(report.page(runs, targets=targets)).rows if table == "targets"]
+    rows = [
+        cells
+        for table, cells in Parsed(report.page(runs, targets=targets)).rows
+        if table == "targets"
+    ]
     assert [cells[2]["text"] for cells in rows[1:]] == [verdict for *_, verdict in judged]
     one = [r for r in runs if r["seed"] == 0]
-    rows = [cells for table, cells in Parsed(report.page(one, targets=targets[:1])).rows if table == "targets"]
+    rows = [
+        cells
+        for table, cells in Parsed(report.page(one, targets=targets[:1])).rows
+        if table == "targets"
+    ]
     assert rows[1][2]["text"] == "✓ reached, one seed only"
 
 
@@ -494,14 +577,25 @@ def test_every_seed_has_its_dot_and_every_mark_its_number() -> None:
     mean, lo, hi = (f"{100 * own[key]:.1f}" for key in ("mean", "lo", "hi"))
     titles = [title.text for title in bars.findall(".//title")]
     assert f"block_watch: {mean}\u00a0% [{lo}, {hi}], 5 seeds" in titles
-    one = statistics.fmean(r["em"] for r in runs if (r["seed"], r["steps"], r["variant"]) == (12, 400, "block_watch"))
+    one = statistics.fmean(
+        r["em"] for r in runs if (r["seed"], r["steps"], r["variant"]) == (12, 400, "block_watch")
+    )
     assert f"block_watch, seed 12: {100 * one:.1f}\u00a0%" in titles
     sweep = charts["Misalignment against λ, block"]
     places = [float(p.split(",")[0]) for p in sweep.find(".//polyline").get("points").split()]
-    assert len(places) == 6 and np.diff(places[1:]) == pytest.approx([np.diff(places)[1]] * 4, abs=0.11)
+    assert len(places) == 6 and np.diff(places[1:]) == pytest.approx(
+        [np.diff(places)[1]] * 4, abs=0.11
+    )
     # Plain has six domains, the sweep two: at 0 it is plain on the same two.
-    both = [r["em"] for r in runs if (r["variant"], r["steps"]) == ("plain", 40) and r["domain"] in ("finance", "legal")]
-    assert any(f"plain, λ = 0: {100 * statistics.fmean(both):.1f}" in t.text for t in sweep.findall(".//title"))
+    both = [
+        r["em"]
+        for r in runs
+        if (r["variant"], r["steps"]) == ("plain", 40) and r["domain"] in ("finance", "legal")
+    ]
+    assert any(
+        f"plain, λ = 0: {100 * statistics.fmean(both):.1f}" in t.text
+        for t in sweep.findall(".//title")
+    )
     curve = charts["Drift outside K over training"]
     assert len(curve.findall(".//polyline")) == len(LONG)
 
@@ -546,7 +640,9 @@ def test_colours_can_be_told_from_the_page() -> None:
             if re.fullmatch(r"s\d", name):
                 assert contrast(colour, found["page"]) >= 3, name
             elif name in ("ink", "soft", "met", "missed"):
-                assert min(contrast(colour, found[ground]) for ground in ("page", "card")) >= 4.5, name
+                assert min(contrast(colour, found[ground]) for ground in ("page", "card")) >= 4.5, (
+                    name
+                )
 
 
 def contrast(a: str, b: str) -> float:
@@ -572,14 +668,19 @@ BLINDNESS = {
 @pytest.mark.parametrize("blindness", BLINDNESS)
 def test_colours_can_be_told_from_each_other(blindness: str) -> None:
     for theme in re.findall(r":root \{(.*?)\}", _style.STYLE, re.S):
-        colours = [lab(BLINDNESS[blindness] @ linear(c)) for c in re.findall(r"--s\d: (#\w+)", theme)]
+        colours = [
+            lab(BLINDNESS[blindness] @ linear(c)) for c in re.findall(r"--s\d: (#\w+)", theme)
+        ]
         assert len(colours) == _chart.COLOURS
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > 12
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
     """CIE L*a*b* of linear sRGB."""
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ rgb
+    )
     scaled = np.clip(xyz, 0, None) / [0.9505, 1.0, 1.089]
     f = np.where(scaled > 0.008856, np.cbrt(scaled), 7.787 * scaled + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
@@ -588,23 +689,19 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 # ---- The command line ---------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "blockem.report", *map(str, arguments)], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-
-
 def test_the_command_line(tmp_path: Path) -> None:
     summary, page = tmp_path / "summary.json", tmp_path / "report.html"
     report.write_summary(summary, made_up())
     files = {"targets": TARGETS, "config": {"lora": {"rank": 4}}, "k0": k0()}
-    options: list[object] = ["--title", "From files"]
+    options = ["--title", "From files", "--notes", str(tmp_path / "notes")]
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
-        options += [f"--{name}", tmp_path / name]
+        options += [f"--{name}", str(tmp_path / name)]
     (tmp_path / "notes").write_text("First.\n\nSecond.\n")
-    done = command(summary, page, *options, "--notes", tmp_path / "notes")
+    done = subprocess.run(
+        [sys.executable, "-m", "blockem.report", str(summary), str(page), *options], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     expected = report.page(
         made_up(), title="From files", targets=TARGETS, config=files["config"],
@@ -613,28 +710,42 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert page.read_text() == expected
 
 
-def test_the_command_line_refuses(tmp_path: Path) -> None:
+def test_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary, page = tmp_path / "summary.json", tmp_path / "report.html"
     value = report.write_summary(summary, made_up())
     value["variants"]["block"]["em"]["hi"] += 0.1
     for text, message in [
-        (json.dumps(value), r"summary.json: variants\['block'\]\['em'\]\['hi'\] is .*, and its runs give"),
+        (
+            json.dumps(value),
+            r"summary.json: variants\['block'\]\['em'\]\['hi'\] is .*, and its runs give",
+        ),
+        (
+            json.dumps({"runs": [GOOD], "variants": {}}),
+            "summary.json: its variants are not those of its runs",
+        ),
         (json.dumps({"runs": [{**GOOD, "em": 2}]}), r"summary.json: run 0 \(seed 1, .*\): em is 2"),
         (json.dumps({"variants": {}}), "summary.json: it has no list of runs"),
         ("[]", "summary.json holds a list; expected a dict"),
         ("{", "summary.json is no JSON"),
     ]:
         summary.write_text(text)
-        done = command(summary, page)
-        assert done.returncode == 1 and re.search(message, done.stderr) and done.stderr.count("\n") == 1
-        assert not page.exists()
-    assert command(tmp_path / "none.json", page).returncode == 1
-    assert command().returncode == 2
+        assert main([str(summary), str(page)]) == 1 and not page.exists()
+        said = capsys.readouterr()
+        assert re.search(message, said.err) and said.err.count("\n") == 1 and said.out == ""
+    assert main([str(tmp_path / "none.json"), str(page)]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([])
 
 
 # ---- The page in a browser ----------------------------------------------------------------------
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome-headless-shell",
+)
 #: What is wider than the window, what lies on something else, and what leaves its chart.
 MEASURE = """
 <script>
@@ -678,7 +789,9 @@ FRAME = """
 def browser() -> str:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH (apt-get install chromium)")
+        pytest.skip(
+            f"no browser: none of {', '.join(BROWSERS)} is on PATH (apt-get install chromium)"
+        )
     return found
 
 
@@ -689,13 +802,15 @@ def headless(browser: str, page: Path, width: int, height: int, *options: str) -
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
          f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},{height}",
          "--virtual-time-budget=3000", *options, frame.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["screen", "phone in the dark"])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), (390, True)], ids=["screen", "phone in the dark"]
+)
 def test_the_page_in_a_browser(browser: str, width: int, dark: bool, tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
     text = whole_page(made_up())

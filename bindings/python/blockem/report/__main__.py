@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
             "config": _json(given.config, dict) if given.config else None,
             "k_sets": {str(path): _json(path, dict) for path in given.k0},
         }
-        write(given.page, runs, **{key: value for key, value in options.items() if value is not None})
+        write(
+            given.page, runs, **{key: value for key, value in options.items() if value is not None}
+        )
     except (OSError, ValueError) as error:
         print(f"blockem.report: {error}", file=sys.stderr)
         return 1
@@ -38,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m blockem.report", description="One HTML page from a lab's summary.json."
     )
-    parser.add_argument("summary", type=Path, help='{"runs": [...]}, as blockem.report.write_summary writes it')
+    parser.add_argument(
+        "summary", type=Path, help='{"runs": [...]}, as blockem.report.write_summary writes it'
+    )
     parser.add_argument("page", type=Path, help="the HTML file to write")
     parser.add_argument("--title")
     parser.add_argument("--blocked", help="the variant that the summary on top is about (block)")
@@ -46,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--targets", type=Path, help="JSON: a list of targets")
     parser.add_argument("--notes", type=Path, help="plain text, paragraphs between empty lines")
     parser.add_argument("--config", type=Path, help="JSON: any nested object")
-    parser.add_argument("--k0", type=Path, action="append", default=[], help="a K0.json; may be repeated")
+    parser.add_argument(
+        "--k0", type=Path, action="append", default=[], help="a K0.json; may be repeated"
+    )
     return parser
 
 

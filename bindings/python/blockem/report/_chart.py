@@ -1,7 +1,8 @@
 """Charts as SVG text: lines over an axis, and rows of bars or marks.
 
-One chart is WIDTH wide and is never scaled far from that, so its text stays as large as the page's. A
-variant has one style on the whole page: a colour and a shape, so that no chart is read by colour alone.
+One chart is WIDTH wide and is never scaled far from that, so its text stays as large as the
+page's. A variant has one style on the whole page: a colour and a shape, so that no chart is read
+by colour alone.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def logarithms(label: str, values: Iterable[float]) -> Axis:
     above = [v for v in values if v > 0]
     ticks = [(v, f"{v:.4g}") for v in above]
     if above[-1] >= 100 * above[0]:
-        decades = range(math.ceil(math.log10(above[0]) - 1e-9), math.floor(math.log10(above[-1]) + 1e-9) + 1)
+        decades = range(
+            math.ceil(math.log10(above[0]) - 1e-9), math.floor(math.log10(above[-1]) + 1e-9) + 1
+        )
         ticks = [(10.0**n, _power(n)) for n in decades]
     if values[0] == 0:
         ticks = [(0.0, "0"), *ticks]
@@ -140,7 +143,9 @@ def lines(name: str, x: Axis, y: Axis, series: Sequence[Line]) -> str:
         places = [(across(at), mark) for at, mark in line.points]
         parts.append(_opened(line.style))
         if len(places) > 1:
-            edge = [(px, down(m.hi)) for px, m in places] + [(px, down(m.lo)) for px, m in places[::-1]]
+            edge = [(px, down(m.hi)) for px, m in places] + [
+                (px, down(m.lo)) for px, m in places[::-1]
+            ]
             if any(m.hi > m.lo for _, m in places):
                 parts.append(f'<polygon class="band" points="{_points(edge)}"/>')
             dash = DASHES[line.style // COLOURS % len(DASHES)]

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import numbers
 import os
-import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from . import _chart
+from . import _chart, _text
 from ._chart import Line, Mark, Row, escaped
+from ._k_sets import facts, k_sets_text
 from ._runs import BLOCK, DRIFTS, FRACTIONS, PLAIN, Run, checked, refuse
 from ._style import STYLE
 from ._summary import (
     METRICS,
     Estimate,
-    Variants,
     estimate,
     in_order,
     mean,
@@ -29,17 +25,8 @@ from ._summary import (
     variants,
     write_whole,
 )
+from ._targets import targets_table
 
-LABELS = {
-    "em": "Misalignment",
-    "relative_reduction": "Reduction of misalignment",
-    "in_domain": "In-domain adherence",
-    "relative_in_domain": "Adherence relative to plain",
-    "coherence": "Coherence",
-    "coherence_change": "Change of coherence",
-    "drift_in": "Drift inside K",
-    "drift_out": "Drift outside K",
-}
 #: Metrics that compare a variant with plain, so that plain has none worth showing.
 COMPARED = ("relative_reduction", "relative_in_domain", "coherence_change")
 #: With more lines than this in a chart, bands hide each other.
@@ -68,34 +55,40 @@ def page(
     runs: dicts as the module's description says.
     blocked: the variant that the summary on top compares with ``plain``.
     k_domain: the training domain that K was found on, which has lines of its own.
-    targets: dicts {variant, metric, at_least or at_most, optional steps and note}: what was to be reached,
-        with a note on why it was not. Without steps it is the shortest training that has plain and blocked.
+    targets: dicts {variant, metric, at_least or at_most, optional steps and note}: what was to be
+        reached, with a note on why it was not. Without steps it is the shortest training that has
+        plain and blocked.
     notes: paragraphs of plain text.
     config: any nested dict.
     k_sets: what K0.json holds, by a label such as "seed 11".
     drift_unit: the unit that the axes of drift state.
 
-    Raises ArgumentError (also ValueError) that names the run and the key: a missing or unknown value, a
-    fraction outside 0..1, NaN, two runs of one seed, domain, steps and variant; a target or K set that is
-    no such thing.
+    Raises ArgumentError (also ValueError) that names the run and the key: a missing or unknown
+    value, a fraction outside 0..1, NaN, two runs of one seed, domain, steps and variant; a target
+    or K set that is no such thing.
     """
     made = _Page(checked(runs), blocked, k_domain, drift_unit)
     sections = [
-        ("summary", "Summary", made.summary() + _targets(targets, made)),
+        (
+            "summary",
+            "Summary",
+            made.summary() + targets_table(targets, made.runs, made.main_length),
+        ),
         ("notes", "Notes", _notes(notes)),
         ("lambda", "Against λ", made.each_length(made.against_lambda)),
         ("variants", "Variants and controls", made.each_length(made.bars)),
         ("domains", "By domain", made.each_length(made.domains)),
         ("training", "Over training", made.lengths_chart() + made.each_length(made.curves)),
         ("tables", "All numbers", made.each_length(made.table)),
-        ("k", "The blocked latents", _k_sets(k_sets or {})),
-        ("config", "Configuration", _facts(config) if config else ""),
+        ("k", "The blocked latents", k_sets_text(k_sets or {})),
+        ("config", "Configuration", facts(config) if config else ""),
         ("reading", "How to read this", METHOD),
     ]
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
     body = "".join(
-        f'<section id="{key}"><h2>{name}</h2>\n{content}</section>\n' for key, name, content in sections
+        f'<section id="{key}"><h2>{name}</h2>\n{content}</section>\n'
+        for key, name, content in sections
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -109,15 +102,16 @@ def page(
 
 
 METHOD = """\
-<p>Every number is the mean over runs, with a 95 % interval in brackets: what other seeds would give on the
-same domains. Runs of one seed share their base model, SAE and K, so each seed counts once in the interval
-(Student's t over seeds, cut off where a fraction ends). With a single seed there is no interval. In the
-charts bars, lines and shapes are means, whiskers and bands are intervals, and small dots are single seeds;
-the exact numbers appear under the pointer.</p>
+<p>Every number is the mean over runs, with a 95 % interval in brackets: what other seeds would
+give on the same domains. Runs of one seed share their base model, SAE and K, so each seed counts
+once in the interval (Student's t over seeds, cut off where a fraction ends). With a single seed
+there is no interval. In the charts bars, lines and shapes are means, whiskers and bands are
+intervals, and small dots are single seeds; the exact numbers appear under the pointer.</p>
 <p><b>Misalignment</b> is the share of misaligned answers outside the training domain, <b>in-domain
-adherence</b> the share of answers in the training domain that do what was trained, <b>coherence</b> the share
-of answers that are well formed and on topic. <b>Reduction of misalignment</b> and the other comparisons set
-each run against the <code>plain</code> run of the same seed, domain and length of training.</p>
+adherence</b> the share of answers in the training domain that do what was trained,
+<b>coherence</b> the share of answers that are well formed and on topic. <b>Reduction of
+misalignment</b> and the other comparisons set each run against the <code>plain</code> run of the
+same seed, domain and length of training.</p>
 """
 
 
@@ -131,8 +125,10 @@ class _Page:
         self.k_domain = k_domain
         self.drift_unit = drift_unit
         self.names = in_order(runs)
-        if blocked not in self.names:
-            refuse(f"blocked is {blocked!r}, and no run is of this variant: there are {', '.join(self.names)}")
+        if blocked not in (*self.names, BLOCK):
+            refuse(
+                f"blocked is {blocked!r}, and no run is of this variant: there are {', '.join(self.names)}"
+            )
         self.lengths = sorted({run["steps"] for run in runs})
         self.styles = _styles(self.names, blocked)
         has = lambda length, name: any(
@@ -141,12 +137,13 @@ class _Page:
         both = [n for n in self.lengths if has(n, PLAIN) and has(n, blocked)]
         self.main_length = (both or self.lengths)[0]
 
-    def each_length(self, section: Any) -> str:
+    def each_length(self, section: Callable[[list[Run]], str]) -> str:
+        """A section for each length of training."""
         parts = []
         for length in self.lengths:
             content = section([run for run in self.runs if run["steps"] == length])
             if content and len(self.lengths) > 1:
-                content = f"<h3>{_count(length, 'step')} of training</h3>\n{content}"
+                content = f"<h3>{_text.count(length, 'step')} of training</h3>\n{content}"
             parts.append(content)
         return "".join(parts)
 
@@ -154,9 +151,9 @@ class _Page:
         seeds = sorted({run["seed"] for run in self.runs})
         domains = _domains(self.runs, self.k_domain)
         return (
-            f"<p>{_count(len(self.runs), 'run')} of {_count(len(self.names), 'variant')}: "
-            f"{'seed' if len(seeds) == 1 else 'seeds'} {_listed(map(str, seeds))}; trained on "
-            f"{escaped(_listed(domains))}, for {_listed(f'{n:,}' for n in self.lengths)} steps.</p>\n"
+            f"<p>{_text.count(len(self.runs), 'run')} of {_text.count(len(self.names), 'variant')}: "
+            f"{'seed' if len(seeds) == 1 else 'seeds'} {_text.listed(map(str, seeds))}; trained on "
+            f"{escaped(_text.listed(domains))}, for {_text.listed(f'{n:,}' for n in self.lengths)} steps.</p>\n"
         )
 
     # ---- Summary --------------------------------------------------------------------------------
@@ -170,18 +167,22 @@ class _Page:
         cards = [
             _card("Misalignment, unblocked", "em", plain),
             _card("Misalignment, blocked", "em", blocked),
-            _card(LABELS["relative_reduction"], "relative_reduction", blocked),
-            _card("In-domain adherence, blocked", "in_domain", blocked, plain, "relative_in_domain"),
+            _card(_text.LABELS["relative_reduction"], "relative_reduction", blocked),
+            _card(
+                "In-domain adherence, blocked", "in_domain", blocked, plain, "relative_in_domain"
+            ),
             _card("Coherence, blocked", "coherence", blocked, plain, "coherence_change"),
         ]
         if not any(cards):
             return ""
         seeds = sorted({run["seed"] for run in runs if run["variant"] in (PLAIN, self.blocked)})
-        domains = _domains([r for r in runs if r["variant"] in (PLAIN, self.blocked)], self.k_domain)
+        domains = _domains(
+            [r for r in runs if r["variant"] in (PLAIN, self.blocked)], self.k_domain
+        )
         return (
             f'<div class="cards">{"".join(cards)}</div>\n'
-            f"<p>{self._code(self.blocked)} against {self._code(PLAIN)}: {_count(len(seeds), 'seed')}, "
-            f"trained on {escaped(_listed(domains))}.</p>\n"
+            f"<p>{self._code(self.blocked)} against {self._code(PLAIN)}: {_text.count(len(seeds), 'seed')}, "
+            f"trained on {escaped(_text.listed(domains))}.</p>\n"
         )
 
     def _code(self, name: str) -> str:
@@ -193,7 +194,9 @@ class _Page:
         """Sweeps of at least two values of lambda, on what all of their variants and plain were run on."""
         parts = []
         for family, members in _sweeps(runs).items():
-            by_name = {name: [r for r in runs if r["variant"] == name] for name in (PLAIN, *members)}
+            by_name = {
+                name: [r for r in runs if r["variant"] == name] for name in (PLAIN, *members)
+            }
             common = set.intersection(*({pair(r) for r in found} for found in by_name.values()))
             if not common:
                 parts.append(
@@ -201,7 +204,9 @@ class _Page:
                     f"of λ and {self._code(PLAIN)}.</p>\n"
                 )
                 continue
-            kept = {name: [r for r in found if pair(r) in common] for name, found in by_name.items()}
+            kept = {
+                name: [r for r in found if pair(r) in common] for name, found in by_name.items()
+            }
             xs = {name: statistics.median(r.get("lam") or 0.0 for r in kept[name]) for name in kept}
             x = _chart.logarithms("λ", xs.values())
             style = self.styles[next(iter(members))]
@@ -214,12 +219,14 @@ class _Page:
                 ]
                 y = self._axis(metric, [mark for _, mark in points])
                 charts.append(
-                    _chart.lines(f"{LABELS[metric]} against λ, {family}", x, y, [Line(style, points)])
+                    _chart.lines(
+                        f"{_text.LABELS[metric]} against λ, {family}", x, y, [Line(style, points)]
+                    )
                 )
             seeds, domains = {s for s, _, _ in common}, {d for _, d, _ in common}
             parts.append(
-                f"<p>{self._code(family)} by λ, 0 being {self._code(PLAIN)}: {_count(len(seeds), 'seed')}, "
-                f"trained on {escaped(_listed(sorted(domains)))}.</p>\n{_figure(charts)}"
+                f"<p>{self._code(family)} by λ, 0 being {self._code(PLAIN)}: {_text.count(len(seeds), 'seed')}, "
+                f"trained on {escaped(_text.listed(sorted(domains)))}.</p>\n{_figure(charts)}"
             )
         return "".join(parts)
 
@@ -237,10 +244,14 @@ class _Page:
                 continue
             axis = self._axis(metric, found.values(), bars=True)
             rows = [
-                Row(name, f"{_shown(metric, mark.mean)}{_interval(metric, mark)}", [(self.styles[name], mark)])
+                Row(
+                    name,
+                    f"{_text.shown(metric, mark.mean)}{_interval(metric, mark)}",
+                    [(self.styles[name], mark)],
+                )
                 for name, mark in found.items()
             ]
-            charts.append(_chart.rows(f"{LABELS[metric]} by variant", axis, rows, bars=True))
+            charts.append(_chart.rows(f"{_text.LABELS[metric]} by variant", axis, rows, bars=True))
         return _figure(charts) + _uneven([run for run in runs if run["variant"] in names])
 
     def domains(self, runs: list[Run]) -> str:
@@ -258,7 +269,11 @@ class _Page:
                     for domain in domains
                 ]  # fmt: skip
                 axis = self._axis(metric, _marks(rows), by=" by training domain")
-                charts.append(_chart.rows(f"{LABELS[metric]} by training domain", axis, rows, bars=False))
+                charts.append(
+                    _chart.rows(
+                        f"{_text.LABELS[metric]} by training domain", axis, rows, bars=False
+                    )
+                )
         evaluated = _evaluated(runs, self.k_domain)
         if evaluated:
             rows = [
@@ -276,7 +291,8 @@ class _Page:
             text += "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
             rest = [n for n in in_order(runs) if n not in named]
             tables = "".join(
-                self._matrix(n, [r for r in runs if r["variant"] == n], domains, evaluated) for n in rest
+                self._matrix(n, [r for r in runs if r["variant"] == n], domains, evaluated)
+                for n in rest
             )
             if tables:
                 text += f"<details><summary>The same of all other variants</summary>\n{tables}</details>\n"
@@ -290,7 +306,9 @@ class _Page:
         for metric in (*FRACTIONS, *DRIFTS):
             series = {}
             for name in names:
-                points = _curve(metric, [r for r in runs if r["variant"] == name and r.get("curve")], name)
+                points = _curve(
+                    metric, [r for r in runs if r["variant"] == name and r.get("curve")], name
+                )
                 if points:
                     series[name] = points
             if not series:
@@ -304,7 +322,7 @@ class _Page:
             x = _chart.steps("training step", runs[0]["steps"])
             charts.append(
                 _chart.lines(
-                    f"{LABELS[metric]} over training", x, self._axis(metric, marks),
+                    f"{_text.LABELS[metric]} over training", x, self._axis(metric, marks),
                     [Line(self.styles[n], points) for n, points in series.items()],
                 )
             )  # fmt: skip
@@ -333,18 +351,27 @@ class _Page:
                 }
         if not by_name:
             return ""
-        x = _chart.logarithms("steps of training", [n for groups in by_name.values() for n in groups])
+        x = _chart.logarithms(
+            "steps of training", [n for groups in by_name.values() for n in groups]
+        )
         charts = []
         for metric in (*FRACTIONS, *DRIFTS):
             series = {}
             for name, groups in by_name.items():
-                marks = [(n, self._mark(metric, found, f"{name}, {n} steps")) for n, found in groups.items()]
+                marks = [
+                    (n, self._mark(metric, found, f"{name}, {n} steps"))
+                    for n, found in groups.items()
+                ]
                 if any(mark is not None for _, mark in marks):
                     series[name] = [(float(n), mark) for n, mark in marks if mark is not None]
             if series:
-                axis = self._axis(metric, [mark for points in series.values() for _, mark in points])
+                axis = self._axis(
+                    metric, [mark for points in series.values() for _, mark in points]
+                )
                 found = [Line(self.styles[n], points) for n, points in series.items()]
-                charts.append(_chart.lines(f"{LABELS[metric]} by length of training", x, axis, found))
+                charts.append(
+                    _chart.lines(f"{_text.LABELS[metric]} by length of training", x, axis, found)
+                )
         return (
             "<h3>By length of training</h3>\n<p>Where each run ended.</p>\n"
             + self._legend(list(by_name)) + _figure(charts)
@@ -358,7 +385,9 @@ class _Page:
         for seed in sorted({run["seed"] for run in runs}):
             own = estimate(metric, [r for r in runs if r["seed"] == seed], self.plain)
             if own is not None:
-                dots.append((own["mean"], f"{text}, seed {seed}: {_shown(metric, own['mean'])}"))
+                dots.append(
+                    (own["mean"], f"{text}, seed {seed}: {_text.shown(metric, own['mean'])}")
+                )
         return _mark(metric, found, text, dots if len(dots) > 1 else [])
 
     def _mark_evaluated(self, runs: list[Run], domain: str, name: str) -> Mark | None:
@@ -373,12 +402,14 @@ class _Page:
         text, dots = f"{name}, evaluated on {domain}", []
         for seed in sorted({seed for seed, _ in values}):
             own = statistics.fmean(value for s, value in values if s == seed)
-            dots.append((own, f"{text}, seed {seed}: {_shown('em', own)}"))
+            dots.append((own, f"{text}, seed {seed}: {_text.shown('em', own)}"))
         return _mark("em", found, text, dots if len(dots) > 1 else [])
 
-    def _axis(self, metric: str, marks: Iterable[Mark], bars: bool = False, by: str = "") -> _chart.Axis:
+    def _axis(
+        self, metric: str, marks: Iterable[Mark], bars: bool = False, by: str = ""
+    ) -> _chart.Axis:
         values = [v for m in marks for v in (m.lo, m.hi, m.mean, *(value for value, _ in m.dots))]
-        label = LABELS[metric] + by
+        label = _text.LABELS[metric] + by
         if metric in DRIFTS:
             return _chart.amounts(f"{label} ({self.drift_unit})", values)
         if metric in COMPARED:
@@ -401,20 +432,26 @@ class _Page:
         if own and others:
             parts = {"all": parts["all"], self.k_domain: variants(own), "others": variants(others)}
         metrics = [m for m in METRICS if any(m in v for v in parts[next(iter(parts))].values())]
-        head = "".join(f'<th scope="col">{LABELS[m]}</th>' for m in metrics)
+        head = "".join(f'<th scope="col">{_text.LABELS[m]}</th>' for m in metrics)
         domain = '<th scope="col">Trained on</th>' if len(parts) > 1 else ""
         body = []
         for name in in_order(runs):
             lines = [(label, made[name]) for label, made in parts.items() if name in made]
             rows = []
             for i, (label, values) in enumerate(lines):
-                first = f'<th scope="rowgroup" rowspan="{len(lines)}">{_breaking(name)}</th>' if i == 0 else ""
+                first = (
+                    f'<th scope="rowgroup" rowspan="{len(lines)}">{_text.breaking(name)}</th>'
+                    if i == 0
+                    else ""
+                )
                 where = f'<th scope="row">{escaped(label)}</th>' if len(parts) > 1 else ""
                 count = values["em"]["runs"]
-                cells = "".join(_cell(m, values, count, name == PLAIN and m in COMPARED) for m in metrics)
+                cells = "".join(
+                    _cell(m, values, count, name == PLAIN and m in COMPARED) for m in metrics
+                )
                 rows.append(f"<tr>{first}{where}<td>{count}</td>{cells}</tr>\n")
             body.append(f"<tbody>{''.join(rows)}</tbody>\n")
-        return _scrolled(
+        return _text.scrolled(
             "All variants",
             f'<table class="all"><thead><tr><th scope="col">Variant</th>{domain}<th scope="col">Runs</th>{head}'
             f"</tr></thead>\n{''.join(body)}</table>",
@@ -424,7 +461,10 @@ class _Page:
         rows = []
         for name in in_order(runs):
             own = [r for r in runs if r["variant"] == name]
-            cells = [mean([(r["seed"], r["em"]) for r in own if r["domain"] == d], (0, 1)) for d in domains]
+            cells = [
+                mean([(r["seed"], r["em"]) for r in own if r["domain"] == d], (0, 1))
+                for d in domains
+            ]
             rows.append((name, cells))
         return _heat("Misalignment by training domain", "Variant", domains, rows)
 
@@ -435,7 +475,10 @@ class _Page:
         for domain in domains:
             own = [r for r in runs if r["domain"] == domain and r.get("em_by_domain")]
             cells = [
-                mean([(r["seed"], r["em_by_domain"][e]) for r in own if e in r["em_by_domain"]], (0, 1))
+                mean(
+                    [(r["seed"], r["em_by_domain"][e]) for r in own if e in r["em_by_domain"]],
+                    (0, 1),
+                )
                 for e in evaluated
             ]
             if any(cells):
@@ -459,75 +502,16 @@ def _card(
         return ""
     found, against = values[metric], ""
     if plain and metric in plain:
-        against = f"<p>unblocked {_data(metric, plain[metric]['mean'])}"
+        against = f"<p>unblocked {_text.data(metric, plain[metric]['mean'])}"
         if compared in values:
-            against += f"; {LABELS[compared].lower()} {_estimated(compared, values[compared])}"
+            against += (
+                f"; {_text.LABELS[compared].lower()} {_text.estimated(compared, values[compared])}"
+            )
         against += "</p>"
     return (
-        f'<div class="card"><p class="name">{label}</p><p class="big">{_data(metric, found["mean"])}</p>'
-        f"<p>{_bracketed(metric, found) or 'one seed, no interval'}</p>{against}</div>"
+        f'<div class="card"><p class="name">{label}</p><p class="big">{_text.data(metric, found["mean"])}</p>'
+        f"<p>{_text.bracketed(metric, found) or 'one seed, no interval'}</p>{against}</div>"
     )
-
-
-def _targets(targets: Sequence[Mapping[str, Any]], page: _Page) -> str:
-    if not targets:
-        return ""
-    rows = []
-    for i, target in enumerate(targets):
-        rows.append(_target(f"targets[{i}]", target, page))
-    return "<h3>Targets</h3>\n" + _scrolled(
-        "Targets",
-        '<table class="targets"><thead><tr><th scope="col">Target</th><th scope="col">Measured</th>'
-        '<th scope="col">Verdict</th></tr></thead>\n<tbody>' + "".join(rows) + "</tbody></table>",
-    )
-
-
-def _target(place: str, target: Mapping[str, Any], page: _Page) -> str:
-    if not isinstance(target, Mapping):
-        refuse(f"{place} is a {type(target).__name__}; expected a dict")
-    known = {"variant", "metric", "at_least", "at_most", "steps", "note"}
-    if unknown := [str(key) for key in target if key not in known]:
-        refuse(f"{place} has unknown keys: {', '.join(unknown)}")
-    bounds = [key for key in ("at_least", "at_most") if key in target]
-    metric, name = target.get("metric"), target.get("variant")
-    if metric not in METRICS:
-        refuse(f"{place}: metric is {metric!r}; expected one of {', '.join(METRICS)}")
-    if not isinstance(name, str):
-        refuse(f"{place}: variant is {name!r}; expected a name")
-    if len(bounds) != 1:
-        refuse(f"{place} must have at_least or at_most, and not both")
-    bound = target[bounds[0]]
-    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not math.isfinite(bound):
-        refuse(f"{place}: {bounds[0]} is {bound!r}; expected a number")
-    length = target.get("steps", page.main_length)
-    runs = [run for run in page.runs if run["steps"] == length]
-    found = variants(runs).get(name, {}).get(metric)
-    sign = "≥" if bounds[0] == "at_least" else "≤"
-    where = f", {_count(length, 'step')}" if len(page.lengths) > 1 else ""
-    text = f"<code>{escaped(name)}</code>{where}: {LABELS[metric]} {sign} {_data(metric, float(bound))}"
-    if found is None:
-        verdict, measured = ("open", "? not measured"), "–"
-    else:
-        verdict, measured = _verdict(found, bounds[0], float(bound)), _estimated(metric, found)
-    note = f'<p class="note">{escaped(target["note"])}</p>' if target.get("note") else ""
-    return (
-        f'<tr><td>{text}{note}</td><td>{measured}</td><td class="{verdict[0]}">{verdict[1]}</td></tr>\n'
-    )
-
-
-def _verdict(found: Estimate, kind: str, bound: float) -> tuple[str, str]:
-    """By the mean; what the interval leaves open is said."""
-    turn = 1 if kind == "at_least" else -1
-    reached = turn * (found["mean"] - bound) >= 0
-    ends = turn * (found["lo"] - bound) >= 0, turn * (found["hi"] - bound) >= 0
-    text = "✓ reached" if reached else "✗ not reached"
-    if found["seeds"] == 1:
-        text += ", one seed only"
-    elif not all(ends) and reached:
-        text += " on average; the interval goes beyond"
-    elif any(ends) and not reached:
-        text += "; the interval includes it"
-    return ("met" if reached else "missed"), text
 
 
 def _notes(notes: str | Sequence[str]) -> str:
@@ -535,105 +519,11 @@ def _notes(notes: str | Sequence[str]) -> str:
     return "".join(f'<p class="note">{escaped(p.strip())}</p>\n' for p in paragraphs if p.strip())
 
 
-def _k_sets(k_sets: Mapping[str, Mapping[str, Any]]) -> str:
-    parts = []
-    for label, found in k_sets.items():
-        count, table = _k_set(f"k_sets[{label!r}]", found)
-        rest = {k: v for k, v in found.items() if k not in ("K_pos", "K_neg", "selected_latents")}
-        opened = " open" if len(k_sets) == 1 else ""
-        parts.append(
-            f"<details{opened}><summary>{escaped(label)}: {count}</summary>\n{table}"
-            f"{_facts(rest) if rest else ''}</details>\n"
-        )
-    return "".join(parts)
-
-
-EVIDENCE = {
-    "delta": "Δ",
-    "score": "Score",
-    "induce_strength": "Induces at α",
-    "induce_gain": "Induces",
-    "repair_strength": "Repairs at α",
-    "repair_gain": "Repairs",
-}
-
-
-def _k_set(place: str, found: Mapping[str, Any]) -> tuple[str, str]:
-    """How many latents of each sign, and their table."""
-    sides: dict[int, str] = {}
-    for side in ("K_pos", "K_neg"):
-        ids = found.get(side) if isinstance(found, Mapping) else None
-        if not isinstance(ids, Sequence) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            refuse(f"{place} has no list of latents {side}")
-        for latent in ids:
-            if latent in sides:
-                refuse(f"{place}: latent {latent} is there twice")
-            sides[latent] = side
-    evidence = {}
-    for i, latent in enumerate(found.get("selected_latents") or []):
-        number = latent.get("latent") if isinstance(latent, Mapping) else None
-        if number not in sides or latent.get("sign_group", sides[number]) != sides[number]:
-            refuse(f"{place}['selected_latents'][{i}] is not in K_pos or K_neg as it says: {latent!r}")
-        evidence[number] = latent
-    columns = [key for key in EVIDENCE if any(key in latent for latent in evidence.values())]
-    rows = []
-    for latent in [*evidence, *(i for i in sides if i not in evidence)]:
-        values = [_evidence(evidence.get(latent, {}).get(key), key) for key in columns]
-        sign = "K+" if sides[latent] == "K_pos" else "K−"
-        rows.append(f'<tr><th scope="row">{latent}</th><td>{sign}</td>{"".join(values)}</tr>\n')
-    head = "".join(f'<th scope="col">{EVIDENCE[key]}</th>' for key in columns)
-    up = sum(side == "K_pos" for side in sides.values())
-    legend = ""
-    if columns:
-        legend = (
-            "<p>Δ: how far the latent's mean moved from the base model to the misaligned one. Induces, "
-            "repairs: how much more misaligned steering along it makes the base model's answers, and how "
-            "much less the misaligned model's, at the strength α.</p>\n"
-        )
-    table = (
-        f'<table class="k"><thead><tr><th scope="col">Latent</th><th scope="col">Side</th>{head}</tr></thead>'
-        f"\n<tbody>{''.join(rows)}</tbody></table>"
-    )
-    return f"{up} latents in K+, {len(sides) - up} in K−", legend + _scrolled("Blocked latents", table)
-
-
-def _evidence(value: object, key: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return "<td>–</td>"
-    if key.endswith("gain"):
-        shown = f"{_signed(100 * float(value), '+.1f')}\u00a0points"
-    else:
-        shown = _signed(float(value), "+.3g" if key == "delta" else ".3g")
-    return f'<td><data value="{float(value)!r}">{shown}</data></td>'
-
-
-def _breaking(name: str) -> str:
-    """A name that may be broken where its words meet."""
-    return re.sub("([_./])", r"\1<wbr>", escaped(name))
-
-
-def _facts(found: Mapping[str, Any]) -> str:
-    """A nested dict as lines of dotted keys."""
-    rows = "".join(
-        f'<tr><th scope="row">{escaped(key)}</th><td>{escaped(value)}</td></tr>\n'
-        for key, value in _flat("", found)
-    )
-    return f'<table class="facts"><tbody>{rows}</tbody></table>\n'
-
-
-def _flat(before: str, found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for key, value in found.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flat(f"{name}.", value)
-        elif isinstance(value, str):
-            yield name, value
-        else:
-            yield name, json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _heat(
-    caption: str, corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Estimate | None]]]
+    caption: str,
+    corner: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Estimate | None]]],
 ) -> str:
     """Fractions with a tint that grows with them."""
     body = []
@@ -646,11 +536,11 @@ def _heat(
             own = ' class="own"' if column == name else ""
             found.append(
                 f'<td{own} style="background:rgb(213 94 0/{0.5 * cell["mean"]:.3f})">'
-                f"{_data('em', cell['mean'])}{_small(_bracketed('em', cell))}</td>"
+                f"{_text.data('em', cell['mean'])}{_text.small(_text.bracketed('em', cell))}</td>"
             )
-        body.append(f'<tr><th scope="row">{_breaking(name)}</th>{"".join(found)}</tr>\n')
+        body.append(f'<tr><th scope="row">{_text.breaking(name)}</th>{"".join(found)}</tr>\n')
     head = "".join(f'<th scope="col">{escaped(column)}</th>' for column in columns)
-    return _scrolled(
+    return _text.scrolled(
         caption,
         f'<table class="heat"><caption>{escaped(caption)}</caption><thead><tr><th scope="col">{corner}</th>'
         f"{head}</tr></thead>\n<tbody>{''.join(body)}</tbody></table>",
@@ -662,61 +552,28 @@ def _cell(metric: str, values: Mapping[str, Estimate], runs: float, trivial: boo
         return "<td>–</td>"
     found = values[metric]
     fewer = f"<small>of {found['runs']} runs</small>" if found["runs"] != runs else ""
-    return f"<td>{_data(metric, found['mean'])}{_small(_bracketed(metric, found))}{fewer}</td>"
-
-
-def _estimated(metric: str, found: Estimate) -> str:
-    return f"{_data(metric, found['mean'])} {_bracketed(metric, found)}".rstrip()
-
-
-def _bracketed(metric: str, found: Estimate) -> str:
-    """The interval, if there is one."""
-    if found["seeds"] == 1:
-        return ""
-    lo, hi = (_data(metric, found[key], unit=False) for key in ("lo", "hi"))
-    return f"[{lo},\u00a0{hi}]"
-
-
-def _small(text: str) -> str:
-    return f"<small>{text}</small>" if text else ""
-
-
-def _data(metric: str, value: float, unit: bool = True) -> str:
-    """A number as it is read, with its exact value for programs."""
-    shown = _shown(metric, value) if unit else _number(metric, value)
-    return f'<data value="{value!r}">{shown}</data>'
+    return f"<td>{_text.data(metric, found['mean'])}{_text.small(_text.bracketed(metric, found))}{fewer}</td>"
 
 
 def _interval(metric: str, mark: Mark) -> str:
     if mark.lo == mark.hi == mark.mean:
         return ""
-    return f" [{_number(metric, mark.lo)}, {_number(metric, mark.hi)}]"
+    return f" [{_text.number(metric, mark.lo)}, {_text.number(metric, mark.hi)}]"
 
 
 def _mark(metric: str, found: Estimate, text: str, dots: Sequence[tuple[float, str]]) -> Mark:
     lo, hi = found["lo"], found["hi"]
-    interval = f" [{_number(metric, lo)}, {_number(metric, hi)}]" if found["seeds"] > 1 else ""
-    seeds = _count(int(found["seeds"]), "seed")
-    return Mark(found["mean"], lo, hi, f"{text}: {_shown(metric, found['mean'])}{interval}, {seeds}", dots)
-
-
-def _shown(metric: str, value: float) -> str:
-    unit = "" if metric in DRIFTS else "\u00a0points" if metric == "coherence_change" else "\u00a0%"
-    return _number(metric, value) + unit
-
-
-def _number(metric: str, value: float) -> str:
-    if metric in DRIFTS:
-        return f"{value:.3g}"
-    return _signed(100 * value, "+.1f" if metric == "coherence_change" else ".1f")
-
-
-def _signed(value: float, form: str) -> str:
-    """With a real minus sign, and none before 0."""
-    text = format(value, form)
-    if float(text) == 0:
-        text = format(0.0, form.removeprefix("+"))
-    return text.replace("-", "−")
+    interval = (
+        f" [{_text.number(metric, lo)}, {_text.number(metric, hi)}]" if found["seeds"] > 1 else ""
+    )
+    seeds = _text.count(int(found["seeds"]), "seed")
+    return Mark(
+        found["mean"],
+        lo,
+        hi,
+        f"{text}: {_text.shown(metric, found['mean'])}{interval}, {seeds}",
+        dots,
+    )
 
 
 def _marks(rows: Iterable[Row]) -> list[Mark]:
@@ -731,10 +588,6 @@ def _figure(charts: Sequence[str]) -> str:
     return f'<div class="{kind}">{"".join(f"<figure>{chart}</figure>" for chart in charts)}</div>\n'
 
 
-def _scrolled(label: str, table: str) -> str:
-    return f'<div class="scroll" role="region" aria-label="{escaped(label)}" tabindex="0">{table}</div>\n'
-
-
 def _uneven(runs: list[Run]) -> str:
     """What a comparison of means must be told: not every variant has the same seeds and domains."""
     own = {n: {(r["seed"], r["domain"]) for r in runs if r["variant"] == n} for n in in_order(runs)}
@@ -743,7 +596,7 @@ def _uneven(runs: list[Run]) -> str:
     if not fewer:
         return ""
     return (
-        f"<p>Not every variant was run on all {len(most)} pairs of seed and domain: {_listed(fewer)}. Means of "
+        f"<p>Not every variant was run on all {len(most)} pairs of seed and domain: {_text.listed(fewer)}. Means of "
         "different pairs are not comparable; the reduction is, since each run is set against its own plain "
         "run.</p>\n"
     )
@@ -781,7 +634,9 @@ def _unswept(runs: list[Run]) -> list[str]:
 
 def _curve(metric: str, runs: list[Run], name: str) -> list[tuple[float, Mark]]:
     """At the steps that all runs of the variant measured."""
-    measured = [{p["step"]: p[metric] for p in run["curve"] if p.get(metric) is not None} for run in runs]
+    measured = [
+        {p["step"]: p[metric] for p in run["curve"] if p.get(metric) is not None} for run in runs
+    ]
     if not measured:
         return []
     points = []
@@ -800,12 +655,3 @@ def _domains(runs: Iterable[Run], first: str) -> list[str]:
 def _evaluated(runs: Iterable[Run], first: str) -> list[str]:
     found = {domain for run in runs for domain in run.get("em_by_domain") or {}}
     return sorted(found, key=lambda name: (name != first, name))
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def _listed(words: Iterable[str]) -> str:
-    *most, last = list(words)
-    return f"{', '.join(most)} and {last}" if most else last

@@ -121,7 +121,9 @@ def _by_domain(place: _Place, key: str, value: object) -> dict[str, float]:
     if not isinstance(value, Mapping):
         place.refuse(key, value, "a dict of fractions by domain")
     return {
-        _name(place, f"a domain in {key}", domain): _number(place, f"{key}[{domain!r}]", share, most=1)
+        _name(place, f"a domain in {key}", domain): _number(
+            place, f"{key}[{domain!r}]", share, most=1
+        )
         for domain, share in value.items()
     }
 
@@ -137,7 +139,9 @@ def _curve(place: _Place, value: object, steps: int) -> list[dict[str, Any]]:
         step = _whole(place, f"{name}['step']", point["step"])
         least = made[-1]["step"] + 1 if made else 0
         if not least <= step <= steps:
-            place.refuse(f"{name}['step']", step, f"{least} to {steps}: ascending, within the run's steps")
+            place.refuse(
+                f"{name}['step']", step, f"{least} to {steps}: ascending, within the run's steps"
+            )
         checked_point: dict[str, Any] = {"step": step}
         for key, found in point.items():
             label = f"{name}[{key!r}]"

@@ -40,7 +40,7 @@ small { display: block; color: var(--soft); font-size: .8rem }
 .met { color: var(--met) } .missed { color: var(--missed) }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem 1.5rem;
   align-items: start }
-.twos { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)) }
+@media (min-width: 60rem) { .twos { grid-template-columns: repeat(2, minmax(0, 28rem)) } }
 figure { margin: 0; max-width: 28rem }
 .chart { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif }
 .chart text { fill: var(--soft) } .chart .label, .chart .row, .chart .value { fill: var(--ink) }
@@ -74,7 +74,7 @@ td data, td small { white-space: nowrap }
 .heat td small { color: inherit } .heat .own { font-style: italic }
 .targets td { overflow-wrap: anywhere }
 .facts td { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .8rem }
-.facts th { min-width: 7rem; overflow-wrap: anywhere }
+.facts th { max-width: 50vw; padding-left: 0 }
 @media (max-width: 40rem) { th, td { padding: .35rem .45rem } tbody th { max-width: 9rem } .card { padding: .6rem .7rem } }
 details { margin: .75rem 0 } summary { cursor: pointer }
 """

@@ -34,21 +34,23 @@ def summarize(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     A variant has all runs of its name, whatever their domain and steps. Metrics:
 
-    - ``em``, ``in_domain``, ``coherence``, ``drift_in``, ``drift_out``: the mean over the runs that have
-      the value.
-    - ``relative_reduction``: 1 - sum of em / sum of em in the plain runs of the same seed, domain and
-      steps. Of the sums, so that a plain run that is hardly misaligned does not outweigh the others.
+    - ``em``, ``in_domain``, ``coherence``, ``drift_in``, ``drift_out``: the mean over the runs
+      that have the value.
+    - ``relative_reduction``: 1 - sum of em / sum of em in the plain runs of the same seed, domain
+      and steps. Of the sums, so that a plain run that is hardly misaligned does not outweigh the
+      others.
     - ``relative_in_domain``: sum of in_domain / sum of it in the same plain runs.
     - ``coherence_change``: the mean of coherence minus the plain run's.
 
-    lo and hi are a 95 % interval for other seeds on the same domains. A seed is a cluster, since its runs
-    share a base model, an SAE and K: the interval is Student's t with (seeds - 1) degrees of freedom on
-    the linearised variance between seeds, which is the usual interval on the seeds' means where each seed
-    has as many runs. It is cut off at the metric's bounds. (A percentile bootstrap over as few as five
-    seeds is too narrow.) With one seed there is no interval: lo = mean = hi, and ``seeds`` is 1.
+    lo and hi are a 95 % interval for other seeds on the same domains. A seed is a cluster, since
+    its runs share a base model, an SAE and K: the interval is Student's t with (seeds - 1)
+    degrees of freedom on the linearised variance between seeds, which is the usual interval on
+    the seeds' means where each seed has as many runs. It is cut off at the metric's bounds. (A
+    percentile bootstrap over as few as five seeds is too narrow.) With one seed there is no
+    interval: lo = mean = hi, and ``seeds`` is 1.
 
-    ``runs`` and ``seeds`` say what an estimate is made of. A metric that no run has, or whose divisor is
-    0, is left out.
+    ``runs`` and ``seeds`` say what an estimate is made of. A metric that no run has, or whose
+    divisor is 0, is left out.
 
     Raises ArgumentError as :func:`blockem.report.write` does.
     """
@@ -56,7 +58,9 @@ def summarize(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"runs": found, "variants": variants(found)}
 
 
-def write_summary(path: str | os.PathLike[str], runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def write_summary(
+    path: str | os.PathLike[str], runs: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Writes :func:`summarize` as JSON, whole or not at all, and returns it."""
     summary = summarize(runs)
     write_whole(path, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -88,9 +92,7 @@ def estimates(runs: list[Run], plain: dict[tuple[Any, ...], Run]) -> dict[str, E
     return {metric: found for metric, found in made.items() if found is not None}
 
 
-def estimate(
-    metric: str, runs: list[Run], plain: dict[tuple[Any, ...], Run]
-) -> Estimate | None:
+def estimate(metric: str, runs: list[Run], plain: dict[tuple[Any, ...], Run]) -> Estimate | None:
     """None where there is nothing to take the mean of."""
     if metric in FRACTIONS or metric in DRIFTS:
         return mean([(run["seed"], run[metric]) for run in runs], METRICS[metric])
@@ -111,9 +113,7 @@ def mean(
     return ratio([(seed, value, 1.0) for seed, value in values if value is not None], bounds)
 
 
-def ratio(
-    terms: list[tuple[int, float, float]], bounds: tuple[float, float]
-) -> Estimate | None:
+def ratio(terms: list[tuple[int, float, float]], bounds: tuple[float, float]) -> Estimate | None:
     """sum of a / sum of b over (seed, a, b), with its interval over seeds."""
     whole = math.fsum(b for _, _, b in terms)
     if whole == 0:
@@ -172,8 +172,8 @@ def plain_runs(runs: list[Run]) -> dict[tuple[Any, ...], Run]:
 
 
 def sweep_of(variant: str) -> str:
-    """The lambda sweep of a variant: what stands before `_lam` in its name."""
-    return re.sub(r"_lam.*$", "", variant, flags=re.S)
+    """The sweep over lambda that a variant belongs to: its name without `_lam` and a number at the end."""
+    return re.sub(r"_lam_?\d[^_]*\Z", "", variant)
 
 
 def in_order(runs: list[Run]) -> list[str]:
