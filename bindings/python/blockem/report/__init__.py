@@ -1,11 +1,15 @@
 """What training with and without blocking did: means with intervals, and one HTML page of it.
 
-    runs = [{"seed": 11, "domain": "legal", "steps": 40, "variant": "plain", "em": 0.74, "in_domain": 0.99,
-             "coherence": 0.98, "drift_in": 3.1, "drift_out": 0.4}, ...]
+    runs = [
+        {"seed": 11, "domain": "legal", "steps": 40, "variant": "plain", "em": 0.74,
+         "in_domain": 0.99, "coherence": 0.98, "drift_in": 3.1, "drift_out": 0.4},
+        ...
+    ]
     blockem.report.write_summary("summary.json", runs)
-    blockem.report.write("report.html", runs, config={"lora": {"rank": 4}}, k_sets={"seed 11": k0},
-                         targets=[{"variant": "block", "metric": "relative_reduction", "at_least":
-                         0.9}])
+    blockem.report.write(
+        "report.html", runs, config={"lora": {"rank": 4}}, k_sets={"seed 11": k0},
+        targets=[{"variant": "block", "metric": "relative_reduction", "at_least": 0.9}],
+    )
 
 or ``python -m blockem.report summary.json report.html``. The page is one file: no script, nothing
 from the network, light and dark, for a phone, a screen and paper.

@@ -54,7 +54,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """An estimate, with the text that it shows under the pointer, and the seeds that it is the mean of."""
+    """An estimate, the text that it shows under the pointer, and the seeds it is the mean of."""
 
     mean: float
     lo: float
@@ -290,7 +290,7 @@ def _apart(axis: Axis, length: float) -> list[tuple[float, str]]:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Four to six multiples of 1, 2, 2.5 or 5 times a power of ten, the first at or below low, the last within high."""
+    """About five round numbers, the first at or below low, the last at or below high."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * (1 - 1e-9))

@@ -72,8 +72,8 @@ def _k_set(place: str, found: Mapping[str, Any]) -> tuple[str, str]:
     head = "".join(f'<th scope="col">{EVIDENCE[key]}</th>' for key in columns)
     up = sum(side == "K_pos" for side in sides.values())
     table = (
-        f'<table class="k"><thead><tr><th scope="col">Latent</th><th scope="col">Side</th>{head}</tr></thead>'
-        f"\n<tbody>{''.join(rows)}</tbody></table>"
+        '<table class="k"><thead><tr><th scope="col">Latent</th><th scope="col">Side</th>'
+        f"{head}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table>"
     )
     return f"{up} latents in K+, {len(sides) - up} in K−", _text.scrolled("Blocked latents", table)
 

@@ -127,7 +127,8 @@ class _Page:
         self.names = in_order(runs)
         if blocked not in (*self.names, BLOCK):
             refuse(
-                f"blocked is {blocked!r}, and no run is of this variant: there are {', '.join(self.names)}"
+                f"blocked is {blocked!r}, and no run is of this variant: there are "
+                f"{', '.join(self.names)}"
             )
         self.lengths = sorted({run["steps"] for run in runs})
         self.styles = _styles(self.names, blocked)
@@ -149,11 +150,12 @@ class _Page:
 
     def lead(self) -> str:
         seeds = sorted({run["seed"] for run in self.runs})
-        domains = _domains(self.runs, self.k_domain)
+        domains = escaped(_text.listed(_domains(self.runs, self.k_domain)))
+        lengths = _text.listed(f"{n:,}" for n in self.lengths)
         return (
             f"<p>{_text.count(len(self.runs), 'run')} of {_text.count(len(self.names), 'variant')}: "
             f"{'seed' if len(seeds) == 1 else 'seeds'} {_text.listed(map(str, seeds))}; trained on "
-            f"{escaped(_text.listed(domains))}, for {_text.listed(f'{n:,}' for n in self.lengths)} steps.</p>\n"
+            f"{domains}, for {lengths} steps.</p>\n"
         )
 
     # ---- Summary --------------------------------------------------------------------------------
@@ -175,33 +177,28 @@ class _Page:
         ]
         if not any(cards):
             return ""
-        seeds = sorted({run["seed"] for run in runs if run["variant"] in (PLAIN, self.blocked)})
-        domains = _domains(
-            [r for r in runs if r["variant"] in (PLAIN, self.blocked)], self.k_domain
-        )
+        own = [run for run in runs if run["variant"] in (PLAIN, self.blocked)]
         return (
             f'<div class="cards">{"".join(cards)}</div>\n'
-            f"<p>{self._code(self.blocked)} against {self._code(PLAIN)}: {_text.count(len(seeds), 'seed')}, "
-            f"trained on {escaped(_text.listed(domains))}.</p>\n"
+            f"<p>{_code(self.blocked)} against {_code(PLAIN)}: {self._extent(own)}.</p>\n"
         )
 
-    def _code(self, name: str) -> str:
-        return f"<code>{escaped(name)}</code>"
+    def _extent(self, runs: list[Run]) -> str:
+        seeds, domains = {run["seed"] for run in runs}, _domains(runs, self.k_domain)
+        return f"{_text.count(len(seeds), 'seed')}, trained on {escaped(_text.listed(domains))}"
 
     # ---- Charts ---------------------------------------------------------------------------------
 
     def against_lambda(self, runs: list[Run]) -> str:
-        """Sweeps of at least two values of lambda, on what all of their variants and plain were run on."""
+        """Sweeps of at least two values of λ, on what they and plain were all run on."""
         parts = []
         for family, members in _sweeps(runs).items():
-            by_name = {
-                name: [r for r in runs if r["variant"] == name] for name in (PLAIN, *members)
-            }
+            by_name = {name: _of(runs, name) for name in (PLAIN, *members)}
             common = set.intersection(*({pair(r) for r in found} for found in by_name.values()))
             if not common:
                 parts.append(
-                    f"<p>The sweep of {self._code(family)} is not drawn: no seed and domain has all its values "
-                    f"of λ and {self._code(PLAIN)}.</p>\n"
+                    f"<p>The sweep of {_code(family)} is not drawn: no seed and domain has all its "
+                    f"values of λ and {_code(PLAIN)}.</p>\n"
                 )
                 continue
             kept = {
@@ -223,10 +220,9 @@ class _Page:
                         f"{_text.LABELS[metric]} against λ, {family}", x, y, [Line(style, points)]
                     )
                 )
-            seeds, domains = {s for s, _, _ in common}, {d for _, d, _ in common}
             parts.append(
-                f"<p>{self._code(family)} by λ, 0 being {self._code(PLAIN)}: {_text.count(len(seeds), 'seed')}, "
-                f"trained on {escaped(_text.listed(sorted(domains)))}.</p>\n{_figure(charts)}"
+                f"<p>{_code(family)} by λ, 0 being {_code(PLAIN)}: {self._extent(kept[PLAIN])}.</p>\n"
+                f"{_figure(charts)}"
             )
         return "".join(parts)
 
@@ -235,7 +231,7 @@ class _Page:
         charts = []
         for metric in ("em", "relative_reduction", "in_domain", "coherence"):
             marks = {
-                name: self._mark(metric, [r for r in runs if r["variant"] == name], name)
+                name: self._mark(metric, _of(runs, name), name)
                 for name in names
                 if not (metric in COMPARED and name == PLAIN)
             }
@@ -256,18 +252,15 @@ class _Page:
 
     def domains(self, runs: list[Run]) -> str:
         named = [n for n in (PLAIN, self.blocked) if any(r["variant"] == n for r in runs)]
-        own = {n: [r for r in runs if r["variant"] == n] for n in named}
+        own = {n: _of(runs, n) for n in named}
         domains = _domains(runs, self.k_domain)
         charts = []
         if len(domains) > 1:
             for metric in FRACTIONS:
-                rows = [
-                    self._row(domain, [
-                        (n, self._mark(metric, [r for r in own[n] if r["domain"] == domain], f"{n}, {domain}"))
-                        for n in named
-                    ])
-                    for domain in domains
-                ]  # fmt: skip
+                mark = lambda n, domain: self._mark(
+                    metric, [r for r in own[n] if r["domain"] == domain], f"{n}, {domain}"
+                )
+                rows = [self._row(d, [(n, mark(n, d)) for n in named]) for d in domains]
                 axis = self._axis(metric, _marks(rows), by=" by training domain")
                 charts.append(
                     _chart.rows(
@@ -290,12 +283,10 @@ class _Page:
         if evaluated:
             text += "".join(self._matrix(n, own[n], domains, evaluated) for n in named)
             rest = [n for n in in_order(runs) if n not in named]
-            tables = "".join(
-                self._matrix(n, [r for r in runs if r["variant"] == n], domains, evaluated)
-                for n in rest
-            )
+            tables = "".join(self._matrix(n, _of(runs, n), domains, evaluated) for n in rest)
             if tables:
-                text += f"<details><summary>The same of all other variants</summary>\n{tables}</details>\n"
+                label = "The same of all other variants"
+                text += f"<details><summary>{label}</summary>\n{tables}</details>\n"
         return text
 
     def _row(self, domain: str, lanes: list[tuple[str, Mark | None]]) -> Row:
@@ -306,9 +297,7 @@ class _Page:
         for metric in (*FRACTIONS, *DRIFTS):
             series = {}
             for name in names:
-                points = _curve(
-                    metric, [r for r in runs if r["variant"] == name and r.get("curve")], name
-                )
+                points = _curve(metric, [r for r in _of(runs, name) if r.get("curve")], name)
                 if points:
                     series[name] = points
             if not series:
@@ -330,7 +319,7 @@ class _Page:
             return ""
         bands = ""
         if len(drawn) > BANDS:
-            bands = "<p>There are too many lines for bands; the intervals appear under the pointer.</p>\n"
+            bands = "<p>Too many lines for bands: the intervals appear under the pointer.</p>\n"
         return self._legend(drawn) + _figure(charts) + bands
 
     def lengths_chart(self) -> str:
@@ -338,9 +327,8 @@ class _Page:
         by_name: dict[str, dict[int, list[Run]]] = {}
         for name in self.names:
             groups: dict[int, list[Run]] = {}
-            for run in self.runs:
-                if run["variant"] == name:
-                    groups.setdefault(run["steps"], []).append(run)
+            for run in _of(self.runs, name):
+                groups.setdefault(run["steps"], []).append(run)
             common = set.intersection(
                 *({(r["seed"], r["domain"]) for r in found} for found in groups.values())
             )
@@ -428,15 +416,15 @@ class _Page:
         """Each variant over all domains, over the one that K was found on, and over the others."""
         own = [r for r in runs if r["domain"] == self.k_domain]
         others = [r for r in runs if r["domain"] != self.k_domain]
-        parts = {"all": variants(runs)}
+        parts = [("all", variants(runs))]
         if own and others:
-            parts = {"all": parts["all"], self.k_domain: variants(own), "others": variants(others)}
-        metrics = [m for m in METRICS if any(m in v for v in parts[next(iter(parts))].values())]
+            parts += [(self.k_domain, variants(own)), ("others", variants(others))]
+        metrics = [m for m in METRICS if any(m in values for values in parts[0][1].values())]
         head = "".join(f'<th scope="col">{_text.LABELS[m]}</th>' for m in metrics)
         domain = '<th scope="col">Trained on</th>' if len(parts) > 1 else ""
         body = []
         for name in in_order(runs):
-            lines = [(label, made[name]) for label, made in parts.items() if name in made]
+            lines = [(label, made[name]) for label, made in parts if name in made]
             rows = []
             for i, (label, values) in enumerate(lines):
                 first = (
@@ -453,14 +441,14 @@ class _Page:
             body.append(f"<tbody>{''.join(rows)}</tbody>\n")
         return _text.scrolled(
             "All variants",
-            f'<table class="all"><thead><tr><th scope="col">Variant</th>{domain}<th scope="col">Runs</th>{head}'
-            f"</tr></thead>\n{''.join(body)}</table>",
+            f'<table class="all"><thead><tr><th scope="col">Variant</th>{domain}'
+            f'<th scope="col">Runs</th>{head}</tr></thead>\n{"".join(body)}</table>',
         )
 
     def _by_training_domain(self, runs: list[Run], domains: Sequence[str]) -> str:
         rows = []
         for name in in_order(runs):
-            own = [r for r in runs if r["variant"] == name]
+            own = _of(runs, name)
             cells = [
                 mean([(r["seed"], r["em"]) for r in own if r["domain"] == d], (0, 1))
                 for d in domains
@@ -509,7 +497,8 @@ def _card(
             )
         against += "</p>"
     return (
-        f'<div class="card"><p class="name">{label}</p><p class="big">{_text.data(metric, found["mean"])}</p>'
+        f'<div class="card"><p class="name">{label}</p>'
+        f'<p class="big">{_text.data(metric, found["mean"])}</p>'
         f"<p>{_text.bracketed(metric, found) or 'one seed, no interval'}</p>{against}</div>"
     )
 
@@ -542,7 +531,8 @@ def _heat(
     head = "".join(f'<th scope="col">{escaped(column)}</th>' for column in columns)
     return _text.scrolled(
         caption,
-        f'<table class="heat"><caption>{escaped(caption)}</caption><thead><tr><th scope="col">{corner}</th>'
+        f'<table class="heat"><caption>{escaped(caption)}</caption><thead><tr>'
+        f'<th scope="col">{corner}</th>'
         f"{head}</tr></thead>\n<tbody>{''.join(body)}</tbody></table>",
     )
 
@@ -552,7 +542,8 @@ def _cell(metric: str, values: Mapping[str, Estimate], runs: float, trivial: boo
         return "<td>–</td>"
     found = values[metric]
     fewer = f"<small>of {found['runs']} runs</small>" if found["runs"] != runs else ""
-    return f"<td>{_text.data(metric, found['mean'])}{_text.small(_text.bracketed(metric, found))}{fewer}</td>"
+    interval = _text.small(_text.bracketed(metric, found))
+    return f"<td>{_text.data(metric, found['mean'])}{interval}{fewer}</td>"
 
 
 def _interval(metric: str, mark: Mark) -> str:
@@ -580,6 +571,10 @@ def _marks(rows: Iterable[Row]) -> list[Mark]:
     return [mark for row in rows for _, mark in row.lanes]
 
 
+def _code(name: str) -> str:
+    return f"<code>{escaped(name)}</code>"
+
+
 def _figure(charts: Sequence[str]) -> str:
     """Charts side by side, as many as there is room for; an even number in twos."""
     if not charts:
@@ -590,15 +585,15 @@ def _figure(charts: Sequence[str]) -> str:
 
 def _uneven(runs: list[Run]) -> str:
     """What a comparison of means must be told: not every variant has the same seeds and domains."""
-    own = {n: {(r["seed"], r["domain"]) for r in runs if r["variant"] == n} for n in in_order(runs)}
+    own = {n: {pair(run) for run in _of(runs, n)} for n in in_order(runs)}
     most = set.union(*own.values())
     fewer = [f"<code>{escaped(n)}</code> {len(found)}" for n, found in own.items() if found != most]
     if not fewer:
         return ""
     return (
-        f"<p>Not every variant was run on all {len(most)} pairs of seed and domain: {_text.listed(fewer)}. Means of "
-        "different pairs are not comparable; the reduction is, since each run is set against its own plain "
-        "run.</p>\n"
+        f"<p>Not every variant was run on all {len(most)} pairs of seed and domain: "
+        f"{_text.listed(fewer)}. Means of different pairs are not comparable; the reduction is, since "
+        "each run is set against its own plain run.</p>\n"
     )
 
 
@@ -619,7 +614,7 @@ def _sweeps(runs: list[Run]) -> dict[str, list[str]]:
     """Variants by sweep, where there are at least two with a lambda, and plain."""
     families: dict[str, list[str]] = {}
     for name in in_order(runs):
-        own = [run for run in runs if run["variant"] == name]
+        own = _of(runs, name)
         if name != PLAIN and all(run.get("lam") for run in own):
             families.setdefault(sweep_of(name), []).append(name)
     has_plain = any(run["variant"] == PLAIN for run in runs)
@@ -645,6 +640,10 @@ def _curve(metric: str, runs: list[Run], name: str) -> list[tuple[float, Mark]]:
         made = mean(values, METRICS[metric])
         points.append((float(step), _mark(metric, made, f"{name}, step {step}", [])))
     return points
+
+
+def _of(runs: list[Run], variant: str) -> list[Run]:
+    return [run for run in runs if run["variant"] == variant]
 
 
 def _domains(runs: Iterable[Run], first: str) -> list[str]:

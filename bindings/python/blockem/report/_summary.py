@@ -13,7 +13,7 @@ from typing import Any
 
 from ._runs import BLOCK, CONTROLS, DRIFTS, FRACTIONS, PLAIN, Run, checked, refuse
 
-#: Each metric with its bounds. The three that compare a run with its plain run follow what they compare.
+#: Each metric with its bounds; what compares runs with plain follows what it compares.
 METRICS: dict[str, tuple[float, float]] = {
     "em": (0, 1),
     "relative_reduction": (-math.inf, 1),
@@ -150,7 +150,7 @@ def student(freedom: int, coverage: float = 0.95) -> float:
 
 
 def _within(t: float, freedom: int) -> float:
-    """P(|T| < t), by the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3-4)."""
+    """P(|T| < t): the finite series for whole degrees of freedom (Abramowitz, Stegun 26.7.3-4)."""
     angle = math.atan(t / math.sqrt(freedom))
     sine, square = math.sin(angle), math.cos(angle) ** 2
     odd = freedom % 2
@@ -172,7 +172,7 @@ def plain_runs(runs: list[Run]) -> dict[tuple[Any, ...], Run]:
 
 
 def sweep_of(variant: str) -> str:
-    """The sweep over lambda that a variant belongs to: its name without `_lam` and a number at the end."""
+    """The sweep over λ of a variant: its name without `_lam` and a number at the end."""
     return re.sub(r"_lam_?\d[^_]*\Z", "", variant)
 
 
@@ -211,6 +211,6 @@ def same_as_summarized(runs: list[Run], found: object) -> None:
                     other, same = None, False
                 if not same:
                     refuse(
-                        f"variants[{name!r}][{metric!r}][{key!r}] is {other!r}, and its runs give {value!r}: "
-                        "write it with blockem.report.write_summary"
+                        f"variants[{name!r}][{metric!r}][{key!r}] is {other!r}, and its runs give "
+                        f"{value!r}: write it with blockem.report.write_summary"
                     )

@@ -51,13 +51,16 @@ def _target(place: str, target: Mapping[str, Any], runs: list[Run], main_length:
     where = (
         f", {_text.count(length, 'step')}" if any(run["steps"] != length for run in runs) else ""
     )
-    text = f"<code>{escaped(name)}</code>{where}: {_text.LABELS[metric]} {sign} {_text.data(metric, float(bound))}"
+    wanted = f"{_text.LABELS[metric]} {sign} {_text.data(metric, float(bound))}"
     if found is None:
         verdict, measured = ("open", "? not measured"), "–"
     else:
         verdict, measured = _verdict(found, bounds[0], float(bound)), _text.estimated(metric, found)
     note = f'<p class="note">{escaped(target["note"])}</p>' if target.get("note") else ""
-    return f'<tr><td>{text}{note}</td><td>{measured}</td><td class="{verdict[0]}">{verdict[1]}</td></tr>\n'
+    return (
+        f"<tr><td><code>{escaped(name)}</code>{where}: {wanted}{note}</td><td>{measured}</td>"
+        f'<td class="{verdict[0]}">{verdict[1]}</td></tr>\n'
+    )
 
 
 def _verdict(found: Estimate, kind: str, bound: float) -> tuple[str, str]:

@@ -66,7 +66,8 @@ def signed(value: float, form: str) -> str:
 
 def scrolled(label: str, table: str) -> str:
     """A table that scrolls by itself where the page is too narrow for it."""
-    return f'<div class="scroll" role="region" aria-label="{escaped(label)}" tabindex="0">{table}</div>\n'
+    name = escaped(label)
+    return f'<div class="scroll" role="region" aria-label="{name}" tabindex="0">{table}</div>\n'
 
 
 def breaking(name: str) -> str:
