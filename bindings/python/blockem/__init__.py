@@ -25,7 +25,7 @@ from ._stats import Movers, Stats, movers, prompt_shares, stage1
 from ._steering import Steering, activation_scale, token_norms
 
 if TYPE_CHECKING:
-    from . import discover, jax, judges, torch
+    from . import discover, jax, judges, report, torch
     from ._torch_cache import base_model_digest
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "mask_from_offsets",
     "movers",
     "prompt_shares",
+    "report",
     "stage1",
     "token_norms",
     "torch",
@@ -63,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("discover", "jax", "judges", "torch"):
+    if name in ("discover", "jax", "judges", "report", "torch"):
         return importlib.import_module(f".{name}", __name__)
     if name == "base_model_digest":
         return importlib.import_module("._torch_cache", __name__).base_model_digest
