@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import parallel
 import peft
 import pytest
+import test_parallel
 import test_trainer
 import tiny
 import torch
@@ -690,6 +692,60 @@ def test_freeze_above() -> None:
     only.model.layers[2].requires_grad_(True)
     with pytest.raises(ValueError, match="nothing would be left to train"):
         freeze_above(only, 1)
+
+
+# On several ranks.
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[str, dict]:
+    """What two processes found."""
+    names = "; ".join(parallel.WATCHES)
+    return {name: test_parallel.run(names, 2)[name] for name in parallel.WATCHES}
+
+
+def same_report(found: dict, want: dict) -> None:
+    """That of several ranks, and after its state was loaded, is that of one process."""
+    for i in range(2):
+        assert found["tokens"][i] == want["tokens"][0] > 0
+        for name in ("delta", "rise", "fall"):
+            assert found[name][i] == pytest.approx(want[name][0], rel=1e-4, abs=1e-6)
+        for row in (3, 7):  # the maxima
+            assert found["sums"][i]["state"][row] == pytest.approx(
+                want["sums"][0]["state"][row], rel=1e-4, abs=1e-6)
+    assert np.abs(want["delta"][0]).max() > 1e-2
+
+
+def test_ranks_with_different_rows_report_as_one(ranks: dict) -> None:
+    found = ranks["watch, rows"]
+    one = parallel.watched(parallel.step_of(2), parallel.model(), 1.0)
+    same_report(found[1.0], parallel.of_report(one))
+    # Sampled: every rank's own rows by the same draws, one after the other here.
+    sums = parallel.watched(parallel.shards(2)[0], parallel.model(), 0.5)
+    other = parallel.watched(parallel.shards(2)[1], parallel.model(), 0.5)
+    sums.stats.merge(other.stats)
+    assert sums._batch == other._batch == 2
+    same_report(found[0.5], parallel.of_report(sums))
+    assert found[0.5]["tokens"][0] < found[1.0]["tokens"][0]
+
+
+@pytest.mark.parametrize("case", [case for case in parallel.WATCHES if case != "watch, rows"])
+def test_ranks_that_share_rows_report_as_one(case: str, ranks: dict) -> None:
+    local = lambda batch: parallel.padded(batch, 2)
+    one = parallel.watched(parallel.step_of(2), parallel.model(), 0.5, local=local)
+    same_report(ranks[case], parallel.of_report(one))
+
+
+def test_ranks_swap_with_a_cache_that_they_share(ranks: dict) -> None:
+    found = ranks["watch, rows"]
+    first, second = found["said"]
+    assert first == "KeyError: 'input_ids'"
+    assert second == "ArgumentError: the first rank could not fill the cache: KeyError: 'input_ids'"
+    handle = attach(parallel.model(), DICTIONARY.plan, lam=1.0)
+    handle.swap(DICTIONARY.latents.union(blockem.Latents([2, 9], [1, -1])))
+    step_of(handle, handle._model, parallel.step_of(2))
+    assert found["metrics"] == pytest.approx(handle.metrics(per_latent=True), rel=1e-4, abs=1e-7)
+    assert found["metrics"]["blockem/latent/2"] > 0 and found["metrics"]["blockem/penalty"] > 0
 
 
 # In a trainer.
