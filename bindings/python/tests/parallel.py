@@ -426,15 +426,23 @@ def distributed_list(x: object) -> list:
     return found
 
 
-def watch_together(placement: object, *, as_dtensor: bool) -> Callable:
-    """Ranks that compute the same rows."""
+def watch_together(placement: object, *, as_dtensor: bool, given: bool = False) -> Callable:
+    """Ranks that compute the same rows. given: with z of the base model from elsewhere, so that only
+    the sampled rows have a base pass."""
 
     def case(rank: int, ranks: int) -> dict:
         mesh = distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
         net = tensor_parallel(mesh, *placed(placement, as_dtensor=as_dtensor))
         group = {} if as_dtensor else {"tensor_group": mesh.get_group()}
         local = lambda batch: padded(batch, ranks)
-        return of_report(watched(step_of(2), net, 0.5, local=local, **group))
+        whole = model()
+
+        def z(batch: dict) -> torch.Tensor:
+            with torch.no_grad(), whole.disable_adapter():
+                return DICTIONARY.plan.encode(tiny.hidden_states(whole, batch))
+
+        more = group | ({"reference": z, "tolerance": 1e-3} if given else {})
+        return of_report(watched(step_of(2), net, 0.5, local=local, **more))
 
     return case
 
@@ -442,10 +450,10 @@ def watch_together(placement: object, *, as_dtensor: bool) -> Callable:
 WATCHES: dict[str, Callable] = {
     "watch, rows": watch_rows,
     "watch, columns": watch_together(Shard(-1), as_dtensor=False),
+    "watch, columns, given": watch_together(Shard(-1), as_dtensor=False, given=True),
     "watch, Shard(-1)": watch_together(Shard(-1), as_dtensor=True),
-    "watch, Shard(1)": watch_together(Shard(1), as_dtensor=True),
+    "watch, Shard(1), given": watch_together(Shard(1), as_dtensor=True, given=True),
     "watch, tokens": watch_together(Shard(1), as_dtensor=False),
-    "watch, Replicate": watch_together(Replicate(), as_dtensor=True),
 }
 
 

@@ -45,9 +45,9 @@ def stats() -> blockem.Stats:
     return blockem.Stats(DICTIONARY.sae, num_threads=1)
 
 
-def dense(hidden: torch.Tensor) -> torch.Tensor:
+def dense(hidden: torch.Tensor, dictionary: Dictionary = DICTIONARY) -> torch.Tensor:
     """z of the whole dictionary."""
-    return (hidden.double() @ DICTIONARY.weight.double().T + DICTIONARY.bias.double()).relu()
+    return (hidden.double() @ dictionary.weight.double().T + dictionary.bias.double()).relu()
 
 
 def step_of(handle: blockem.torch.Handle, net: torch.nn.Module, batches: list[dict]) -> list:
@@ -212,7 +212,8 @@ def test_two_layers_share_a_pass() -> None:
                     reference=lambda b: (given[0], given[1]))
     with torch.no_grad(), net.disable_adapter():
         given = [z.plan.encode(h) for z, h in zip((one, two), _layers(net, batch))]
-    watches = [Watch(handle, blockem.Stats(d.sae), share=0.2, min_tokens=1) for d in (one, two)]
+    watches = [Watch(handle, blockem.Stats(d.sae), share=0.2, min_tokens=1, memory=0)
+               for d in (one, two)]
     step_of(handle, net, [batch])
     seen = passes_of(net)
     while not (mine := watches[0]._rows(batch["labels"])):
@@ -224,6 +225,24 @@ def test_two_layers_share_a_pass() -> None:
         assert found[f"blockem/layer{layer}/watch/outside"] == watch.last.outside > 0
         assert watch.layer == layer
     assert watches[0].last.outside != watches[1].last.outside
+
+    # Each its own rows of that pass, where their draws differ.
+    watches[1].seed = 1
+    draws = lambda: [watch._rows(batch["labels"]) for watch in watches]
+    while not all(draws()) or draws()[0] == draws()[1]:
+        handle._steps += 1
+    mine = draws()
+    step_of(handle, net, [batch])
+    assert seen[2:] == [4, len({*mine[0], *mine[1]})]
+    handle.metrics()
+    for i, (z, watch) in enumerate(zip((one, two), watches)):
+        with torch.no_grad():
+            move = dense(_layers(net, batch)[i], z)
+            with net.disable_adapter():
+                move -= dense(_layers(net, batch)[i], z)
+        keep = (batch["labels"] != -100)[mine[i]]
+        want = move[mine[i]][keep].mean(0).numpy()
+        assert watch.last.delta == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
 def _layers(net: torch.nn.Module, batch: dict) -> list[torch.Tensor]:

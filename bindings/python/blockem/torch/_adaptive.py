@@ -1,4 +1,4 @@
-"""Adaptive blocking: when the watch gives alarm, K grows by what was found, and training goes on."""
+"""Adaptive blocking: when the watch gives alarm, K grows by what was found."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from torch import nn
 from .. import _ffi
 from .._core import Latents, Plan, expect
 from .._library import fail
-from ._ops import encode
+from ._compare import compare
+from ._observe import observe
 from ._ranks import Ranks
 from ._recorder import Forward, Recorder
 from ._references import (
@@ -27,10 +27,10 @@ from ._references import (
     references_of,
 )
 from ._results import Calibration, Check, Term
-from ._site import Site
-from ._spread import Held, gathered, group_of, held
-from ._stack import Stack, find, restored_modes, rows_of, without_parallel
-from .lambdas import DualAscent, as_lambda, ratio_lambda
+from ._site import Site, expect_choice, sites_of
+from ._spread import Held, group_of, held
+from ._stack import Stack, find, restored_modes, without_parallel
+from .lambdas import DualAscent, ratio_lambda
 
 if TYPE_CHECKING:
     from .._cache import Cache
@@ -102,9 +102,9 @@ def attach(
     Raises Error INVALID_ARGUMENT, SHAPE, DEVICE_MISMATCH.
     """
     expect("model", model, nn.Module)
-    sites = _sites(plan, layer, lam, reduction)
-    _choice("tokens", tokens, ("labels", "all"))
-    _choice("gradients", gradients, ("mean", "sum"))
+    sites = sites_of(plan, layer, lam, reduction)
+    expect_choice("tokens", tokens, ("labels", "all"))
+    expect_choice("gradients", gradients, ("mean", "sum"))
     stack = find(model, [site.layer for site in sites], layers)
     source = references_of(reference, model, stack, layers)
     ranks = Ranks(process_group, tensor_group, sites[0].plan.device)
@@ -196,7 +196,12 @@ class Handle:
         references, base = self._references(forward, batch, mask)
         if self.last_check is None:
             self.last_check = self._check(forward, held, references, mask)
-        self._observe(forward, base, batch, mask)
+        if self._watches:
+            group = self._ranks.tensor_group
+            with torch.no_grad(), self._recorder.paused():
+                observe(
+                    self._watches, self._sites, self._source, forward, base, batch, mask, group
+                )
         self._autocast = forward.call.autocast
         parts, total = [], None
         for site, one, reference in zip(self._sites, held, references, strict=True):
@@ -487,40 +492,6 @@ class Handle:
         with torch.no_grad(), self._recorder.paused():
             return self._source.references(forward, batch, self._sites, hold)
 
-    def _observe(
-        self,
-        forward: Forward,
-        base: Sequence[torch.Tensor] | None,
-        batch: Any,
-        mask: torch.Tensor,
-    ) -> None:
-        """Shows the watches their rows of this forward; mostly there are none.
-
-        base: the base model's hidden states of all rows, where the references came from them.
-        """
-        wanted = [(watch, watch._rows(mask)) for watch in self._watches]
-        rows = sorted({row for _, mine in wanted for row in mine})
-        if not rows:
-            return
-        count = len(mask)
-        with torch.no_grad(), self._recorder.paused():
-            at = rows if base is None else range(count)
-            if base is None and any(watch.base is None for watch in self._watches):
-                base = self._source.base(forward, rows, count)
-            for watch, mine in wanted:
-                if not mine:
-                    continue
-                i = self._sites.index(watch._site)
-                read = lambda hidden, rows: gathered(
-                    hidden, rows, mask.shape, self._ranks.tensor_group, watch.stats.d_in
-                )
-                hidden = read(forward.hidden[i], mine)
-                if watch.base is None:
-                    reference = read(base[i], [at.index(row) for row in mine])
-                else:
-                    reference = watch.base(rows_of(batch, mine, count))
-                watch._add(hidden, reference, rows_of(mask, mine, count))
-
     def _check(
         self,
         forward: Forward,
@@ -529,7 +500,7 @@ class Handle:
         mask: torch.Tensor,
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
-        found = self._compare(held, references, mask, "tuned")
+        found = compare(self._sites, held, references, mask, "tuned")
         # All ranks or none run another pass: layers may be sharded over them.
         differs = torch.tensor(float(found.difference > bound))
         if self._ranks.all_reduce(differs).item() > 0:
@@ -537,7 +508,7 @@ class Handle:
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
                 held = self._held(stand_in, mask)
-                found = self._compare(held, references, mask, "adapters off")
+                found = compare(self._sites, held, references, mask, "adapters off")
             elif self._resumed:
                 # Trained weights differ from the copy's, and nothing can stand in for them.
                 must_hold = False
@@ -549,27 +520,6 @@ class Handle:
                 f"{self._source.remedy}",
             )
         return found
-
-    def _compare(
-        self,
-        held: Sequence[Held],
-        references: Sequence[torch.Tensor],
-        mask: torch.Tensor,
-        compared: str,
-    ) -> Check:
-        """A difference of infinity stands for NaN."""
-        worst = penalty = active = tokens = 0.0
-        for site, one, reference in zip(self._sites, held, references, strict=True):
-            mask = mask.to(one.values.device)
-            kept = one.own(mask) != 0
-            z = encode(one.plan, one.values.detach())[kept]
-            distance = (z - one.own(reference)[kept]).abs().flatten()
-            distance = torch.where(distance.isnan(), math.inf, distance)
-            worst = max(worst, one.greatest(torch.cat([distance, distance.new_zeros(1)]).max()))
-            active += (z != 0).sum().item() / max(z.numel(), 1) / len(self._sites)
-            parts = site.parts(one.detached(), reference, mask != 0)
-            penalty, tokens = penalty + parts.loss_sum.item(), max(tokens, parts.count.item())
-        return Check(compared, int(tokens), penalty, worst, active)
 
     def _measure(self, model: nn.Module, batch: Mapping[str, Any], totals: dict) -> None:
         items = (batch["labels"][..., 1:] != -100).sum().item()
@@ -637,61 +587,9 @@ class _Settings:
     diagnostics: bool
 
 
-def _sites(
-    plan: Plan | Sequence[Plan],
-    layer: int | Sequence[int] | None,
-    lam: float | DualAscent | Sequence[float | DualAscent],
-    reduction: str,
-) -> list[Site]:
-    _choice("reduction", reduction, ("sum", "mean"))
-    plans = [plan] if isinstance(plan, Plan) else list(plan)
-    for one in plans:
-        expect("plan", one, Plan)
-    layers = [layer] * len(plans) if layer is None or isinstance(layer, int) else list(layer)
-    single = isinstance(lam, (int, float, DualAscent))
-    if isinstance(lam, DualAscent) and len(plans) > 1:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            "several layers need a DualAscent each: give a list as lam",
-        )
-    lams = [lam] * len(plans) if single else list(lam)
-    if not plans or not len(plans) == len(layers) == len(lams):
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
-        )
-    return [
-        Site(one, _layer(one, at), as_lambda(value))
-        for one, at, value in zip(plans, layers, lams)
-    ]
-
-
-def _layer(plan: Plan, layer: int | None) -> int:
-    if layer is None and plan.layer is None:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            "the SAE does not say which layer it reads: give layer, the 0-based decoder block",
-        )
-    if layer is not None and plan.layer is not None and layer != plan.layer:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} "
-            f"(0-based; hidden_states[{plan.layer + 1}]): leave layer out",
-        )
-    return plan.layer if layer is None else layer
-
-
 def _share(mask: torch.Tensor) -> torch.Tensor:
     """What each token counts, float64."""
     return mask.double() if mask.is_floating_point() else (mask != 0).double()
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}",
-        )
 
 
 _NO_TOKENS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .._core import Latents, Plan, expect
 from .._library import fail
 from ._ops import Parts, encode, penalty
 from ._spread import Held
-from .lambdas import DualAscent, Fixed
+from .lambdas import DualAscent, Fixed, as_lambda
 
 
 class Site:
@@ -149,3 +149,55 @@ class Site:
                     f"handle's {mine}: resume with the SAE and latents of the run",
                 )
         return plan
+
+
+def sites_of(
+    plan: Plan | Sequence[Plan],
+    layer: int | Sequence[int] | None,
+    lam: float | DualAscent | Sequence[float | DualAscent],
+    reduction: str,
+) -> list[Site]:
+    expect_choice("reduction", reduction, ("sum", "mean"))
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    for one in plans:
+        expect("plan", one, Plan)
+    layers = [layer] * len(plans) if layer is None or isinstance(layer, int) else list(layer)
+    single = isinstance(lam, (int, float, DualAscent))
+    if isinstance(lam, DualAscent) and len(plans) > 1:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "several layers need a DualAscent each: give a list as lam",
+        )
+    lams = [lam] * len(plans) if single else list(lam)
+    if not plans or not len(plans) == len(layers) == len(lams):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
+        )
+    return [
+        Site(one, _layer(one, at), as_lambda(value))
+        for one, at, value in zip(plans, layers, lams)
+    ]
+
+
+def _layer(plan: Plan, layer: int | None) -> int:
+    if layer is None and plan.layer is None:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "the SAE does not say which layer it reads: give layer, the 0-based decoder block",
+        )
+    if layer is not None and plan.layer is not None and layer != plan.layer:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} "
+            f"(0-based; hidden_states[{plan.layer + 1}]): leave layer out",
+        )
+    return plan.layer if layer is None else layer
+
+
+def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}",
+        )
