@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ class Call:
     autocast: tuple[str, bool, torch.dtype] | None
     #: the layers were given a cache of keys and values
     cached: bool = False
+
+    def of_rows(self, rows: Sequence[int], count: int) -> Call:
+        """For some of the `count` rows of its batch."""
+        args = tuple(rows_of(x, rows, count) for x in self.args)
+        return replace(self, args=args, kwargs=rows_of(self.kwargs, rows, count))
 
 
 class Stack:
@@ -174,6 +179,17 @@ def as_base(model: nn.Module) -> Iterator[None]:
     peft = peft_of(model)
     with evaluating(model), contextlib.nullcontext() if peft is None else adapters_off(peft):
         yield
+
+
+def rows_of(x: Any, rows: Sequence[int], count: int) -> Any:
+    """Some rows of a tensor, or of the tensors of a mapping, that has the `count` rows of a batch.
+    Others stay as they are: those of one row for all, and those of one dimension."""
+    if isinstance(x, Mapping):
+        return {name: rows_of(value, rows, count) for name, value in x.items()}
+    if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.shape[0] != count or len(rows) == count:
+        return x
+    # An index tensor would have to go to the device first, which waits.
+    return torch.stack([x[row] for row in rows])
 
 
 def hidden_of(output: Any) -> torch.Tensor:
