@@ -175,12 +175,12 @@ def sites_of(
             f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
         )
     return [
-        Site(one, _layer(one, at), as_lambda(value))
+        Site(one, layer_of(one, at), as_lambda(value))
         for one, at, value in zip(plans, layers, lams)
     ]
 
 
-def _layer(plan: Plan, layer: int | None) -> int:
+def layer_of(plan: Plan, layer: int | None) -> int:
     if layer is None and plan.layer is None:
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,

@@ -14,8 +14,8 @@ from .._arrays import Array
 from .._core import expect
 from .._library import fail
 from .._steering import Conditions, Steering
-from ._attach import _layer
-from ._spread import _is_dtensor
+from ._site import layer_of
+from ._spread import is_dtensor
 from ._stack import _eager, find, hidden_of
 
 
@@ -58,7 +58,7 @@ def steered(
     """
     expect("model", model, nn.Module)
     expect("steering", steering, Steering)
-    index = _layer(steering, layer)
+    index = layer_of(steering, layer)
     module = find(model, [index], layers).layers[index]
     conditions = steering._conditions(latents, strengths)
 
@@ -112,7 +112,7 @@ def _share_of(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor |
 
 
 def _expect_rows(hidden: torch.Tensor, conditions: Conditions) -> None:
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         fail(_ffi.STATUS_UNSUPPORTED, "the layer's output is a DTensor: steer the whole of it")
     if hidden.shape[0] != len(conditions.rows):
         fail(
