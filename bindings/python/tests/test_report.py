@@ -396,7 +396,7 @@ def test_bad_runs_are_named(runs: list[Any], message: str) -> None:
         ({"k_sets": {"a": {"K_pos": ["1"], "K_neg": []}}}, "has no list of latents K_pos"),
         ({"k_sets": {"a": {"K_pos": [1], "K_neg": [1]}}}, "latent 1 is there twice"),
         (
-            {"k_sets": {"a": {"K_pos": [1], "K_neg": [], "selected_latents": [{"latent": 2}]}}},
+            {"k_sets": {"a": {"K_pos": [1], "K_neg": [], "selected_latents": [{"latent": [2]}]}}},
             r"\['selected_latents'\]\[0\] is not in K_pos or K_neg",
         ),
         (

@@ -637,8 +637,8 @@ def _curve(metric: str, runs: list[Run], name: str) -> list[tuple[float, Mark]]:
     points = []
     for step in sorted(set.intersection(*(set(found) for found in measured))):
         values = [(run["seed"], found[step]) for run, found in zip(runs, measured, strict=True)]
-        made = mean(values, METRICS[metric])
-        points.append((float(step), _mark(metric, made, f"{name}, step {step}", [])))
+        if (made := mean(values, METRICS[metric])) is not None:
+            points.append((float(step), _mark(metric, made, f"{name}, step {step}", [])))
     return points
 
 
