@@ -597,7 +597,9 @@ def test_every_seed_has_its_dot_and_every_mark_its_number() -> None:
         for t in sweep.findall(".//title")
     )
     curve = charts["Drift outside K over training"]
-    assert len(curve.findall(".//polyline")) == len(LONG)
+    assert len(curve.findall(".//polyline")) == len(curve.findall(".//polygon")) == len(LONG)
+    assert "Too many lines for bands" in whole_page(runs)  # after 40 steps
+    assert "Too many" not in whole_page([r for r in runs if r["seed"] == 11])
 
 
 def test_what_the_runs_do_not_hold_is_left_out() -> None:
