@@ -396,7 +396,7 @@ def test_bad_runs_are_named(runs: list[Any], message: str) -> None:
         ({"k_sets": {"a": {"K_pos": ["1"], "K_neg": []}}}, "has no list of latents K_pos"),
         ({"k_sets": {"a": {"K_pos": [1], "K_neg": [1]}}}, "latent 1 is there twice"),
         (
-            {"k_sets": {"a": {"K_pos": [1], "K_neg": [], "selected_latents": [{"latent": 2}]}}},
+            {"k_sets": {"a": {"K_pos": [1], "K_neg": [], "selected_latents": [{"latent": [2]}]}}},
             r"\['selected_latents'\]\[0\] is not in K_pos or K_neg",
         ),
         (
@@ -597,7 +597,9 @@ def test_every_seed_has_its_dot_and_every_mark_its_number() -> None:
         for t in sweep.findall(".//title")
     )
     curve = charts["Drift outside K over training"]
-    assert len(curve.findall(".//polyline")) == len(LONG)
+    assert len(curve.findall(".//polyline")) == len(curve.findall(".//polygon")) == len(LONG)
+    assert "Too many lines for bands" in whole_page(runs)  # after 40 steps
+    assert "Too many" not in whole_page([r for r in runs if r["seed"] == 11])
 
 
 def test_what_the_runs_do_not_hold_is_left_out() -> None:

@@ -58,7 +58,11 @@ def _k_set(place: str, found: Mapping[str, Any]) -> tuple[str, str]:
     evidence = {}
     for i, latent in enumerate(found.get("selected_latents") or []):
         number = latent.get("latent") if isinstance(latent, Mapping) else None
-        if number not in sides or latent.get("sign_group", sides[number]) != sides[number]:
+        if (
+            not isinstance(number, int)
+            or number not in sides
+            or latent.get("sign_group", sides[number]) != sides[number]
+        ):
             refuse(
                 f"{place}['selected_latents'][{i}] is not in K_pos or K_neg as it says: {latent!r}"
             )

@@ -293,7 +293,7 @@ class _Page:
         return Row(domain, "", [(self.styles[n], mark) for n, mark in lanes if mark is not None])
 
     def curves(self, runs: list[Run]) -> str:
-        charts, drawn, names = [], [], _unswept(runs)
+        charts, drawn, names, bands = [], [], _unswept(runs), ""
         for metric in (*FRACTIONS, *DRIFTS):
             series = {}
             for name in names:
@@ -304,7 +304,8 @@ class _Page:
                 continue
             drawn = [n for n in names if n in series or n in drawn]
             marks = [mark for points in series.values() for _, mark in points]
-            if len(series) > BANDS:
+            if len(series) > BANDS and any(mark.hi > mark.lo for mark in marks):
+                bands = "<p>Too many lines for bands: the intervals appear under the pointer.</p>\n"
                 marks = [Mark(m.mean, m.mean, m.mean, m.text) for m in marks]
                 series = {n: [(at, Mark(m.mean, m.mean, m.mean, m.text)) for at, m in points]
                           for n, points in series.items()}  # fmt: skip
@@ -317,9 +318,6 @@ class _Page:
             )  # fmt: skip
         if not charts:
             return ""
-        bands = ""
-        if len(drawn) > BANDS:
-            bands = "<p>Too many lines for bands: the intervals appear under the pointer.</p>\n"
         return self._legend(drawn) + _figure(charts) + bands
 
     def lengths_chart(self) -> str:
@@ -637,8 +635,8 @@ def _curve(metric: str, runs: list[Run], name: str) -> list[tuple[float, Mark]]:
     points = []
     for step in sorted(set.intersection(*(set(found) for found in measured))):
         values = [(run["seed"], found[step]) for run, found in zip(runs, measured, strict=True)]
-        made = mean(values, METRICS[metric])
-        points.append((float(step), _mark(metric, made, f"{name}, step {step}", [])))
+        if (made := mean(values, METRICS[metric])) is not None:
+            points.append((float(step), _mark(metric, made, f"{name}, step {step}", [])))
     return points
 
 

@@ -40,7 +40,7 @@ small { display: block; color: var(--soft); font-size: .8rem }
 .met { color: var(--met) } .missed { color: var(--missed) }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem 1.5rem;
   align-items: start }
-@media (min-width: 60rem) { .twos { grid-template-columns: repeat(2, minmax(0, 28rem)) } }
+@media (min-width: 60rem) { .twos { grid-template-columns: repeat(2, minmax(0, 28rem)); column-gap: 3rem } }
 figure { margin: 0; max-width: 28rem }
 .chart { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif }
 .chart text { fill: var(--soft) } .chart .label, .chart .row, .chart .value { fill: var(--ink) }
