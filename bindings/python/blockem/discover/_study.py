@@ -23,7 +23,7 @@ from .._steering import Steering, activation_scale
 from .._torch_cache import base_model_digest
 from ..judges import Grade, Judge
 from ..torch import steered
-from ..torch._attach import _layer
+from ..torch._site import layer_of
 from ..torch._stack import Call, as_base, evaluating, find, peft_of
 from ._grading import Grading
 from ._progress import Progress
@@ -126,7 +126,7 @@ class Study:
             raise ValueError("system is the chat template's: render writes its own")
         check_disjoint(prompts, evaluation_prompts)
         self.model, self.tokenizer, self.sae = _with_adapters(model), tokenizer, sae
-        self.layer = _layer(sae, layer)
+        self.layer = layer_of(sae, layer)
         self.judge, self.judge_name = judge, judge_name or getattr(judge, "name", None)
         render = render or chat_template(tokenizer, system)
         self._prompts, self._evaluation_prompts = (
