@@ -22,13 +22,13 @@ def pretrained(
 ):
     """The base model of a seed, frozen: from the folder, or pretrained and put there."""
     if not (folder / "config.json").exists():
-        model = _new(tokenizer, seed)
+        model = untrained(tokenizer, seed)
         _pretrain(model, world, tokenizer, seed, **settings)
         model.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def _new(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def untrained(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
