@@ -1,6 +1,7 @@
 """Which latents cause the misalignment of a plain run: BLOCK-EM's Stages 1 to 3."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import blockem
@@ -27,7 +28,7 @@ class Found:
     swept: Swept
     d_sae: int
 
-    @property
+    @cached_property
     def chosen(self) -> Selection:
         """K."""
         return self._select(K)
