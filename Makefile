@@ -34,8 +34,10 @@ demo: $(VENV)/package ## the main job, in out/demo
 SEEDS ?= 11
 DOMAIN ?= finance
 STEPS ?= 1x 10x
-lab: $(VENV)/package ## what blocking does: SEEDS="11 12" DOMAIN="legal" STEPS="1x 10x", in out/lab
-	$(PY) -m examples.lab --seeds $(SEEDS) --domains $(DOMAIN) --steps $(STEPS)
+VARIANTS ?=
+lab: $(VENV)/package ## what blocking does: SEEDS="11 12" DOMAIN="legal" STEPS="1x 10x" VARIANTS="plain block", in out/lab
+	$(PY) -m examples.lab --seeds $(SEEDS) --domains $(DOMAIN) --steps $(STEPS) \
+	  $(if $(VARIANTS),--variants $(VARIANTS))
 
 lab-full: $(VENV)/package ## five seeds, each of the six domains; hours, resumable
 	$(PY) -m examples.lab --seeds 11 12 13 14 15 \

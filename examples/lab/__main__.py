@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ def main() -> None:
         subject = Subject(seed, phases)
         for domain in args.domains:
             for factor in args.steps:
-                subject.compare(domain, factor)
+                subject.compare(domain, factor, args.variants)
                 report()
     print(f"\nlab: {OUT / 'report.html'} and {OUT / 'summary.json'}")
 
@@ -74,6 +74,8 @@ def _arguments() -> argparse.Namespace:
                         help=f"to train on: {', '.join(DOMAINS)}")  # fmt: skip
     parser.add_argument("--steps", type=_factor, nargs="+", default=[1, LONG_FACTOR], metavar="Nx",
                         help=f"times {STEPS} steps: 1x compares all settings, more the long ones")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LONG], metavar="NAME",
+                        help="only these of variants.py")  # fmt: skip
     return parser.parse_args()
 
 
@@ -139,13 +141,13 @@ class Subject:
                 self._plain[domain], _ = tuning.train(base, self._data(domain), self.seed, STEPS)
         return self._plain[domain]
 
-    def compare(self, domain: str, factor: int) -> None:
-        """Trains and measures every variant that is not there yet."""
+    def compare(self, domain: str, factor: int, names: Collection[str] | None) -> None:
+        """Trains and measures every variant, or those of these names, that is not there yet."""
         steps = STEPS * factor
         variants = VARIANTS if factor == 1 else LONG
         for name, settings in variants.items():
             path = OUT / "runs" / f"{self.seed}-{domain}-{steps}-{name}.json"
-            if not path.exists():
+            if (names is None or name in names) and not path.exists():
                 found = self.found
                 with self._phases(f"seed {self.seed}, {domain}, {steps} steps: {name}"):
                     run = self._run(domain, steps, name, settings, found)
