@@ -18,8 +18,8 @@
  *     plan.penalty(args);
  *
  * Shapes, dtypes and formulas are those of blockem.h. T tokens, d columns of hidden, K latents.
- * Ownership: Sae, Latents, Plan, Stats, Cache and Tokenizer own their handle and are move-only; a Plan
- *   outlives the Sae and the Latents that it was made from. Tensors are views: the caller owns their
+ * Ownership: Sae, Latents, Plan, Stats, Steering, Cache and Tokenizer own their handle and are move-only;
+ *   a Plan outlives the Sae and the Latents that it was made from. Tensors are views: the caller owns their
  *   memory.
  * Threads: handles are immutable, so const members may be called from any number of threads at
  *   once; calls that run at the same time need their own outputs and their own Workspace.
@@ -344,6 +344,16 @@ struct StatsArgs : blockem_stats_args {
   }
 };
 
+/// Arguments of Steering::steer.
+struct SteerArgs : blockem_steer_args {
+  SteerArgs() : blockem_steer_args BLOCKEM_STEER_ARGS_INIT {}
+};
+
+/// Arguments of token_norms.
+struct TokenNormsArgs : blockem_token_norms_args {
+  TokenNormsArgs() : blockem_token_norms_args BLOCKEM_TOKEN_NORMS_ARGS_INIT {}
+};
+
 /// Arguments of raw_forward and raw_backward.
 struct RawPenaltyArgs : blockem_raw_penalty_args {
   RawPenaltyArgs() : blockem_raw_penalty_args BLOCKEM_RAW_PENALTY_ARGS_INIT {}
@@ -630,6 +640,41 @@ class Stats : public detail::Handle<blockem_stats, blockem_stats_free> {
     return stats;
   }
 };
+
+/// Unit decoder rows of some latents on a device, to push hidden states along.
+class Steering : public detail::Handle<blockem_steering, blockem_steering_free> {
+ public:
+  using Handle::Handle;
+
+  /// The rows of a call count these ids from 0.
+  Steering(const Sae& sae, const std::vector<std::int64_t>& ids,
+           const PlanOptions& options = PlanOptions())
+      : Handle(create(sae, ids, options)) {}
+
+  blockem_steering_info info() const {
+    blockem_steering_info info = BLOCKEM_STEERING_INFO_INIT;
+    check(blockem_steering_info_get(get(), &info));
+    return info;
+  }
+
+  /// h += strength * scale * unit decoder row, in place.
+  void steer(const blockem_steer_args& args, void* stream = nullptr) const {
+    check(blockem_steer(get(), &args, stream));
+  }
+
+ private:
+  static blockem_steering* create(const Sae& sae, const std::vector<std::int64_t>& ids,
+                                  const PlanOptions& options) {
+    blockem_steering* steering = nullptr;
+    check(blockem_steering_create(sae.get(), ids.data(), ids.size(), &options, &steering));
+    return steering;
+  }
+};
+
+/// The norm of every token, into args.norms.
+inline void token_norms(const blockem_token_norms_args& args, void* stream = nullptr) {
+  check(blockem_token_norms(&args, stream));
+}
 
 struct CacheOptions : blockem_cache_options {
   CacheOptions() : blockem_cache_options BLOCKEM_CACHE_OPTIONS_INIT {}

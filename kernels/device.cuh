@@ -59,6 +59,9 @@ DEVICE float mul_rn(float x, float y) { return __fmul_rn(x, y); }
 DEVICE double add_rn(double x, double y) { return __dadd_rn(x, y); }
 DEVICE double mul_rn(double x, double y) { return __dmul_rn(x, y); }
 
+// x · y + z, rounded once.
+DEVICE float fma_rn(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+
 DEVICE float float_of_bits(uint32_t x) { return __uint_as_float(x); }
 DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 DEVICE double double_of_bits(uint64_t x) { return __longlong_as_double((long long)x); }

@@ -5,11 +5,12 @@
 //             q = a / ((d − 1) σ)
 //   dot[t, k] = a · (W[k, :] · h[t, :]),   d(dot)/dh = a W − q dot (h − mean)
 //   pull[t] = factor · q · Σ_k coef[t, k] · dot[t, k],   and coef[t, k] · a for gradient.cu
+//   norm[t] = √(Σ h²)                                    of blockem_token_norms
 //
 // Parallelisation: a warp for each token, eight adjacent columns for each lane at a time.
-// Bytes moved: blockem_norm h once (layer: twice, the second time cached); blockem_pull reads the
-// coefficients and the products, 8 · T · K, and writes 4 · T · K. Of tokens that the mask leaves
-// out, or that have no coefficient where these are given, h is not read.
+// Bytes moved: blockem_norm h once (layer: twice, the second time cached), blockem_token_norms h
+// once; blockem_pull reads the coefficients and the products, 8 · T · K, and writes 4 · T · K. Of
+// tokens that the mask leaves out, or that have no coefficient where these are given, h is not read.
 // Determinism: sums are in f64, along a tree that only d or K decides.
 #include "device.cuh"
 #include "params.cuh"
@@ -32,9 +33,9 @@ DEVICE double warp_sum(double x) {
     return x;
 }
 
-// Σ h, or Σ (h − mean)².
-template <bool SQUARES>
-DEVICE double sum_of(const NormParams &p, uint64_t t, double mean) {
+// Σ h, or Σ (h − mean)². Parameters have hidden and d_in.
+template <bool SQUARES, typename P>
+DEVICE double sum_of(const P &p, uint64_t t, double mean) {
     double sums[8] = {};
     for (uint32_t column = thread_index() % 32 * 8; column < p.d_in; column += 32 * 8) {
         Row8 x;
@@ -114,4 +115,14 @@ KERNEL(blockem_pull, PullParams, THREADS, 1) {
     FloatPair pair = {0.0f, p.means[t]};
     if (sum != 0.0) pair.low = (float)mul_rn(factor, mul_rn(p.slopes[t], sum));
     reinterpret_cast<FloatPair *>(p.pulls)[t] = pair;
+}
+
+KERNEL(blockem_token_norms, TokenNormsParams, THREADS, 1) {
+    const uint64_t t = own_token();
+    if (t >= p.tokens) return;
+    const double norm = sqrt(sum_of<true>(p, t, 0.0));
+    if (thread_index() % 32 != 0) return;
+    const uint64_t at = t * p.norms.stride;
+    if (p.norms.is_f64) reinterpret_cast<double *>(p.norms.data)[at] = norm;
+    else reinterpret_cast<float *>(p.norms.data)[at] = (float)norm;
 }

@@ -205,3 +205,35 @@ struct StatsParams {
     uint32_t count;
     uint32_t accumulate;
 };
+
+// Hidden states of a batch [B, S, d], and unit vectors to push them along.
+struct SteerParams {
+    // [count, stride]; rows begin at sixteen bytes and are zero from d_in on.
+    const float *directions;
+    uint64_t directions_stride;
+    // Positions of the first row of the batch, written too; elements from one row to the next.
+    HiddenParams hidden;
+    uint64_t hidden_stride;
+    // Which direction each row of the batch takes: -1 none.
+    const int64_t *row;
+    uint64_t row_stride;
+    const float *strength;
+    uint64_t strength_stride;
+    // Of the first row of the batch.
+    MaskParams mask;
+    uint64_t mask_stride;
+    const float *scale_tensor;
+    double scale;
+    uint64_t batch;
+    uint64_t positions;
+    uint64_t column_tiles;
+    uint32_t count;
+    uint32_t d_in;
+};
+
+struct TokenNormsParams {
+    HiddenParams hidden;
+    OutputParams norms;
+    uint64_t tokens;
+    uint64_t d_in;
+};

@@ -21,6 +21,7 @@ pub mod penalty_file;
 pub mod plan;
 pub mod sae;
 pub mod stats;
+pub mod steer;
 pub mod tensor;
 pub mod tokenizer;
 pub mod verify;

@@ -514,6 +514,9 @@ pub(crate) fn checked_workspace(given: &Scratch<'_>, needed: usize) -> Result<Wo
     Ok(given.workspace())
 }
 
+/// Dtypes of masks.
+const MASKS: [DType; 3] = [DType::U8, DType::Bool, DType::F32];
+
 /// What every view of a call is compared with.
 pub(crate) struct CallShape {
     pub d_in: usize,
@@ -623,7 +626,16 @@ impl CallShape {
     }
 
     pub fn mask(&self, tensor: &Tensor<'_>, tokens: usize) -> Result<Mask> {
-        self.vector("mask", tensor, tokens, &[DType::U8, DType::Bool, DType::F32])?;
+        self.vector("mask", tensor, tokens, &MASKS)?;
+        Ok(Mask { data: tensor.data, dtype: tensor.dtype, stride: last_stride(tensor) })
+    }
+
+    /// The mask of a batch's first row.
+    pub fn batch_mask(&self, tensor: &Tensor<'_>, batch: usize, positions: usize) -> Result<Mask> {
+        if tensor.shape() != [batch, positions] {
+            bail!(Shape, "mask must be [{batch}, {positions}], not {:?}", tensor.shape());
+        }
+        self.check_memory("mask", tensor, &MASKS)?;
         Ok(Mask { data: tensor.data, dtype: tensor.dtype, stride: last_stride(tensor) })
     }
 
@@ -640,7 +652,7 @@ impl CallShape {
         Ok(Some(Output { data: out.data_mut(), dtype: view.dtype, stride: last_stride(view) }))
     }
 
-    fn floats_of(&self, name: &str, tensor: &Tensor<'_>, len: usize) -> Result<*const u8> {
+    pub fn floats_of(&self, name: &str, tensor: &Tensor<'_>, len: usize) -> Result<*const u8> {
         self.vector(name, tensor, len, &[DType::F32])?;
         if len > 1 && last_stride(tensor) != 1 {
             bail!(Layout, "{name} must be contiguous");
@@ -684,7 +696,7 @@ impl CallShape {
         })
     }
 
-    fn check_memory(&self, name: &str, tensor: &Tensor<'_>, dtypes: &[DType]) -> Result<()> {
+    pub fn check_memory(&self, name: &str, tensor: &Tensor<'_>, dtypes: &[DType]) -> Result<()> {
         if !dtypes.contains(&tensor.dtype) {
             let accepted: Vec<&str> = dtypes.iter().map(|d| d.name()).collect();
             bail!(Dtype, "{name} is {}; it must be {}", tensor.dtype.name(), accepted.join(" or "));
@@ -708,7 +720,7 @@ impl CallShape {
     }
 
     /// Dtypes of hidden states and their gradient.
-    fn reals(&self) -> &'static [DType] {
+    pub fn reals(&self) -> &'static [DType] {
         let all = &[DType::F32, DType::F16, DType::BF16, DType::F64];
         if self.takes_f64 { all } else { &all[..3] }
     }
@@ -727,7 +739,7 @@ fn required<'b, T>(name: &str, value: &'b Option<T>) -> Result<&'b T> {
     }
 }
 
-fn last_stride(tensor: &Tensor<'_>) -> usize {
+pub(crate) fn last_stride(tensor: &Tensor<'_>) -> usize {
     tensor.stride().last().copied().unwrap_or(1)
 }
 

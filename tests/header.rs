@@ -19,6 +19,7 @@ fn committed_header_is_current() {
         "cache",
         "xla",
         "stats",
+        "steer",
         "mask",
         "tokenizer",
     ];

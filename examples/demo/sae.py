@@ -40,14 +40,16 @@ def train_and_save(
     batch: int,
     lr: float,
     seed: int,
+    latents: int = LATENTS,
+    active: int = ACTIVE,
 ) -> SAE:
     """Trains on the activations, saves to `folder` and loads the inference SAE back from there."""
     torch.manual_seed(seed)
     width = activations.shape[1]
     config = BatchTopKTrainingSAEConfig(
         d_in=width,
-        d_sae=LATENTS,
-        k=ACTIVE,
+        d_sae=latents,
+        k=active,
         metadata=SAEMetadata(
             model_name="libblockem-demo-llama",
             hook_name=f"blocks.{layer}.hook_resid_post",
@@ -64,7 +66,7 @@ def train_and_save(
 
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warmup_cosine(s, steps))
-    idle = torch.zeros(LATENTS, dtype=torch.long)  # steps since a latent last fired
+    idle = torch.zeros(latents, dtype=torch.long)  # steps since a latent last fired
     progress = Progress(steps)
     for step in range(steps):
         sample = activations[torch.randint(len(activations), (batch,))] * scale

@@ -386,6 +386,80 @@ pub(crate) struct StatsCall {
     pub workspace: Workspace,
 }
 
+/// Numbers of the caller, one for each row of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Column<T> {
+    pub data: *const T,
+    pub stride: usize,
+}
+
+impl<T: Copy> Column<T> {
+    /// # Safety
+    /// Element `i` must exist.
+    pub unsafe fn get(&self, i: usize) -> T {
+        // SAFETY: the caller's promise; alignment was checked.
+        unsafe { *self.data.add(i * self.stride) }
+    }
+}
+
+/// Hidden states of a batch, pushed along directions: the formula of `steer.rs`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SteerCall {
+    /// B
+    pub batch: usize,
+    /// S
+    pub positions: usize,
+    /// Positions [S, d] of the first row of the batch.
+    pub hidden: Matrix,
+    /// Elements from one row of the batch to the next.
+    pub hidden_stride: usize,
+    /// Which direction; -1 for none. On the CPU no other is out of range.
+    pub row: Column<i64>,
+    pub strength: Column<f32>,
+    /// Of the first row of the batch.
+    pub mask: Option<Mask>,
+    pub mask_stride: usize,
+    pub scale: f64,
+    pub scale_tensor: Option<*const f32>,
+}
+
+impl SteerCall {
+    /// The positions of a row of the batch.
+    pub fn hidden_of(&self, b: usize) -> Matrix {
+        let bytes = b * self.hidden_stride * self.hidden.dtype.size();
+        Matrix { data: self.hidden.data.wrapping_add(bytes), ..self.hidden }
+    }
+
+    /// Which direction a position is pushed along and how far, if at all.
+    ///
+    /// # Safety
+    /// Position (b, s) must exist, and everything that the call points to be readable now.
+    pub unsafe fn push(&self, b: usize, s: usize) -> Option<(usize, f64)> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let share = self.mask.map_or(1.0, |mask| {
+                let bytes = b * self.mask_stride * mask.dtype.size();
+                Mask { data: mask.data.wrapping_add(bytes), ..mask }.get(s)
+            });
+            let (row, strength) = (self.row.get(b), self.strength.get(b));
+            if row < 0 || share == 0.0 || strength == 0.0 {
+                return None;
+            }
+            let scale = self.scale * self.scale_tensor.map_or(1.0, |p| *p as f64);
+            Some((row as usize, strength as f64 * scale * share as f64))
+        }
+    }
+}
+
+/// The norm of every token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TokenNormsCall {
+    pub tokens: usize,
+    pub d_in: usize,
+    pub hidden: Matrix,
+    pub norms: Output,
+}
+
 /// Scratch memory of at least `workspace_size` bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Workspace {
@@ -453,4 +527,37 @@ pub(crate) trait StatsBackend: Send + Sync {
     /// # Safety
     /// As [`Backend`].
     unsafe fn update(&self, call: &StatsCall, stream: Stream) -> Result<()>;
+}
+
+/// Directions on a device, and what pushes hidden states along them.
+pub(crate) trait SteerBackend: Send + Sync {
+    /// Worker threads of a run call.
+    fn num_threads(&self) -> usize;
+
+    /// Whether hidden states may be F64.
+    fn takes_f64(&self) -> bool {
+        false
+    }
+
+    /// # Safety
+    /// As [`Backend`]; on the CPU every row is below the number of directions.
+    unsafe fn steer(&self, call: &SteerCall, stream: Stream) -> Result<()>;
+}
+
+/// Unit vectors of d_in columns, one after the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Directions {
+    pub d_in: usize,
+    /// [n, d_in]
+    pub rows: Vec<f32>,
+}
+
+impl Directions {
+    pub fn count(&self) -> usize {
+        self.rows.len() / self.d_in
+    }
+
+    pub fn row(&self, n: usize) -> &[f32] {
+        &self.rows[n * self.d_in..][..self.d_in]
+    }
 }

@@ -4,8 +4,9 @@
 use half::{bf16, f16};
 
 use super::{
-    Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, OwnedGate, OwnedRows, PenaltyCall,
-    ReadRivals, ReadRows, Rows, StatsBackend, StatsCall, TopK,
+    Backend, BackwardCall, Directions, EncodeCall, Gate, Grad, Matrix, OwnedGate, OwnedRows,
+    PenaltyCall, ReadRivals, ReadRows, Rows, StatsBackend, StatsCall, SteerBackend, SteerCall,
+    TokenNormsCall, TopK,
 };
 use crate::error::Result;
 use crate::sae::{EncoderRows, TokenNorm};
@@ -113,6 +114,48 @@ impl StatsBackend for ReferenceStats {
         // SAFETY: the caller's promise.
         unsafe { Formulas { rows: self.rows.borrow(), rivals: &self.rivals }.statistics(call) };
         Ok(())
+    }
+}
+
+/// Steering in f64.
+pub(crate) struct ReferenceSteering(pub Directions);
+
+impl SteerBackend for ReferenceSteering {
+    fn num_threads(&self) -> usize {
+        1
+    }
+
+    fn takes_f64(&self) -> bool {
+        true
+    }
+
+    unsafe fn steer(&self, call: &SteerCall, _: Stream) -> Result<()> {
+        for b in 0..call.batch {
+            let hidden = call.hidden_of(b);
+            for s in 0..call.positions {
+                // SAFETY: the caller's promise: position (b, s) and its d_in columns exist.
+                unsafe {
+                    let Some((row, factor)) = call.push(b, s) else { continue };
+                    for (i, direction) in self.0.row(row).iter().enumerate() {
+                        let h = load(&hidden, s, i);
+                        store(&hidden, s, i, h + factor * *direction as f64);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// # Safety
+/// As [`Backend`].
+pub(crate) unsafe fn token_norms(call: &TokenNormsCall) {
+    for t in 0..call.tokens {
+        // SAFETY: the caller's promise: token t exists.
+        unsafe {
+            let squares = load_row(&call.hidden, t, call.d_in).iter().map(|h| h * h).sum::<f64>();
+            call.norms.set(t, squares.sqrt());
+        }
     }
 }
 

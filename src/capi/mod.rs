@@ -20,6 +20,7 @@ pub mod run;
 pub mod sae;
 pub mod stats;
 pub mod status;
+pub mod steer;
 pub mod tensor;
 pub mod tokenizer;
 pub mod version;

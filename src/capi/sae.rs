@@ -68,7 +68,7 @@ pub struct blockem_sae_desc {
     pub encoder_bias: blockem_tensor,
     /// [d], optional; needed with apply_b_dec_to_input.
     pub decoder_bias: blockem_tensor,
-    /// [F, d], optional; needed with rescale_acts_by_decoder_norm.
+    /// [F, d], optional; needed with rescale_acts_by_decoder_norm, and by blockem_steering_create.
     pub decoder_weight: blockem_tensor,
     /// [F], JUMPRELU only.
     pub threshold: blockem_tensor,

@@ -191,6 +191,32 @@ impl Checkpoint {
         Ok(Some(out))
     }
 
+    /// D_k / ‖D_k‖: where latent k points. No fold turns a row, so it is the hidden states' own space.
+    pub fn decoder_directions(&self, ids: &[u64]) -> Result<Option<Vec<f32>>> {
+        let Some(w_dec) = &self.w_dec else { return Ok(None) };
+        let raw = w_dec.gather(&self.rows_of(ids)?)?;
+        let mut row = Vec::with_capacity(w_dec.inputs());
+        let mut out = Vec::with_capacity(ids.len() * w_dec.inputs());
+        let size = w_dec.inputs() * w_dec.array().dtype().size();
+        for (id, bytes) in ids.iter().zip(raw.chunks_exact(size)) {
+            w_dec.decode_row(*id, bytes, &mut row)?;
+            // Squares of what is at most 1 neither overflow nor vanish.
+            let largest = row.iter().fold(0.0, |largest: f64, w| largest.max(w.abs()));
+            if largest == 0.0 {
+                bail!(
+                    InvalidArgument,
+                    "{}: the decoder row of latent {id} is zero, so it has no direction; leave the \
+                     latent out",
+                    w_dec.array().label()
+                );
+            }
+            row.iter_mut().for_each(|w| *w /= largest);
+            let norm = row.iter().map(|w| w * w).sum::<f64>().sqrt();
+            out.extend(row.iter().map(|w| (w / norm) as f32));
+        }
+        Ok(Some(out))
+    }
+
     /// b_dec / s_out, or zeros; none without a decoder.
     pub fn decoder_bias(&self, recipe: &Recipe) -> Result<Option<Vec<f64>>> {
         if self.w_dec.is_none() {

@@ -267,11 +267,7 @@ impl Sae {
 
     /// Folded rows of the given latents.
     pub fn gather(&self, ids: &[u64]) -> Result<EncoderRows> {
-        for id in ids {
-            if *id >= self.recipe.d_sae as u64 {
-                bail!(LatentRange, "latent {id} does not exist: the SAE has {}", self.recipe.d_sae);
-            }
-        }
+        self.check_ids(ids)?;
         self.gather_by(&self.recipe, ids)
     }
 
@@ -291,6 +287,21 @@ impl Sae {
     /// Rows [K, d] that z is decoded with, by a recipe; none without a decoder.
     pub(crate) fn decoder_rows(&self, recipe: &Recipe, ids: &[u64]) -> Result<Option<Vec<f32>>> {
         self.checkpoint.decoder_rows(recipe, ids)
+    }
+
+    /// Unit decoder rows [K, d] of the given latents; none without a decoder.
+    pub(crate) fn decoder_directions(&self, ids: &[u64]) -> Result<Option<Vec<f32>>> {
+        self.check_ids(ids)?;
+        self.checkpoint.decoder_directions(ids)
+    }
+
+    fn check_ids(&self, ids: &[u64]) -> Result<()> {
+        for id in ids {
+            if *id >= self.recipe.d_sae as u64 {
+                bail!(LatentRange, "latent {id} does not exist: the SAE has {}", self.recipe.d_sae);
+            }
+        }
+        Ok(())
     }
 
     /// [d]: what is added to the decoded latents; none without a decoder.

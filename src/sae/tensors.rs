@@ -34,7 +34,7 @@ pub struct SaeTensors<'a> {
     pub gate_bias: Option<Tensor<'a>>,
     pub magnitude_bias: Option<Tensor<'a>>,
     pub magnitude_log_scale: Option<Tensor<'a>>,
-    /// [d_sae, d_in]; needed if `rescale_acts_by_decoder_norm`.
+    /// [d_sae, d_in]; needed if `rescale_acts_by_decoder_norm`, and by what steers.
     pub decoder_weight: Option<Tensor<'a>>,
     /// b_dec is subtracted from the (scaled) input.
     pub apply_b_dec_to_input: bool,
@@ -98,19 +98,14 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         Architecture::JumpRelu => Some(needed("threshold", t.threshold, t.architecture)?),
         _ => None,
     };
-    let decoder = t.decoder_weight.filter(|_| t.rescale_acts_by_decoder_norm);
-    let w_dec = decoder.map(|d| copy("decoder_weight", &d)).transpose()?;
+    let w_dec = t.decoder_weight.map(|d| copy("decoder_weight", &d)).transpose()?;
     let checkpoint = Checkpoint {
         w_enc: Matrix::new(copy("encoder_weight", &t.encoder_weight)?, encoder_layout(t)?),
         b_enc: needed(bias_name, bias, t.architecture)?,
         threshold,
         gate,
         glu: None,
-        b_dec: t
-            .decoder_bias
-            .filter(|_| t.apply_b_dec_to_input)
-            .map(|b| copy("decoder_bias", &b))
-            .transpose()?,
+        b_dec: t.decoder_bias.map(|b| copy("decoder_bias", &b)).transpose()?,
         w_dec: w_dec.map(|array| Matrix::new(array, Layout::LatentMajor)),
         stored: None,
     };

@@ -239,6 +239,72 @@ static void run_stats(blockem_sae *sae, int more, void *stream, void *context) {
   blockem_stats_free(stats);
 }
 
+/* Steering and norms on a stream, and what they leave behind. */
+static void run_steering(void *stream, void *context) {
+  enum { B = 4, S = T / B };
+  static const int64_t ids[] = {3, 31};
+  blockem_sae *sae = small_sae();
+  blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
+  blockem_steering_info info = BLOCKEM_STEERING_INFO_INIT;
+  blockem_steer_args args = BLOCKEM_STEER_ARGS_INIT;
+  blockem_token_norms_args norms = BLOCKEM_TOKEN_NORMS_ARGS_INIT;
+  blockem_steering *steering = NULL;
+  void *before = stub.current(), *memory[5];
+  size_t i;
+  options.device_type = BLOCKEM_DEVICE_CUDA;
+  if (!CHECK_OK(blockem_steering_create(sae, ids, 2, &options, &steering))) exit(1);
+  blockem_sae_free(sae);
+  CHECK(stub.current() == before);
+  CHECK_OK(blockem_steering_info_get(steering, &info));
+  CHECK(info.backend == BLOCKEM_BACKEND_CUDA && info.num_threads == 0);
+  memory[0] = stub.memory(0, T * D * 4);
+  memory[1] = stub.memory(0, B * 8);
+  memory[2] = stub.memory(0, B * 4);
+  memory[3] = stub.memory(0, T * 4);
+  memory[4] = stub.memory(0, 4);
+  args.hidden = on_device(f32_3(memory[0], B, S, D), 0);
+  args.row = on_device(i64_1(memory[1], B), 0);
+  args.strength = on_device(f32_1(memory[2], B), 0);
+  args.mask = on_device(f32_2(memory[3], B, S), 0);
+  args.scale_tensor = on_device(f32_1(memory[4], 1), 0);
+  stub.reset();
+  CHECK_OK(blockem_steer(steering, &args, stream));
+  CHECK(launches_on(stream, context) == 1);
+  CHECK(strcmp(stub.launch_at(0)->kernel, "blockem_steer") == 0);
+  check_only_launches();
+  printf("steering: %d driver calls\n", stub.calls("*"));
+  stub.capture(stream, STUB_CAPTURE_NON_BLOCKING);
+  CHECK_OK(blockem_steer(steering, &args, stream));
+  stub.capture(stream, STUB_CAPTURE_OFF);
+  args.hidden.shape[1] = args.mask.shape[1] = 0;
+  stub.reset();
+  CHECK_OK(blockem_steer(steering, &args, stream));
+  CHECK(stub.launch_at(0) == NULL);
+  args.hidden.shape[1] = args.mask.shape[1] = S;
+  stub.release(memory[2]);
+  CHECK_STATUS(blockem_steer(steering, &args, stream), BLOCKEM_STATUS_DEVICE_MISMATCH);
+  CHECK(message_has("strength"));
+  memory[2] = stub.memory(0, B * 4);
+
+  norms.hidden = on_device(f32_2(memory[0], T, D), 0);
+  norms.norms = on_device(f32_1(memory[3], T), 0);
+  CHECK_OK(blockem_token_norms(&norms, stream));
+  stub.reset();
+  stub.capture(stream, STUB_CAPTURE_NON_BLOCKING);
+  CHECK_OK(blockem_token_norms(&norms, stream));
+  stub.capture(stream, STUB_CAPTURE_OFF);
+  CHECK(launches_on(stream, context) == 1);
+  CHECK(strcmp(stub.launch_at(0)->kernel, "blockem_token_norms") == 0);
+  check_only_launches();
+  stub.release(memory[3]);
+  CHECK_STATUS(blockem_token_norms(&norms, stream), BLOCKEM_STATUS_DEVICE_MISMATCH);
+  CHECK(message_has("norms"));
+  memory[3] = stub.memory(0, T * 4);
+  CHECK(stub.current() == before);
+  for (i = 0; i < 5; i++) stub.release(memory[i]);
+  blockem_steering_free(steering);
+}
+
 /* ---- Cases ----------------------------------------------------------------------------------- */
 
 static int32_t device_count(void) {
@@ -314,6 +380,7 @@ static void runs(void) {
   run_stats(small_sae(), 0, stream, primary);
   /* The norm, the rivals, the largest of them, of either model. */
   run_stats(topk_sae(), 6, stream, primary);
+  run_steering(stream, primary);
 
   /* No tokens: nothing to launch but the sums. */
   a.encode.hidden.shape[0] = a.encode.latents.shape[0] = 0;

@@ -2,6 +2,7 @@
 
 #include <blockem.hpp>
 
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -46,9 +47,11 @@ void throws(blockem_status expected, const std::string& word, const std::functio
 
 blockem::Sae make_sae() {
   const std::vector<float> weight = random(F * d, 1), bias = random(F, 2);
+  const std::vector<float> decoder = random(F * d, 7);
   blockem::SaeDesc desc;
   desc.encoder_weight = tensor(weight, {F, d});
   desc.encoder_bias = tensor(bias);
+  desc.decoder_weight = tensor(decoder, {F, d});
   desc.d_in = d;
   desc.d_sae = F;
   desc.hook_name = "blocks.3.hook_resid_post";
@@ -262,6 +265,63 @@ void statistics() {
   CHECK(parts == whole && count == T);
 }
 
+void steering() {
+  constexpr std::int64_t B = 3, S = 2;
+  blockem::PlanOptions options;
+  options.num_threads = 1;
+  const blockem::Steering steering(make_sae(), {31, 4}, options);
+  CHECK(steering.info().num_latents == 2 && steering.info().layer == 3);
+  std::vector<float> hidden = random(B * S * d, 3);
+  const std::vector<float> before = hidden, strengths = {0.5f, 2.0f, -1.5f};
+  std::vector<std::int64_t> rows = {1, -1, 0};
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 1};
+  blockem::SteerArgs args;
+  CHECK(args.struct_size == sizeof(blockem_steer_args) && args.scale == 1.0);
+  args.hidden = tensor(hidden, {B, S, d});
+  args.row = tensor(rows);
+  args.strength = tensor(strengths);
+  args.mask = tensor(mask, {B, S});
+  args.scale = 4.0;
+  rows[1] = 2;
+  throws(BLOCKEM_STATUS_LATENT_RANGE, "row[1]", [&] { steering.steer(args); });
+  CHECK(hidden == before);
+  rows[1] = -1;
+  steering.steer(args);
+
+  // The formula, with decoder rows of make_sae.
+  const std::vector<float> decoder = random(F * d, 7);
+  const std::int64_t latents[B] = {4, 0, 31};
+  for (std::int64_t b = 0; b < B; ++b) {
+    double square = 0;
+    const float* row = &decoder[static_cast<std::size_t>(latents[b] * d)];
+    for (std::int64_t i = 0; i < d; ++i) square += static_cast<double>(row[i]) * row[i];
+    for (std::int64_t s = 0; s < S; ++s) {
+      const std::int64_t t = b * S + s;
+      const double share = b == 1 ? 0 : mask[static_cast<std::size_t>(t)];
+      const double factor = 4.0 * strengths[static_cast<std::size_t>(b)] * share;
+      for (std::int64_t i = 0; i < d; ++i) {
+        const std::size_t at = static_cast<std::size_t>(t * d + i);
+        const double exact = before[at] + factor * row[i] / std::sqrt(square);
+        CHECK(std::fabs(hidden[at] - exact) < 1e-6);
+        CHECK(share != 0 || hidden[at] == before[at]);
+      }
+    }
+  }
+
+  std::vector<double> norms(B * S);
+  blockem::TokenNormsArgs of_norms;
+  of_norms.hidden = tensor(before, {B * S, d});
+  of_norms.norms = tensor(norms);
+  blockem::token_norms(of_norms);
+  double square = 0;
+  for (std::int64_t i = 0; i < d; ++i) {
+    const double x = before[static_cast<std::size_t>((B * S - 1) * d + i)];
+    square += x * x;
+  }
+  CHECK(std::fabs(norms.back() - std::sqrt(square)) < 1e-12);
+  throws(BLOCKEM_STATUS_LATENT_RANGE, "latent 32", [] { blockem::Steering(make_sae(), {F}); });
+}
+
 void caches(const std::string& folder) {
   const blockem::Plan plan(make_sae(), make_latents());
   const std::string path = folder + "/hpp.cache";
@@ -330,6 +390,7 @@ int main(int argc, char** argv) {
   workspaces();
   calls();
   statistics();
+  steering();
   caches(argv[1]);
   masks();
   return finish_checks("hpp");

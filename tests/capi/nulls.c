@@ -18,6 +18,7 @@ static void library(void) {
   blockem_plan_free(NULL);
   blockem_cache_free(NULL);
   blockem_stats_free(NULL);
+  blockem_steering_free(NULL);
 }
 
 static void sae(const char *folder) {
@@ -421,6 +422,72 @@ static void stats(void) {
   free(h);
 }
 
+static void steering(void) {
+  enum { B = 2, S = 3 };
+  static const int64_t ids[] = {5, 1}, rows[B] = {1, -1};
+  static const float strengths[B] = {1.0f, 1.0f};
+  float *h = random_floats(B * S * SMALL_D, 3), norms[B * S];
+  blockem_sae *of = small_sae();
+  blockem_tensor absent = BLOCKEM_TENSOR_INIT;
+  blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
+  blockem_steering_info info = BLOCKEM_STEERING_INFO_INIT;
+  blockem_steer_args good = BLOCKEM_STEER_ARGS_INIT, args;
+  blockem_token_norms_args of_norms = BLOCKEM_TOKEN_NORMS_ARGS_INIT;
+  blockem_steering *out = UNTOUCHED(blockem_steering), *made = NULL;
+
+  options.num_threads = 1;
+  CHECK_STATUS(blockem_steering_create(NULL, ids, 2, &options, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_steering_create(of, NULL, 2, &options, &out), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_steering_create(of, ids, 2, &options, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_steering_create(of, NULL, 0, NULL, &out), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK_STATUS(blockem_steering_create(of, ids, SIZE_MAX, NULL, &out),
+               BLOCKEM_STATUS_INVALID_ARGUMENT);
+  options.backend = 55;
+  CHECK_STATUS(blockem_steering_create(of, ids, 2, &options, &out),
+               BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(out == UNTOUCHED(blockem_steering));
+  CHECK_OK(blockem_steering_create(of, ids, 2, NULL, &made));
+
+  CHECK_STATUS(blockem_steering_info_get(NULL, &info), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_steering_info_get(made, NULL), BLOCKEM_STATUS_NULL_POINTER);
+
+  good.hidden = f32_3(h, B, S, SMALL_D);
+  good.row = i64_1(rows, B);
+  good.strength = f32_1(strengths, B);
+  CHECK_OK(blockem_steer(made, &good, NULL));
+  CHECK_STATUS(blockem_steer(NULL, &good, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_steer(made, NULL, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_steer(made, &good, h), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  args = good;
+  args.hidden = absent;
+  CHECK_STATUS(blockem_steer(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("hidden"));
+  args = good;
+  args.row = absent;
+  CHECK_STATUS(blockem_steer(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("row"));
+  args = good;
+  args.strength = absent;
+  CHECK_STATUS(blockem_steer(made, &args, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("strength"));
+
+  of_norms.hidden = f32_2(h, B * S, SMALL_D);
+  of_norms.norms = f32_1(norms, B * S);
+  CHECK_OK(blockem_token_norms(&of_norms, NULL));
+  CHECK_STATUS(blockem_token_norms(NULL, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_token_norms(&of_norms, h), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  of_norms.norms = absent;
+  CHECK_STATUS(blockem_token_norms(&of_norms, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("norms"));
+  of_norms.hidden = absent;
+  CHECK_STATUS(blockem_token_norms(&of_norms, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("hidden"));
+
+  blockem_steering_free(made);
+  blockem_sae_free(of);
+  free(h);
+}
+
 static void text_mask(const char *folder) {
   static const int64_t offsets[] = {0, 3}, ids[] = {1};
   blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT;
@@ -469,6 +536,7 @@ int main(int argc, char **argv) {
   raw();
   cache(argv[1]);
   stats();
+  steering();
   text_mask(argv[1]);
   return finish_checks("nulls");
 }

@@ -86,6 +86,8 @@ static void inputs(const char *folder) {
   blockem_latents *latents = NULL, *set = small_latents();
   blockem_plan *made = NULL, *plan = small_plan(BLOCKEM_BACKEND_CPU, 1);
   blockem_stats *stats = NULL;
+  blockem_steering *steering = NULL;
+  static const int64_t rows[] = {0};
   double *state = (double *)allocate(BLOCKEM_STATS_ROWS * SMALL_F * sizeof(double));
   file_tensor tensors[] = {{"W_enc", SMALL_D, SMALL_F, NULL}, {"b_enc", SMALL_F, 0, NULL}};
   void *block, *stats_block;
@@ -100,6 +102,8 @@ static void inputs(const char *folder) {
   LONGER(blockem_raw_penalty_args) raw = {BLOCKEM_RAW_PENALTY_ARGS_INIT};
   LONGER(blockem_cache_options) cache_options = {BLOCKEM_CACHE_OPTIONS_INIT};
   LONGER(blockem_stats_args) update = {BLOCKEM_STATS_ARGS_INIT};
+  LONGER(blockem_steer_args) steer = {BLOCKEM_STEER_ARGS_INIT};
+  LONGER(blockem_token_norms_args) norms = {BLOCKEM_TOKEN_NORMS_ARGS_INIT};
   LONGER(blockem_mask_options) mask_options = {BLOCKEM_MASK_OPTIONS_INIT};
   static const int64_t offsets[] = {0, 3};
   uint8_t mask[1];
@@ -183,6 +187,21 @@ static void inputs(const char *folder) {
   blockem_stats_free(stats);
   free(state);
 
+  CHECK_INPUT(blockem_plan_options, 32, plan_options,
+              blockem_steering_create(of, ids, 2, &plan_options.now, &steering),
+              blockem_steering_free(steering));
+  CHECK_OK(blockem_steering_create(of, ids, 2, &plan_options.now, &steering));
+  CHECK(steer.now.scale == 1.0);
+  steer.now.hidden = f32_3(h, 1, T, SMALL_D);
+  steer.now.row = i64_1(rows, 1);
+  steer.now.strength = f32_1(z, 1);
+  CHECK_INPUT(blockem_steer_args, 0, steer, blockem_steer(steering, &steer.now, NULL), (void)0);
+  blockem_steering_free(steering);
+  norms.now.hidden = f32_2(h, T, SMALL_D);
+  norms.now.norms = f32_1(z, T);
+  norms.now.num_threads = 1;
+  CHECK_INPUT(blockem_token_norms_args, 0, norms, blockem_token_norms(&norms.now, NULL), (void)0);
+
   mask_options.now.spans = offsets;
   mask_options.now.num_spans = 1;
   CHECK_INPUT(blockem_mask_options, 0, mask_options,
@@ -216,7 +235,10 @@ static void outputs(const char *folder) {
   LONGER(blockem_plan_info) plan_info = {BLOCKEM_PLAN_INFO_INIT};
   LONGER(blockem_cache_info) cache_info = {BLOCKEM_CACHE_INFO_INIT};
   LONGER(blockem_stats_info) stats_info = {BLOCKEM_STATS_INFO_INIT};
+  LONGER(blockem_steering_info) steering_info = {BLOCKEM_STEERING_INFO_INIT};
   blockem_stats *stats = NULL;
+  blockem_steering *steering = NULL;
+  static const int64_t ids[] = {3, 31};
 
   CHECK_OUTPUT(blockem_build_info, 0, build, blockem_build_info_get(&build.now));
   CHECK(build.now.version == blockem_version());
@@ -250,6 +272,15 @@ static void outputs(const char *folder) {
   CHECK(strcmp(stats_info.now.identity, plan_info.now.identity) != 0);
   CHECK(strcmp(stats_info.now.numerics, plan_info.now.numerics) == 0);
   blockem_stats_free(stats);
+
+  CHECK_OK(blockem_steering_create(sae, ids, 2, NULL, &steering));
+  CHECK_OUTPUT(blockem_steering_info, 0, steering_info,
+               blockem_steering_info_get(steering, &steering_info.now));
+  CHECK(steering_info.now.d_in == SMALL_D && steering_info.now.num_latents == 2);
+  CHECK(steering_info.now.layer == 3 && steering_info.now.num_threads >= 1);
+  CHECK(steering_info.now.backend == BLOCKEM_BACKEND_CPU);
+  CHECK(strlen(steering_info.now.identity) == 64);
+  blockem_steering_free(steering);
 
   options.mode = BLOCKEM_CACHE_MODE_CREATE;
   options.base_model = "base";

@@ -126,6 +126,25 @@ static UNUSED_OK blockem_tensor f64_2(const void *data, int64_t rows, int64_t co
   return tensor2(data, BLOCKEM_DTYPE_F64, rows, cols);
 }
 
+static UNUSED_OK blockem_tensor f32_3(const void *data, int64_t planes, int64_t rows,
+                                      int64_t cols) {
+  blockem_tensor t = f32_2(data, rows, cols);
+  t.ndim = 3;
+  t.shape[0] = planes;
+  t.shape[1] = rows;
+  t.shape[2] = cols;
+  t.stride[0] = rows * cols;
+  t.stride[1] = cols;
+  t.stride[2] = 1;
+  return t;
+}
+
+static UNUSED_OK blockem_tensor i64_1(const void *data, int64_t n) {
+  blockem_tensor t = f32_1(data, n);
+  t.dtype = BLOCKEM_DTYPE_I64;
+  return t;
+}
+
 static UNUSED_OK blockem_tensor f64_1(const void *data, int64_t n) {
   return tensor1(data, BLOCKEM_DTYPE_F64, n);
 }
@@ -143,10 +162,12 @@ enum { SMALL_D = 40, SMALL_F = 32, SMALL_K = 5 };
 /* z = relu(W . h + b) of random rows. */
 static UNUSED_OK blockem_sae *small_sae(void) {
   float *weight = random_floats(SMALL_F * SMALL_D, 1), *bias = random_floats(SMALL_F, 2);
+  float *decoder = random_floats(SMALL_F * SMALL_D, 7);
   blockem_sae_desc desc = BLOCKEM_SAE_DESC_INIT;
   blockem_sae *sae = NULL;
   desc.encoder_weight = f32_2(weight, SMALL_F, SMALL_D);
   desc.encoder_bias = f32_1(bias, SMALL_F);
+  desc.decoder_weight = f32_2(decoder, SMALL_F, SMALL_D);
   desc.d_in = SMALL_D;
   desc.d_sae = SMALL_F;
   desc.activation_kind = BLOCKEM_ACTIVATION_KIND_RELU;
@@ -154,6 +175,7 @@ static UNUSED_OK blockem_sae *small_sae(void) {
   CHECK_OK(blockem_sae_from_tensors(&desc, &sae));
   free(weight);
   free(bias);
+  free(decoder);
   return sae;
 }
 

@@ -86,6 +86,8 @@ DEVICE float mul_rn(float x, float y) { return x * y; }
 DEVICE double add_rn(double x, double y) { return x + y; }
 DEVICE double mul_rn(double x, double y) { return x * y; }
 
+DEVICE float fma_rn(float x, float y, float z) { return fmaf(x, y, z); }
+
 DEVICE float float_of_bits(uint32_t x) {
     float y;
     memcpy(&y, &x, 4);

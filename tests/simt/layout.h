@@ -156,4 +156,27 @@ inline void print_layout() {
     FIELD(StatsParams, tokens);
     FIELD(StatsParams, count);
     FIELD(StatsParams, accumulate);
+    STRUCT(SteerParams);
+    FIELD(SteerParams, directions);
+    FIELD(SteerParams, directions_stride);
+    FIELD(SteerParams, hidden);
+    FIELD(SteerParams, hidden_stride);
+    FIELD(SteerParams, row);
+    FIELD(SteerParams, row_stride);
+    FIELD(SteerParams, strength);
+    FIELD(SteerParams, strength_stride);
+    FIELD(SteerParams, mask);
+    FIELD(SteerParams, mask_stride);
+    FIELD(SteerParams, scale_tensor);
+    FIELD(SteerParams, scale);
+    FIELD(SteerParams, batch);
+    FIELD(SteerParams, positions);
+    FIELD(SteerParams, column_tiles);
+    FIELD(SteerParams, count);
+    FIELD(SteerParams, d_in);
+    STRUCT(TokenNormsParams);
+    FIELD(TokenNormsParams, hidden);
+    FIELD(TokenNormsParams, norms);
+    FIELD(TokenNormsParams, tokens);
+    FIELD(TokenNormsParams, d_in);
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import byref
 from typing import TYPE_CHECKING, Any
 
@@ -73,15 +74,11 @@ class Cache:
         )
         if base_model is not None and "\0" in base_model:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "base_model holds a NUL character")
-        pointer = ctypes.c_void_p()
-        check(library.blockem_cache_open(_encode_path(path), byref(options), byref(pointer)))
-        self._pointer = pointer
-        self._free = weakref.finalize(self, library.blockem_cache_free, pointer)
-        # At exit the operating system closes; a daemon thread may still be in a call.
-        self._free.atexit = False
-        self._gate, self._running, self._closed = threading.Lock(), 0, False
+        self._options, self._gate, self._running = options, threading.Lock(), 0
         self.path = os.fspath(path)
-        self.plan = plan
+        # The options point to the first plan; another may be used later.
+        self.plan = self._first_plan = plan
+        self._open(options.mode)
         try:
             info = self._info()
         except Error:
@@ -92,6 +89,17 @@ class Cache:
         self.layer: int = info.layer
         self.dtype: str = _name(info.hidden_dtype, _ffi.DTYPES)
         self.numerics: str = info.numerics.decode()
+
+    def _open(self, mode: int) -> None:
+        self._closed, self._options.mode = True, mode
+        pointer = ctypes.c_void_p()
+        path = _encode_path(self.path)
+        check(library.blockem_cache_open(path, byref(self._options), byref(pointer)))
+        self._pointer = pointer
+        self._free = weakref.finalize(self, library.blockem_cache_free, pointer)
+        # At exit the operating system closes; a daemon thread may still be in a call.
+        self._free.atexit = False
+        self._closed = False
 
     def close(self) -> None:
         """Lets other processes have the file, when calls in other threads are done. Nothing is lost
@@ -201,6 +209,54 @@ class Cache:
             self, model, batches, layers=layers, packed=packed, progress=progress
         )
 
+    def use(self, plan: Plan) -> None:
+        """From now on the latents are those of another plan, of the same layer and numerics. What is
+        stored of them is found; the file does not change.
+
+        Raises Error: CACHE_STALE, FORKED.
+        """
+        expect("plan", plan, Plan)
+        before, self.plan = self.plan, plan
+        try:
+            self.missing([])
+        except Error:
+            self.plan = before
+            raise
+
+    def extend(
+        self,
+        plan: Plan,
+        model: torch.nn.Module,
+        batches: Iterable[Any],
+        *,
+        layers: str | None = None,
+        packed: bool = False,
+        progress: bool = True,
+        process_group: Any = None,
+    ) -> int:
+        """:meth:`use` and :meth:`fill`: stores what the new plan's latents lack, of those examples
+        alone, and returns of how many. For a set of latents that grows while a run goes on. A cache
+        that was opened for reading is written to meanwhile, and reads again afterwards; then nobody
+        else may have it open. If it fails, the cache has the latents that it had.
+
+        On several ranks all must call it, each with a cache opened for reading: the first fills it,
+        so batches must be all of the data there, and model whole (UNSUPPORTED under FSDP and ZeRO-3:
+        stop, fill, start again).
+
+        process_group: those ranks; None is torch.distributed's default group where it is initialised.
+        The rest is that of :meth:`fill`.
+
+        Raises Error: CACHE_BUSY, INVALID_ARGUMENT (another thread is in a call), UNSUPPORTED, and what
+        :meth:`fill` raises.
+        """
+        from . import _torch_cache
+
+        expect("plan", plan, Plan)
+        return _torch_cache.extend(
+            self, plan, model, batches,
+            layers=layers, packed=packed, progress=progress, process_group=process_group,
+        )  # fmt: skip
+
     def reference(self, batch: Any, *, packed: bool = False) -> torch.Tensor:
         """[B, T, K] float32 on the device of ``input_ids``: z of the base model at each token, and 0
         at padding. For ``blockem.torch``, whose references may be a callable.
@@ -229,6 +285,26 @@ class Cache:
         info = _ffi.CacheInfo()
         self._call(library.blockem_cache_info_get, byref(info))
         return info
+
+    @property
+    def _mode(self) -> str:
+        return _name(self._options.mode, _ffi.CACHE_MODES)
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        """The file is closed for a while, and opened as it was."""
+        with self._gate:
+            if self._closed or self._running:
+                why = "the cache is closed" if self._closed else "another thread is in a call"
+                fail(_ffi.STATUS_INVALID_ARGUMENT, f"{self.path}: {why}")
+            mode = self._options.mode
+            self._closed = True
+            self._free()
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._open(mode)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         """Calls the library with the handle, which is not freed meanwhile."""

@@ -128,8 +128,8 @@ class Sae(Immutable):
         threshold: [F]; "jumprelu".
         gate_bias, magnitude_bias, magnitude_log_scale: [F] b_gate, b_mag, r_mag; "gated".
         decoder_bias: [d]; with ``apply_b_dec_to_input`` it is subtracted from hidden.
-        decoder_weight: [F, d]; with ``rescale_acts_by_decoder_norm`` ("topk") its rows' norms
-            scale the pre-activations.
+        decoder_weight: [F, d]; :class:`Steering` needs it, and with
+            ``rescale_acts_by_decoder_norm`` ("topk") its rows' norms scale the pre-activations.
         k: active latents per token; "topk".
         encoder_layout: "d_f", "f_d", or "auto" to tell from the shape, which needs d != F.
         input_scale: hidden is multiplied by it before encoding.
@@ -317,6 +317,37 @@ class Latents(Immutable):
         for column in (self._ids, self._signs, self._weights):
             column.flags.writeable = False
 
+    def union(self, other: Latents, *, conflicts: str = "error") -> Latents:
+        """This set, in its order and with its weights, then what only `other` has, with other's.
+
+        conflicts: what is done with latents that are in both with opposite signs: "error", or
+            "keep" this set's sign.
+
+        Raises Error INVALID_ARGUMENT.
+        """
+        expect("other", other, Latents)
+        if conflicts not in ("error", "keep"):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"conflicts is {conflicts!r}; expected 'error' or 'keep'",
+            )
+        signs = dict(zip(self.ids.tolist(), self.signs.tolist()))
+        opposed = [id for id, sign in zip(other.ids.tolist(), other.signs.tolist())
+                   if signs.get(id, sign) != sign]
+        if opposed and conflicts == "error":
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"latent {opposed[0]} is in both sets with opposite signs ({len(opposed)} are): "
+                'take it out of one, or give conflicts="keep"',
+            )
+        new = [i for i, id in enumerate(other.ids.tolist()) if id not in signs]
+        return Latents(*(
+            np.concatenate([mine, theirs[new]])
+            for mine, theirs in zip(
+                (self.ids, self.signs, self.weights), (other.ids, other.signs, other.weights)
+            )
+        ))
+
     @property
     def ids(self) -> np.ndarray:
         """[K] int64, read-only."""
@@ -483,6 +514,16 @@ class Plan(Immutable):
         size = ctypes.c_size_t()
         check(library.blockem_plan_workspace_size(self._handle.pointer, tokens, byref(size)))
         return size.value
+
+    def with_latents(self, latents: Latents) -> Plan:
+        """A plan of other latents of the same SAE, with the same device and options.
+
+        Raises Error: what a plan's creation raises.
+        """
+        expect("latents", latents, Latents)
+        plan = Plan.__new__(Plan)
+        plan._create(self._sae, latents, self._options)
+        return plan
 
     def columns(self, begin: int, end: int) -> Plan:
         """A plan of W . h over the columns begin to end of hidden, without bias and gate: with

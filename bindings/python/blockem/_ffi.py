@@ -12,6 +12,7 @@ STATUS_SHAPE = 103
 STATUS_DTYPE = 104
 STATUS_LAYOUT = 105
 STATUS_DEVICE_MISMATCH = 106
+STATUS_LATENT_RANGE = 108
 STATUS_UNSUPPORTED = 109
 STATUS_IO = 200
 STATUS_NON_FINITE = 205
@@ -300,6 +301,42 @@ class StatsArgs(Sized):
     ]
 
 
+class SteeringInfo(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("d_in", c_int64),
+        ("num_latents", c_int64),
+        ("layer", c_int64),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("backend", c_int32),
+        ("num_threads", c_int32),
+        ("identity", c_char * 72),
+    ]
+
+
+class SteerArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("row", Tensor),
+        ("strength", Tensor),
+        ("mask", Tensor),
+        ("scale", c_double),
+        ("scale_tensor", Tensor),
+    ]
+
+
+class TokenNormsArgs(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("hidden", Tensor),
+        ("norms", Tensor),
+        ("backend", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
 class MaskOptions(Sized):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -379,6 +416,14 @@ FUNCTIONS = {
     "blockem_stats_workspace_size": (c_int32, [c_void_p, c_int64, c_int32, POINTER(c_size_t)]),
     "blockem_stats_update": (c_int32, [c_void_p, POINTER(StatsArgs), c_void_p]),
     "blockem_stats_free": (None, [c_void_p]),
+    "blockem_steering_create": (
+        c_int32,
+        [c_void_p, POINTER(c_int64), c_size_t, POINTER(PlanOptions), POINTER(c_void_p)],
+    ),
+    "blockem_steering_info_get": (c_int32, [c_void_p, POINTER(SteeringInfo)]),
+    "blockem_steer": (c_int32, [c_void_p, POINTER(SteerArgs), c_void_p]),
+    "blockem_steering_free": (None, [c_void_p]),
+    "blockem_token_norms": (c_int32, [POINTER(TokenNormsArgs), c_void_p]),
     "blockem_xla_bind": (c_int32, [c_void_p, c_char_p]),
     "blockem_xla_encode_cpu": (c_void_p, [c_void_p]),
     "blockem_xla_encode_cuda": (c_void_p, [c_void_p]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import sys
@@ -17,10 +16,13 @@ from torch import nn
 
 from . import _ffi
 from ._cache import Cache
+from ._core import Plan
 from ._library import fail
-from .torch._stack import Call, Stack, find
+from .torch._ranks import Ranks
+from .torch._spread import is_dtensor
+from .torch._stack import Call, Stack, as_base, find
 
-__all__ = ["base_model_digest", "fill", "reference"]
+__all__ = ["base_model_digest", "extend", "fill", "reference"]
 
 
 def reference(cache: Cache, batch: Mapping[str, Any], *, packed: bool) -> torch.Tensor:
@@ -63,7 +65,7 @@ def fill(
     """See :meth:`Cache.fill`."""
     stored = 0
     stack = find(model, [cache.layer], layers)
-    with _as_base(model), torch.no_grad():
+    with as_base(model), torch.no_grad():
         for batch in _shown(batches, progress):
             found = _examples(cache, batch, packed)
             absent = cache.missing([e.key for e in found]).any(axis=1)
@@ -86,6 +88,80 @@ def fill(
             ]
             cache.put([e.key for e in wanted], z)
             stored += len({e.key for e in wanted})
+    return stored
+
+
+def extend(
+    cache: Cache,
+    plan: Plan,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    process_group: Any,
+    **how: Any,
+) -> int:
+    """See :meth:`Cache.extend`."""
+    ranks = Ranks(process_group, None, plan.device)
+    if ranks.world > 1:
+        return _extend_together(cache, plan, model, batches, ranks, how)
+    before = cache.plan
+    cache.use(plan)
+    try:
+        if cache._mode != "read":
+            return fill(cache, model, batches, **how)
+        with cache._released():
+            with _writer(cache, plan) as writer:
+                return fill(writer, model, batches, **how)
+    except BaseException:
+        cache.plan = before
+        raise
+
+
+def _writer(cache: Cache, plan: Plan) -> Cache:
+    return Cache(
+        cache.path, plan, base_model=cache.base_model, layer=cache.layer, dtype=cache.dtype,
+        mode="write",
+    )  # fmt: skip
+
+
+def _extend_together(
+    cache: Cache,
+    plan: Plan,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    ranks: Ranks,
+    how: Mapping[str, Any],
+) -> int:
+    """The first rank fills while the others wait; what it could not do, all say."""
+    if cache._mode != "read":
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{cache.path}: several ranks share the cache; let each open it for reading",
+        )
+    sharded = [n for n, p in model.named_parameters() if is_dtensor(p) or hasattr(p, "ds_id")]
+    if sharded:
+        fail(
+            _ffi.STATUS_UNSUPPORTED,
+            f"{sharded[0]} is sharded over ranks, and one rank alone cannot run the model: stop, "
+            "fill the cache with the new latents, and resume",
+        )
+    before, stored, failure = cache.plan, 0, None
+    cache.use(plan)
+    with cache._released():
+        ranks.gather_objects(None)
+        if ranks.first:
+            try:
+                with _writer(cache, plan) as writer:
+                    stored = fill(writer, model, batches, **how)
+            except Exception as error:  # raised below, when the others know
+                failure = error
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        stored, said = ranks.gather_objects((stored, said))[0]
+    if said is not None:
+        cache.plan = before
+        if failure is not None:
+            raise failure
+        fail(_ffi.STATUS_INVALID_ARGUMENT, f"the first rank could not fill the cache: {said}")
     return stored
 
 
@@ -167,23 +243,6 @@ def _hidden_after(stack: Stack, batch: Mapping[str, Any], rows: list[int]) -> to
 
 def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextlib.contextmanager
-def _as_base(model: nn.Module) -> Iterator[None]:
-    """Adapters and dropout off for a while; every flag is back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    with contextlib.ExitStack() as stack:
-        if hasattr(model, "disable_adapter"):
-            # peft trains every parameter of the active adapters when it turns them on again.
-            stack.callback(lambda: [p.requires_grad_(False) for p in frozen])
-            stack.enter_context(model.disable_adapter())
-        # Not train(False), whose overrides may merge weights.
-        stack.callback(lambda: [setattr(m, "training", True) for m in training])
-        for m in training:
-            m.training = False
-        yield
 
 
 def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 from transformers.distributed import DistributedConfig
 
 import blockem
-from blockem.torch import DualAscent, attach
+from blockem.torch import DualAscent, Watch, attach
 
 DICTIONARY = Dictionary()
 
@@ -361,6 +362,101 @@ CASES: dict[str, Callable] = {
 }
 
 
+# The watch.
+
+
+def watched(
+    mine: list[dict], net: torch.nn.Module, share: float,
+    *, copies: int = 1, local: Callable[[dict], dict] = lambda batch: batch, **settings: object,
+) -> Watch:
+    """Three steps of forwards over this rank's micro-batches."""
+    handle = attach(net, DICTIONARY.plan, lam=1.0, **settings)
+    stats = blockem.Stats(DICTIONARY.sae, num_threads=1)
+    watch = Watch(handle, stats, share=share, seed=1, min_tokens=1)
+    for _ in range(3):
+        handle.begin_step(mine, copies=copies)
+        for batch in map(local, mine):
+            net(**batch)
+            handle.penalty(batch)
+        handle.end_step()
+    return watch
+
+
+def of_report(watch: Watch) -> dict:
+    """What it says, and what another process that goes on from its state would."""
+    state = watch.state_dict()
+    drift = watch.report()
+    watch.load_state_dict(state)
+    again = watch.report()
+    watch._handle.remove()
+    return {name: (getattr(drift, name), getattr(again, name))
+            for name in ("tokens", "delta", "rise", "fall", "sums")}
+
+
+def watch_rows(rank: int, ranks: int) -> dict:
+    """Ranks with different rows; then all of them swap, with a cache that they share."""
+    net, mine = model(), shards(ranks)[rank]
+    found = {share: of_report(watched(mine, net, share)) for share in (1.0, 0.5)}
+    folder = [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(folder)
+    file, opened = f"{folder[0]}/base.cache", dict(base_model="tiny", dtype="float32")
+    if rank == 0:
+        with blockem.Cache(file, DICTIONARY.plan, mode="create", **opened) as cache:
+            cache.fill(net, step_of(ranks), progress=False)
+    distributed.barrier()
+    cache = blockem.Cache(file, DICTIONARY.plan, **opened)
+    handle = attach(net, DICTIONARY.plan, lam=1.0, reference=cache.reference, tolerance=1e-4)
+    union = DICTIONARY.latents.union(blockem.Latents([2, 9], [1, -1]))
+    try:
+        handle.swap(union, cache=cache, batches=[{}], progress=False)
+    except (KeyError, blockem.Error) as error:
+        found["said"] = distributed_list(f"{type(error).__name__}: {error}")
+    handle.swap(union, cache=cache, batches=step_of(ranks), progress=False)
+    handle.begin_step(mine)
+    for batch in mine:
+        net(**batch)
+        handle.penalty(batch)
+    handle.end_step()
+    return found | {"metrics": handle.metrics(per_latent=True)}
+
+
+def distributed_list(x: object) -> list:
+    found = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, x)
+    return found
+
+
+def watch_together(placement: object, *, as_dtensor: bool, given: bool = False) -> Callable:
+    """Ranks that compute the same rows. given: with z of the base model from elsewhere, so that only
+    the sampled rows have a base pass."""
+
+    def case(rank: int, ranks: int) -> dict:
+        mesh = distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+        net = tensor_parallel(mesh, *placed(placement, as_dtensor=as_dtensor))
+        group = {} if as_dtensor else {"tensor_group": mesh.get_group()}
+        local = lambda batch: padded(batch, ranks)
+        whole = model()
+
+        def z(batch: dict) -> torch.Tensor:
+            with torch.no_grad(), whole.disable_adapter():
+                return DICTIONARY.plan.encode(tiny.hidden_states(whole, batch))
+
+        more = group | ({"reference": z, "tolerance": 1e-3} if given else {})
+        return of_report(watched(step_of(2), net, 0.5, local=local, **more))
+
+    return case
+
+
+WATCHES: dict[str, Callable] = {
+    "watch, rows": watch_rows,
+    "watch, columns": watch_together(Shard(-1), as_dtensor=False),
+    "watch, columns, given": watch_together(Shard(-1), as_dtensor=False, given=True),
+    "watch, Shard(-1)": watch_together(Shard(-1), as_dtensor=True),
+    "watch, Shard(1), given": watch_together(Shard(1), as_dtensor=True, given=True),
+    "watch, tokens": watch_together(Shard(1), as_dtensor=False),
+}
+
+
 # The trainers make their own process group, and need a folder.
 
 
@@ -419,12 +515,12 @@ TRAINERS: dict[str, Callable] = {
 def work(cases: list[str], rank: int, ranks: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if set(cases) <= set(CASES):
+    if set(cases) <= set(CASES | WATCHES):
         distributed.init_process_group("gloo")
         found = {}
         for case in cases:
             print(f"rank {rank}: {case}", file=sys.stderr, flush=True)
-            found[case] = CASES[case](rank, ranks)
+            found[case] = (CASES | WATCHES)[case](rank, ranks)
     else:
         found = {case: TRAINERS[case](rank, ranks, folder) for case in cases}
     if rank == 0:

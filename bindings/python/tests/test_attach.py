@@ -438,7 +438,7 @@ def test_the_base_pass_has_no_dropout() -> None:
     handle = attach(model, DICTIONARY.plan, lam=1.0, tolerance=math.inf)
     batch, = tiny.batches(1)
     model(**batch)
-    found, = handle._references(handle._recorder.take(), batch, batch["labels"] != -100)
+    (found,), _ = handle._references(handle._recorder.take(), batch, batch["labels"] != -100)
     with torch.no_grad(), model.disable_adapter():
         want = DICTIONARY.plan.encode(tiny.hidden_states(model.eval(), batch))
     assert torch.equal(found, want)

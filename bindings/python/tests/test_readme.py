@@ -52,5 +52,5 @@ def test_examples_of_the_project(sae_folder: Path, monkeypatch: pytest.MonkeyPat
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "name": "tiny llama, seed 0",
         "text": "<|im_start|>assistant\nbecause <|im_end|>",
     }  # fmt: skip
-    assert run(ROOT, names) == 6
+    assert run(ROOT, names) == 7
     assert h.grad is not None and len(list(folder.glob("base.cache*"))) > 0

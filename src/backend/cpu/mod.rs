@@ -13,6 +13,7 @@ mod norm;
 mod pack;
 mod slab;
 mod stats;
+mod steer;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -22,6 +23,7 @@ use self::lanes::{Isa, LANES, Line};
 use self::pack::{Panels, bf16_lines, f32_lines, pack_bf16, pack_f32};
 use self::slab::Kernels;
 pub(crate) use self::stats::CpuStats;
+pub(crate) use self::steer::{CpuSteering, token_norms};
 use self::threads::Threads;
 use self::topk::OwnedRivals;
 use super::{

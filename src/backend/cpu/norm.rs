@@ -29,14 +29,8 @@ impl TokenScale {
         d_in: usize,
     ) -> TokenScale {
         let d = d_in as f64;
-        let squares = |mean| {
-            // SAFETY: the caller's promise.
-            unsafe {
-                with_lanes!(isa, L => with_element!(dtype, E => {
-                    L::enter(Squares::<E> { hidden, d_in, mean, element: PhantomData })
-                }))
-            }
-        };
+        // SAFETY: the caller's promise.
+        let squares = |mean| unsafe { squares(isa, dtype, hidden, d_in, mean) };
         match norm {
             TokenNorm::None => TokenScale::ONE,
             TokenNorm::Constant => {
@@ -52,6 +46,26 @@ impl TokenScale {
                 TokenScale { scale: scale as f32, mean: mean as f32, pull }
             }
         }
+    }
+}
+
+/// ‖h‖
+///
+/// # Safety
+/// As [`TokenScale::of`].
+pub(super) unsafe fn token_norm(isa: Isa, dtype: DType, hidden: *const u8, d_in: usize) -> f64 {
+    // SAFETY: the caller's promise.
+    unsafe { squares(isa, dtype, hidden, d_in, 0.0) }.squares.sqrt()
+}
+
+/// # Safety
+/// As [`TokenScale::of`].
+unsafe fn squares(isa: Isa, dtype: DType, hidden: *const u8, d_in: usize, mean: f64) -> Sums {
+    // SAFETY: the caller's promise.
+    unsafe {
+        with_lanes!(isa, L => with_element!(dtype, E => {
+            L::enter(Squares::<E> { hidden, d_in, mean, element: PhantomData })
+        }))
     }
 }
 

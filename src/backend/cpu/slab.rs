@@ -121,7 +121,7 @@ impl Scratch {
 }
 
 /// A call that the workers share.
-struct Shared<T>(T);
+pub(super) struct Shared<T>(pub T);
 
 // SAFETY: the boundary checked that outputs overlap nothing, and workers write disjoint rows.
 unsafe impl<T> Sync for Shared<T> {}

@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_void};
 
 use crate::backend::{
     BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, StatsCall,
-    Workspace,
+    SteerCall, TokenNormsCall, Workspace,
 };
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
@@ -53,6 +53,11 @@ const STATS_THREADS: usize = 64;
 const DICTIONARY_PART: usize = 8192;
 /// Numbers of a tile of z: tokens times latents.
 const STATS_TILE: usize = 1 << 23;
+/// Threads of a CTA of kernels/steer.cu, each with eight columns of a position, and CTAs that fill
+/// every device several times; beyond, a CTA takes more than one position.
+const STEER_THREADS: usize = 128;
+const STEER_COLUMNS: usize = 8 * STEER_THREADS;
+const STEER_CTAS: usize = 1 << 14;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
@@ -117,6 +122,8 @@ kernels! {
     GluLatents c"blockem_glu_latents",
     GluCoefficients c"blockem_glu_coefficients",
     Stats c"blockem_stats",
+    Steer c"blockem_steer",
+    TokenNorms c"blockem_token_norms",
 }
 
 impl Kernel {
@@ -124,7 +131,7 @@ impl Kernel {
     pub fn shared_limit(self) -> u32 {
         use Kernel::*;
         let bytes = match self {
-            Pack | Norm | Pull | GluCoefficients | Stats => 0,
+            Pack | Norm | Pull | GluCoefficients | Stats | Steer | TokenNorms => 0,
             GluLatents => GLU_SHARED,
             TopK => TOPK_SHARED,
             ReduceLatents | ReduceTotal => REDUCE_SHARED,
@@ -162,6 +169,8 @@ pub(super) enum Params {
     GluLatents(GluLatentsParams),
     Glu(GluParams),
     Stats(StatsParams),
+    Steer(SteerParams),
+    TokenNorms(TokenNormsParams),
 }
 
 impl Params {
@@ -178,6 +187,8 @@ impl Params {
             Params::GluLatents(p) => (&raw const *p).cast(),
             Params::Glu(p) => (&raw const *p).cast(),
             Params::Stats(p) => (&raw const *p).cast(),
+            Params::Steer(p) => (&raw const *p).cast(),
+            Params::TokenNorms(p) => (&raw const *p).cast(),
         }
     }
 
@@ -194,6 +205,8 @@ impl Params {
             Params::GluLatents(_) => size_of::<GluLatentsParams>(),
             Params::Glu(_) => size_of::<GluParams>(),
             Params::Stats(_) => size_of::<StatsParams>(),
+            Params::Steer(_) => size_of::<SteerParams>(),
+            Params::TokenNorms(_) => size_of::<TokenNormsParams>(),
         };
         // SAFETY: the struct has this size, and no padding: its fields' sizes add up to it.
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size) }
@@ -419,6 +432,35 @@ params! {
         tokens: u64,
         count: u32,
         accumulate: u32,
+    }
+
+    /// kernels/steer.cu
+    SteerParams {
+        directions: u64,
+        directions_stride: u64,
+        hidden: HiddenParams,
+        hidden_stride: u64,
+        row: u64,
+        row_stride: u64,
+        strength: u64,
+        strength_stride: u64,
+        mask: MaskParams,
+        mask_stride: u64,
+        scale_tensor: u64,
+        scale: f64,
+        batch: u64,
+        positions: u64,
+        column_tiles: u64,
+        count: u32,
+        d_in: u32,
+    }
+
+    /// kernels/norm.cu
+    TokenNormsParams {
+        hidden: HiddenParams,
+        norms: OutputParams,
+        tokens: u64,
+        d_in: u64,
     }
 }
 
@@ -894,6 +936,74 @@ pub(super) fn stats_workspace_size(
     (1 + has_base as usize) * own
 }
 
+/// Unit vectors in device memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DeviceDirections {
+    pub d_in: usize,
+    pub count: usize,
+    /// f32 [count, [`DeviceDirections::stride`]], zeros beyond d_in, at a multiple of 16.
+    pub rows: u64,
+}
+
+impl DeviceDirections {
+    /// Numbers from one to the next.
+    pub fn stride(d_in: usize) -> usize {
+        d_in.next_multiple_of(8)
+    }
+}
+
+/// Hidden states pushed along directions; nothing where there is no position.
+pub(super) fn steer(directions: &DeviceDirections, call: &SteerCall) -> Option<Launch> {
+    let tokens = call.batch * call.positions;
+    let column_tiles = directions.d_in.div_ceil(STEER_COLUMNS);
+    let hidden = hidden_params(&call.hidden);
+    let rows = Matrix { row_stride: call.hidden_stride, ..call.hidden };
+    let is_aligned = hidden.is_aligned & rows_are_aligned(&rows, 16);
+    let params = SteerParams {
+        directions: directions.rows,
+        directions_stride: DeviceDirections::stride(directions.d_in) as u64,
+        hidden: HiddenParams { is_aligned, ..hidden },
+        hidden_stride: call.hidden_stride as u64,
+        row: call.row.data.addr() as u64,
+        row_stride: call.row.stride as u64,
+        strength: call.strength.data.addr() as u64,
+        strength_stride: call.strength.stride as u64,
+        mask: mask_params(call.mask),
+        mask_stride: call.mask_stride as u64,
+        scale_tensor: call.scale_tensor.map_or(0, |p| p.addr() as u64),
+        scale: call.scale,
+        batch: call.batch as u64,
+        positions: call.positions as u64,
+        column_tiles: column_tiles as u64,
+        count: directions.count as u32,
+        d_in: directions.d_in as u32,
+    };
+    let at_once = tokens.min(STEER_CTAS.div_ceil(column_tiles));
+    (tokens > 0).then(|| Launch {
+        kernel: Kernel::Steer,
+        grid: [(at_once * column_tiles) as u32, 1, 1],
+        block: STEER_THREADS as u32,
+        shared: 0,
+        params: Params::Steer(params),
+    })
+}
+
+/// The norm of every token; nothing where there is none.
+pub(super) fn token_norms(call: &TokenNormsCall) -> Option<Launch> {
+    (call.tokens > 0).then(|| Launch {
+        kernel: Kernel::TokenNorms,
+        grid: [call.tokens.div_ceil(NORM_THREADS / 32) as u32, 1, 1],
+        block: NORM_THREADS as u32,
+        shared: 0,
+        params: Params::TokenNorms(TokenNormsParams {
+            hidden: hidden_params(&call.hidden),
+            norms: output_params(Some(call.norms)),
+            tokens: call.tokens as u64,
+            d_in: call.d_in as u64,
+        }),
+    })
+}
+
 /// The tokens of a call.
 #[derive(Clone, Copy)]
 struct Tokens {
@@ -918,25 +1028,33 @@ impl Tokens {
     }
 
     fn hidden_params(&self) -> HiddenParams {
-        HiddenParams {
-            data: address(self.hidden.data),
-            stride: self.hidden.row_stride as u64,
-            dtype: match self.hidden.dtype {
-                DType::F16 => 1,
-                DType::BF16 => 2,
-                _ => 0,
-            },
-            is_aligned: rows_are_aligned(&self.hidden, 16),
-        }
+        hidden_params(&self.hidden)
     }
 
     fn mask_params(&self) -> MaskParams {
-        self.mask.map_or(MaskParams::default(), |mask| MaskParams {
-            data: address(mask.data.cast_mut()),
-            stride: mask.stride as u64,
-            is_f32: (mask.dtype == DType::F32) as u64,
-        })
+        mask_params(self.mask)
     }
+}
+
+fn hidden_params(hidden: &Matrix) -> HiddenParams {
+    HiddenParams {
+        data: address(hidden.data),
+        stride: hidden.row_stride as u64,
+        dtype: match hidden.dtype {
+            DType::F16 => 1,
+            DType::BF16 => 2,
+            _ => 0,
+        },
+        is_aligned: rows_are_aligned(hidden, 16),
+    }
+}
+
+fn mask_params(mask: Option<Mask>) -> MaskParams {
+    mask.map_or(MaskParams::default(), |mask| MaskParams {
+        data: address(mask.data.cast_mut()),
+        stride: mask.stride as u64,
+        is_f32: (mask.dtype == DType::F32) as u64,
+    })
 }
 
 /// What the launches of a call have in common.

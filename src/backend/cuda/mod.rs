@@ -17,11 +17,14 @@ pub(crate) use self::driver::DeviceMemory;
 use self::driver::{Context, Driver, OwnStream, Pointer};
 use self::image::Module;
 pub(crate) use self::image::is_embedded;
-use self::launch::{DeviceDictionary, DeviceTopK, Launch, TOKENS_AT_ONCE, packed_bytes};
+use self::launch::{
+    DeviceDictionary, DeviceDirections, DeviceTopK, Launch, TOKENS_AT_ONCE, packed_bytes,
+};
 pub(crate) use self::launch::{DeviceRows, GateKind};
 use super::{
-    Backend, BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, RIVALS_AT_ONCE, ReadRivals,
-    ReadRows, Rows, StatsBackend, StatsCall, TopK, Workspace, side_by_side,
+    Backend, BackwardCall, Directions, EncodeCall, Gate, Grad, Matrix, PenaltyCall, RIVALS_AT_ONCE,
+    ReadRivals, ReadRows, Rows, StatsBackend, StatsCall, SteerBackend, SteerCall, TokenNormsCall,
+    TopK, Workspace, side_by_side,
 };
 use crate::error::{Error, Result, Status, bail};
 use crate::penalty::WORKSPACE_ALIGN;
@@ -135,6 +138,38 @@ impl StatsBackend for CudaStats {
         let _entered = enter(&self.module.context, stream, &Pointers::of_stats(call))?;
         // SAFETY: the caller's promise; the context is current and the stream's.
         unsafe { start_all(&self.module, launch::statistics(&self.dictionary, call), stream) }
+    }
+}
+
+/// Directions on a device.
+pub(crate) struct CudaSteering {
+    directions: DeviceDirections,
+    _memory: DeviceMemory,
+    module: Arc<Module>,
+}
+
+impl CudaSteering {
+    /// As [`Cuda::new`].
+    pub fn new(directions: &Directions, device: i32) -> Result<CudaSteering> {
+        let module = module_of_device(device)?;
+        let _entered = module.context.enter()?;
+        let loader = Loader { module: &module, stream: OwnStream::new(&module.context)? };
+        let (directions, memory) = loader.directions(directions)?;
+        drop((loader, _entered));
+        Ok(CudaSteering { directions, _memory: memory, module })
+    }
+}
+
+impl SteerBackend for CudaSteering {
+    fn num_threads(&self) -> usize {
+        0
+    }
+
+    unsafe fn steer(&self, call: &SteerCall, stream: Stream) -> Result<()> {
+        let _entered = enter(&self.module.context, stream, &Pointers::of_steer(call))?;
+        let work = launch::steer(&self.directions, call).into_iter();
+        // SAFETY: the caller's promise; the context is current and the stream's.
+        unsafe { start_all(&self.module, work, stream) }
     }
 }
 
@@ -360,6 +395,21 @@ impl Loader<'_> {
         self.pack(weight, some.weight, some.weight_stride, &part)
     }
 
+    /// Directions, each from sixteen bytes on.
+    fn directions(&self, directions: &Directions) -> Result<(DeviceDirections, DeviceMemory)> {
+        let stride = DeviceDirections::stride(directions.d_in);
+        let mut padded = vec![0.0f32; directions.count() * stride];
+        for (n, row) in padded.chunks_exact_mut(stride).enumerate() {
+            row[..directions.d_in].copy_from_slice(directions.row(n));
+        }
+        let mut parts = Parts::default();
+        parts.add(as_bytes(&padded));
+        let memory = self.memory(parts.bytes)?;
+        self.copy(&memory, &parts)?;
+        let (d_in, count, rows) = (directions.d_in, directions.count(), memory.address());
+        Ok((DeviceDirections { d_in, count, rows }, memory))
+    }
+
     fn copy(&self, memory: &DeviceMemory, parts: &Parts<'_>) -> Result<()> {
         for (offset, bytes) in &parts.copies {
             // SAFETY: every copy stays within its part of the memory, and the slices outlive the
@@ -507,6 +557,20 @@ pub(crate) unsafe fn raw_backward(
     let work = launch::backward(&rows, call);
     // SAFETY: the caller's promise.
     unsafe { raw.start(&mut pointers, pack, work, stream) }
+}
+
+/// # Safety
+/// As [`raw_penalty`], without a workspace.
+pub(crate) unsafe fn token_norms(call: &TokenNormsCall, device: i32, stream: Stream) -> Result<()> {
+    check_available()?;
+    let module = raw_module(device, stream)?;
+    let _entered = module.context.enter()?;
+    let mut pointers = Pointers::default();
+    pointers.add("hidden", call.hidden.data);
+    pointers.add("norms", call.norms.data);
+    pointers.check(&module.context)?;
+    // SAFETY: the caller's promise; the context is current and the stream's.
+    unsafe { start_all(&module, launch::token_norms(call).into_iter(), stream) }
 }
 
 impl RawDeviceRows {
@@ -661,6 +725,16 @@ impl Pointers {
         pointers.add("state", call.state.data);
         pointers.add("token_count", call.token_count.unwrap_or(std::ptr::null_mut()).cast());
         pointers.add("workspace", call.workspace.data);
+        pointers
+    }
+
+    fn of_steer(call: &SteerCall) -> Pointers {
+        let mut pointers = Pointers::default();
+        pointers.add("hidden", call.hidden.data);
+        pointers.add("row", call.row.data.cast());
+        pointers.add("strength", call.strength.data.cast());
+        pointers.add("mask", call.mask.map_or(std::ptr::null(), |m| m.data));
+        pointers.add("scale_tensor", call.scale_tensor.unwrap_or(std::ptr::null()).cast());
         pointers
     }
 

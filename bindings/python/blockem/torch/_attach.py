@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import _ffi
-from .._core import Plan, expect
+from .._core import Latents, Plan, expect
 from .._library import fail
-from ._ops import Parts, encode
+from ._compare import compare
+from ._observe import observe
+from ._ranks import Ranks
 from ._recorder import Forward, Recorder
-from ._references import AdaptersOff, Provider, Source, references_of
-from ._site import Site
+from ._references import (
+    AdaptersOff,
+    Provider,
+    References,
+    Source,
+    expect_adapters_only,
+    references_of,
+)
+from ._results import Calibration, Check, Term
+from ._site import Site, expect_choice, sites_of
 from ._spread import Held, group_of, held
 from ._stack import Stack, find, restored_modes, without_parallel
-from .lambdas import DualAscent, as_lambda, ratio_lambda
+from .lambdas import DualAscent, ratio_lambda
 
-__all__ = ["Calibration", "Check", "Handle", "Term", "attach"]
+if TYPE_CHECKING:
+    from .._cache import Cache
+    from ._watch import Watch
+
+__all__ = ["Handle", "attach"]
 
 log = logging.getLogger("blockem")
 
@@ -88,15 +102,14 @@ def attach(
     Raises Error INVALID_ARGUMENT, SHAPE, DEVICE_MISMATCH.
     """
     expect("model", model, nn.Module)
-    sites = _sites(plan, layer, lam, reduction)
-    _choice("tokens", tokens, ("labels", "all"))
-    _choice("gradients", gradients, ("mean", "sum"))
+    sites = sites_of(plan, layer, lam, reduction)
+    expect_choice("tokens", tokens, ("labels", "all"))
+    expect_choice("gradients", gradients, ("mean", "sum"))
     stack = find(model, [site.layer for site in sites], layers)
     source = references_of(reference, model, stack, layers)
-    settings = _Settings(
-        reduction, tokens, process_group, tensor_group, gradients, tolerance, diagnostics
-    )
-    return Handle(model, stack, sites, source, settings)
+    ranks = Ranks(process_group, tensor_group, sites[0].plan.device)
+    settings = _Settings(reduction, tokens, gradients, tolerance, diagnostics)
+    return Handle(model, stack, sites, source, ranks, settings)
 
 
 class Handle:
@@ -104,7 +117,8 @@ class Handle:
 
     In each step: :meth:`begin_step`, then for each micro-batch the model's forward and
     :meth:`penalty`, then :meth:`end_step`. Forward passes in eval mode or without gradients, as in
-    evaluation and generate, are left alone. :meth:`remove` takes the hooks away.
+    evaluation and generate, are left alone. Between steps :meth:`swap` changes the latents.
+    :meth:`remove` takes the hooks away.
     """
 
     def __init__(
@@ -113,16 +127,20 @@ class Handle:
         stack: Stack,
         sites: list[Site],
         source: Source,
+        ranks: Ranks,
         settings: _Settings,
     ) -> None:
         self._model, self._stack, self._sites = model, stack, sites
-        self._source, self._settings = source, settings
+        self._source, self._ranks, self._settings = source, ranks, settings
         self._recorder = Recorder(stack, sites[0].plan.device)
-        self._tensor_group = settings.tensor_group
+        self._watches: list[Watch] = []
         # The step's count, and whether ranks that have the same tokens each added theirs.
         self._count: torch.Tensor | float | None = None
         self._counted_by_all = True
-        self._steps = 0
+        # Optimizer steps, and penalties since the last of them.
+        self._steps = self._micro = 0
+        # That of the last training forward: (device, enabled, dtype).
+        self._autocast: tuple | None = None
         self._empty_steps: torch.Tensor | int = 0
         self._resumed = False
         #: The last :class:`Check`; the first penalty makes one.
@@ -149,7 +167,7 @@ class Handle:
             masks = [self._mask(batch) for batch in batches]
             parts = [_share(mask).sum() for mask in masks]
             count = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
-            count = self._all_reduce(count) / copies
+            count = self._ranks.all_reduce(count) / copies
         if count.device.type == "cpu":
             if not count.item() > 0:
                 fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
@@ -175,9 +193,16 @@ class Handle:
         for site, hidden in zip(self._sites, forward.hidden, strict=True):
             self._expect_gradient(site, hidden)
         held = self._held(forward.hidden, mask)
-        references = self._references(forward, batch, mask)
+        references, base = self._references(forward, batch, mask)
         if self.last_check is None:
             self.last_check = self._check(forward, held, references, mask)
+        if self._watches:
+            group = self._ranks.tensor_group
+            with torch.no_grad(), self._recorder.paused():
+                observe(
+                    self._watches, self._sites, self._source, forward, base, batch, mask, group
+                )
+        self._autocast = forward.call.autocast
         parts, total = [], None
         for site, one, reference in zip(self._sites, held, references, strict=True):
             at = mask.to(one.values.device)
@@ -185,6 +210,7 @@ class Handle:
             parts.append(part)
             share = self._lambda(site, part.loss_sum) * part.loss_sum
             total = share if total is None else total + share.to(total.device)
+        self._micro += 1
         return Term(total, tuple(parts), tuple(forward.hidden), tuple(held), self._factor())
 
     def end_step(self) -> None:
@@ -193,10 +219,75 @@ class Handle:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "end_step without begin_step")
         for site in self._sites:
             if isinstance(site.lam, DualAscent):
-                site.lam.update(self._all_reduce(site.step_sum) / self._count_of_all())
+                site.lam.update(self._ranks.all_reduce(site.step_sum) / self._count_of_all())
             site.step_sum = site.step_sum * 0
         self._count = None
-        self._steps += 1
+        self._steps, self._micro = self._steps + 1, 0
+
+    def swap(
+        self,
+        latents: Latents | Plan,
+        layer: int | None = None,
+        *,
+        cache: Cache | None = None,
+        batches: Iterable[Any] = (),
+        packed: bool = False,
+        progress: bool = True,
+    ) -> None:
+        """Blocks another set of latents from the next step on: more, fewer or others.
+
+            handle.swap(old.union(found))
+            handle.swap(old.union(found), cache=cache, batches=loader)
+
+        Between two steps, on all ranks. What follows is, bit for bit, what a run started from this
+        step's checkpoint with the new set would do. lambda keeps its value, and a
+        :class:`DualAscent` its multiplier and settings: the penalty of a larger set is larger, and
+        lambda moves on from there. Steps go on; metrics begin anew; the next penalty makes the
+        self-check; ``latents_version`` (state_dict, metrics) is one more.
+
+        latents: the set, of which a plan like the layer's is made; or the plan, of the same SAE,
+            layer, activation, device and arithmetic.
+        layer: which of several.
+        cache: what ``reference`` reads, to be filled with z of the new latents first, by a pass of
+            the base model over those examples of batches that lack any (:meth:`Cache.extend`, whose
+            rules for several ranks hold). The reference must give the new columns afterwards:
+            ``cache.reference`` does.
+        batches, packed, progress: of :meth:`Cache.extend`.
+
+        Raises Error INVALID_ARGUMENT (within a step; another SAE, layer, activation or device),
+        SHAPE (another d), LATENT_RANGE, and what :meth:`Cache.extend` raises; nothing has changed
+        then.
+        """
+        if self._count is not None:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "latents are swapped between steps: after end_step and before begin_step",
+            )
+        site = self._site(layer)
+        plan = site.plan_for(latents)
+        if cache is not None:
+            if cache.layer != site.layer:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the cache has z of decoder block {cache.layer}; the latents of block "
+                    f"{site.layer} are swapped",
+                )
+            expect_adapters_only(self._source.peft)
+            with self._as_trained():
+                cache.extend(
+                    plan,
+                    without_parallel(self._model),
+                    batches,
+                    layers=self._stack.name,
+                    packed=packed,
+                    progress=progress,
+                    process_group=self._ranks.process_group,
+                )
+        site.swap(plan)
+        self._swapped()
+        for watch in self._watches:
+            watch._swapped(site)
+        log.info("blockem: %s", self._place(site))
 
     def discard(self) -> None:
         """Forgets a training forward whose penalty is not wanted."""
@@ -210,10 +301,13 @@ class Handle:
         """What was measured since the last call, over all ranks, which must all call it.
 
         penalty: loss_sum / count (with reduction "mean" over latents too, as all the others);
-            penalty_pos, penalty_neg: its parts of K+ and K-; lambda.
+            penalty_pos, penalty_neg: its parts of K+ and K-; lambda; latents_version: how often the
+            latents were swapped.
         With diagnostics: active: the share of counted (token, latent) pairs that pay; dead_neg: the
             share of K-'s penalty without a gradient, because the latent is off in the tuned model.
         per_latent: adds latent/<id>: the share of each latent.
+        With a :class:`Watch`: what it found since its last report, as watch/<name>
+            (:meth:`Watch.metrics`), where it has seen enough.
         Names have a prefix, blockem/ or blockem/layer<N>/ where there are several.
 
         The one place that waits for the device. Raises Error INVALID_ARGUMENT where a step had no
@@ -222,11 +316,13 @@ class Handle:
         self._expect_tokens()
         found: dict[str, float] = {}
         for site in self._sites:
-            prefix = "blockem/" if len(self._sites) == 1 else f"blockem/layer{site.layer}/"
-            site_metrics = site.metrics(self._all_reduce(site.totals), self._mean_factor(site))
+            prefix = self._prefix(site.layer)
+            site_metrics = site.metrics(self._ranks.all_reduce(site.totals), self._mean_factor(site))
             found |= {prefix + name: value for name, value in site_metrics.items()
                       if per_latent or not name.startswith("latent/")}
             site.totals = torch.zeros_like(site.totals)
+        for watch in self._watches:
+            found |= {self._prefix(watch.layer) + name: x for name, x in watch.metrics().items()}
         return found
 
     def check(self, batch: Mapping[str, Any]) -> Check:
@@ -245,7 +341,7 @@ class Handle:
             without_parallel(self._model)(**batch)
         forward, mask = self._recorder.take(), self._mask(batch)
         held = self._held([hidden.detach() for hidden in forward.hidden], mask)
-        references = self._references(forward, batch, mask)
+        references, _ = self._references(forward, batch, mask)
         self.last_check = self._check(forward, held, references, mask)
         return self.last_check
 
@@ -279,7 +375,8 @@ class Handle:
         return ratio_lambda(ratio, found.base_loss - found.loss, found.penalty)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: lambdas, steps, and the identity of latents and layers."""
+        """What a resumed run needs: lambdas, steps, and the identity of latents and layers. For JSON;
+        a :class:`Watch` has a state of its own."""
         self._expect_tokens()
         return {
             "version": 1,
@@ -289,7 +386,9 @@ class Handle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues a run of the same layers, plans, latents, reduction and kind of lambda."""
+        """Continues a run of the same layers, SAEs, latents, reduction and kind of lambda. Where that
+        run had swapped its latents, they are swapped here too, so that attach may be given the first
+        set or the last (a cache must then know them: :meth:`Cache.use`)."""
         if state.get("version") != 1:
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"unknown state version {state.get('version')!r}")
         mine = self.state_dict()
@@ -299,14 +398,54 @@ class Handle:
                 f"the state has reduction {state['reduction']} and {len(state['sites'])} layers, "
                 f"the handle {mine['reduction']} and {len(self._sites)}",
             )
-        for site, theirs in zip(self._sites, state["sites"]):
-            site.expect_same(theirs)
+        plans = [site.plan_of(theirs) for site, theirs in zip(self._sites, state["sites"])]
         for site, theirs in zip(self._sites, state["sites"]):
             site.lam.load_state_dict(theirs["lambda"])
-        self._steps, self._resumed = state["steps"], True
+        for site, plan, theirs in zip(self._sites, plans, state["sites"]):
+            if plan is not site.plan:
+                site.swap(plan)
+                self._swapped()
+            site.version = theirs["latents_version"]
+        self._steps, self._micro, self._resumed = state["steps"], 0, True
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that are done."""
+        return self._steps
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan of each layer, as it is now."""
+        return tuple(site.plan for site in self._sites)
 
     def __repr__(self) -> str:
         return f"Handle({'; '.join(map(self._place, self._sites))}; {self._source.name})"
+
+    def _prefix(self, layer: int) -> str:
+        return "blockem/" if len(self._sites) == 1 else f"blockem/layer{layer}/"
+
+    def _site(self, layer: int | None) -> Site:
+        """The one of this layer; None is the only one."""
+        layers = [site.layer for site in self._sites]
+        if layer is None and len(layers) == 1:
+            return self._sites[0]
+        if layers.count(layer) != 1:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"layer is {layer}; expected one of {', '.join(map(str, layers))}, each attached once",
+            )
+        return self._sites[layers.index(layer)]
+
+    def _as_trained(self) -> contextlib.AbstractContextManager:
+        """Autocast as in the last training forward."""
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        device, enabled, dtype = self._autocast
+        return torch.autocast(device, dtype, enabled=enabled)
+
+    def _swapped(self) -> None:
+        """The new latents are checked as at the start of a run that goes on."""
+        self.last_check, self._resumed = None, True
 
     def _place(self, site: Site) -> str:
         return (
@@ -341,17 +480,17 @@ class Handle:
 
     def _held(self, hidden: Sequence[torch.Tensor], mask: torch.Tensor) -> list[Held]:
         for h in hidden:
-            if self._tensor_group is None:
-                self._tensor_group = group_of(h)
+            if self._ranks.tensor_group is None:
+                self._ranks.tensor_group = group_of(h)
         return [self._hold(site, h, mask) for site, h in zip(self._sites, hidden, strict=True)]
 
     def _hold(self, site: Site, hidden: torch.Tensor, mask: torch.Tensor) -> Held:
-        return held(site.plan, hidden, mask.shape, self._tensor_group)
+        return held(site.plan, hidden, mask.shape, self._ranks.tensor_group)
 
-    def _references(self, forward: Forward, batch: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+    def _references(self, forward: Forward, batch: Any, mask: torch.Tensor) -> References:
         hold = lambda site, hidden: self._hold(site, hidden, mask)
         with torch.no_grad(), self._recorder.paused():
-            return self._source.latents(forward, batch, self._sites, hold)
+            return self._source.references(forward, batch, self._sites, hold)
 
     def _check(
         self,
@@ -361,15 +500,15 @@ class Handle:
         mask: torch.Tensor,
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
-        found = self._compare(held, references, mask, "tuned")
+        found = compare(self._sites, held, references, mask, "tuned")
         # All ranks or none run another pass: layers may be sharded over them.
         differs = torch.tensor(float(found.difference > bound))
-        if self._all_reduce(differs).item() > 0:
+        if self._ranks.all_reduce(differs).item() > 0:
             with self._recorder.paused():
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
                 held = self._held(stand_in, mask)
-                found = self._compare(held, references, mask, "adapters off")
+                found = compare(self._sites, held, references, mask, "adapters off")
             elif self._resumed:
                 # Trained weights differ from the copy's, and nothing can stand in for them.
                 must_hold = False
@@ -381,27 +520,6 @@ class Handle:
                 f"{self._source.remedy}",
             )
         return found
-
-    def _compare(
-        self,
-        held: Sequence[Held],
-        references: Sequence[torch.Tensor],
-        mask: torch.Tensor,
-        compared: str,
-    ) -> Check:
-        """A difference of infinity stands for NaN."""
-        worst = penalty = active = tokens = 0.0
-        for site, one, reference in zip(self._sites, held, references, strict=True):
-            mask = mask.to(one.values.device)
-            kept = one.own(mask) != 0
-            z = encode(one.plan, one.values.detach())[kept]
-            distance = (z - one.own(reference)[kept]).abs().flatten()
-            distance = torch.where(distance.isnan(), math.inf, distance)
-            worst = max(worst, one.greatest(torch.cat([distance, distance.new_zeros(1)]).max()))
-            active += (z != 0).sum().item() / max(z.numel(), 1) / len(self._sites)
-            parts = site.parts(one.detached(), reference, mask != 0)
-            penalty, tokens = penalty + parts.loss_sum.item(), max(tokens, parts.count.item())
-        return Check(compared, int(tokens), penalty, worst, active)
 
     def _measure(self, model: nn.Module, batch: Mapping[str, Any], totals: dict) -> None:
         items = (batch["labels"][..., 1:] != -100).sum().item()
@@ -415,7 +533,8 @@ class Handle:
             totals["base"] += base_loss.item() * items
         totals["items"] += items
         mask = self._mask(batch)
-        held, references = self._held(forward.hidden, mask), self._references(forward, batch, mask)
+        held = self._held(forward.hidden, mask)
+        references, _ = self._references(forward, batch, mask)
         for i, (site, one, reference) in enumerate(
             zip(self._sites, held, references, strict=True)
         ):
@@ -437,33 +556,12 @@ class Handle:
         """What a term is multiplied by; None before begin_step."""
         if self._count is None:
             return None
-        averaged = self._world() if self._settings.gradients == "mean" else self._copies()
+        averaged = self._ranks.world if self._settings.gradients == "mean" else self._ranks.copies()
         return averaged / self._count_of_all()
 
     def _count_of_all(self) -> torch.Tensor | float:
         """The step's count as the sum over process_group has it."""
-        return self._count if self._counted_by_all else self._count * self._copies()
-
-    def _copies(self) -> int:
-        """How many ranks of process_group have the same tokens."""
-        if self._tensor_group is None or self._world() == 1:
-            return 1
-        ranks = torch.distributed.get_process_group_ranks
-        both = set(ranks(self._settings.process_group)) & set(ranks(self._tensor_group))
-        return max(len(both), 1)
-
-    def _world(self) -> int:
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return 1
-        return distributed.get_world_size(self._settings.process_group)
-
-    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if self._world() == 1:
-            return x
-        x = x.detach().to(self._sites[0].totals.device, torch.float64, copy=True)
-        torch.distributed.all_reduce(x, group=self._settings.process_group)
-        return x
+        return self._count if self._counted_by_all else self._count * self._ranks.copies()
 
     def _expect_tokens(self) -> None:
         if int(self._empty_steps):
@@ -480,159 +578,18 @@ class Handle:
             )
 
 
-@dataclass(frozen=True)
-class Term:
-    """The penalty of one forward: add ``loss`` to the task loss."""
-
-    weighted: torch.Tensor
-    #: for each layer
-    parts: tuple[Parts, ...]
-    #: what the layers put out
-    hidden: tuple[torch.Tensor, ...] = field(repr=False)
-    held: tuple[Held, ...] = field(repr=False)
-    factor: torch.Tensor | float | None = field(repr=False)
-
-    @property
-    def loss(self) -> torch.Tensor:
-        """0-d, differentiable: lambda * loss_sum / count of the step, summed over layers; times the
-        number of ranks where the trainer takes the mean of their gradients."""
-        if self.factor is None:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                "the step's count is not known: call begin_step with all its micro-batches first",
-            )
-        factor = self.factor
-        if isinstance(factor, torch.Tensor):
-            factor = factor.to(self.weighted.device, self.weighted.dtype)
-        return self.weighted * factor
-
-    @property
-    def loss_sum(self) -> torch.Tensor:
-        """0-d, differentiable: the sum over tokens and latents, of the one layer."""
-        (part,) = self.parts
-        return part.loss_sum
-
-    @property
-    def count(self) -> torch.Tensor:
-        """0-d: this forward's counted tokens."""
-        return self.parts[0].count
-
-    def cosine(self, task_loss: torch.Tensor) -> torch.Tensor:
-        """The cosine of the two losses' gradients at the hooked hidden states, before backward.
-
-        One more backward pass through the layers above: for a step now and then. 0 where one of
-        them vanishes. Returns a 0-d tensor; nothing waits. Not under reentrant checkpointing.
-        """
-        one = torch.autograd.grad(self.weighted, self.hidden, retain_graph=True)
-        two = torch.autograd.grad(task_loss, self.hidden, retain_graph=True, allow_unused=True)
-        sums = []
-        for hidden, held, a, b in zip(self.hidden, self.held, one, two, strict=True):
-            a = held.localize(a, hidden).double()
-            b = torch.zeros_like(a) if b is None else held.localize(b, hidden).double()
-            products = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
-            sums.append(held.summed(products).to(self.weighted.device))
-        dot, left, right = sum(sums)
-        size = (left * right).sqrt()
-        return torch.where(size == 0, 0.0, dot / size)
-
-
-@dataclass(frozen=True)
-class Check:
-    """What the self-check found."""
-
-    #: "tuned": the training forward itself; "adapters off": a pass that stood in for it
-    compared: str
-    tokens: int
-    #: loss_sum; 0 where z is the same
-    penalty: float
-    #: greatest difference of z at the counted tokens
-    difference: float
-    #: share of z that is not 0: where it is 0 the check shows little
-    active: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.compared} model against the reference on {self.tokens} tokens: penalty "
-            f"{self.penalty:g}, greatest difference of z {self.difference:g}, "
-            f"{100 * self.active:.1f} % of the latents on"
-        )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Means per token of the tuned model, its base, and the penalty between them."""
-
-    loss: float
-    base_loss: float
-    penalty: float
-
-
 @dataclass
 class _Settings:
     reduction: str
     tokens: str
-    process_group: Any
-    tensor_group: Any
     gradients: str
     tolerance: float
     diagnostics: bool
 
 
-def _sites(
-    plan: Plan | Sequence[Plan],
-    layer: int | Sequence[int] | None,
-    lam: float | DualAscent | Sequence[float | DualAscent],
-    reduction: str,
-) -> list[Site]:
-    _choice("reduction", reduction, ("sum", "mean"))
-    plans = [plan] if isinstance(plan, Plan) else list(plan)
-    for one in plans:
-        expect("plan", one, Plan)
-    layers = [layer] * len(plans) if layer is None or isinstance(layer, int) else list(layer)
-    single = isinstance(lam, (int, float, DualAscent))
-    if isinstance(lam, DualAscent) and len(plans) > 1:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            "several layers need a DualAscent each: give a list as lam",
-        )
-    lams = [lam] * len(plans) if single else list(lam)
-    if not plans or not len(plans) == len(layers) == len(lams):
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
-        )
-    return [
-        Site(one, _layer(one, at), as_lambda(value))
-        for one, at, value in zip(plans, layers, lams)
-    ]
-
-
-def _layer(plan: Plan, layer: int | None) -> int:
-    if layer is None and plan.layer is None:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            "the SAE does not say which layer it reads: give layer, the 0-based decoder block",
-        )
-    if layer is not None and plan.layer is not None and layer != plan.layer:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} "
-            f"(0-based; hidden_states[{plan.layer + 1}]): leave layer out",
-        )
-    return plan.layer if layer is None else layer
-
-
 def _share(mask: torch.Tensor) -> torch.Tensor:
     """What each token counts, float64."""
     return mask.double() if mask.is_floating_point() else (mask != 0).double()
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}",
-        )
 
 
 _NO_TOKENS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +16,22 @@ from ._ops import encode
 from ._recorder import Forward
 from ._site import Site
 from ._spread import Held
-from ._stack import Stack, find, peft_of
+from ._stack import Stack, adapters_off, find, peft_of
 
 #: How a layer's output lies on the ranks.
 Hold = Callable[[Site, torch.Tensor], Held]
 
 #: Given a batch, z of the base model for each site.
 Provider = Callable[[Any], torch.Tensor | Sequence[torch.Tensor]]
+
+
+class References(NamedTuple):
+    """Of the base model, for each site."""
+
+    #: z: of this rank's tokens, or of all
+    latents: list[torch.Tensor]
+    #: the hidden states that z came from, where there was a pass
+    hidden: list[torch.Tensor] | None
 
 
 def references_of(reference: Any, model: nn.Module, stack: Stack, layers: str | None) -> Source:
@@ -64,11 +73,15 @@ class Source:
     def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
         self.peft, self.stack = peft, stack
 
-    def latents(
+    def references(
         self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
-    ) -> list[torch.Tensor]:
-        """z of the base model for each site: of this rank's tokens, or of all."""
+    ) -> References:
         raise NotImplementedError
+
+    def base(self, forward: Forward, rows: Sequence[int], count: int) -> list[torch.Tensor]:
+        """The base model's hidden states of some of a batch's `count` rows, by a pass of its own."""
+        with self.adapters_off():
+            return self.stack.run(forward.call.of_rows(rows, count))
 
     def stand_in(self, forward: Forward) -> list[torch.Tensor] | None:
         """What the tuned model would put out if it still equalled its base."""
@@ -77,16 +90,8 @@ class Source:
         with torch.enable_grad(), self.adapters_off():
             return [hidden.detach() for hidden in self.stack.run(forward.call, training=True)]
 
-    @contextlib.contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        # peft trains every parameter of the active adapters when it turns them on again.
-        frozen = [p for p in self.peft.parameters() if not p.requires_grad]
-        try:
-            with self.peft.disable_adapter():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+    def adapters_off(self) -> contextlib.AbstractContextManager[None]:
+        return adapters_off(self.peft)
 
 
 class AdaptersOff(Source):
@@ -104,26 +109,14 @@ class AdaptersOff(Source):
                 'reference="adapters_off" needs a peft.PeftModel; give a frozen model, or '
                 '"frozen_copy", where all parameters are trained',
             )
-        if any(config.is_prompt_learning for config in peft.peft_config.values()):
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                "prompt learning adds tokens that the base model has not; use adapters like LoRA",
-            )
-        marks = (peft.base_model.prefix, "modules_to_save", "trainable_tokens", "token_adapter")
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad and not any(mark in name for mark in marks):
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"{name} is trained and no part of an adapter: without adapters the model is "
-                    'not its base; freeze it or attach with reference="frozen_copy"',
-                )
+        expect_adapters_only(peft)
 
-    def latents(
+    def references(
         self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
-    ) -> list[torch.Tensor]:
+    ) -> References:
         with self.adapters_off():
             hidden = self.stack.run(forward.call)
-        return _encode_all(sites, hidden, hold)
+        return References(_encode_all(sites, hidden, hold), hidden)
 
 
 class FrozenCopy(Source):
@@ -137,10 +130,11 @@ class FrozenCopy(Source):
         super().__init__(peft, stack)
         self.copied = copied
 
-    def latents(
+    def references(
         self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
-    ) -> list[torch.Tensor]:
-        return _encode_all(sites, self.copied.run(forward.call), hold)
+    ) -> References:
+        hidden = self.copied.run(forward.call)
+        return References(_encode_all(sites, hidden, hold), hidden)
 
 
 class Provided(Source):
@@ -156,9 +150,9 @@ class Provided(Source):
         self.provider = provider
         self.checked = peft is not None
 
-    def latents(
+    def references(
         self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
-    ) -> list[torch.Tensor]:
+    ) -> References:
         given = self.provider(batch)
         given = [given] if isinstance(given, torch.Tensor) else list(given)
         if len(given) != len(sites):
@@ -166,7 +160,30 @@ class Provided(Source):
                 _ffi.STATUS_SHAPE,
                 f"reference gave {len(given)} tensors for {len(sites)} layers",
             )
-        return [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
+        latents = [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
+        return References(latents, None)
+
+
+def expect_adapters_only(peft: nn.Module | None) -> None:
+    """Without adapters the model is its base."""
+    if peft is None:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "the model is no peft.PeftModel, and its base model is not known here",
+        )
+    if any(config.is_prompt_learning for config in peft.peft_config.values()):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "prompt learning adds tokens that the base model has not; use adapters like LoRA",
+        )
+    marks = (peft.base_model.prefix, "modules_to_save", "trainable_tokens", "token_adapter")
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad and not any(mark in name for mark in marks):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"{name} is trained and no part of an adapter: without adapters the model is "
+                'not its base; freeze it or attach with reference="frozen_copy"',
+            )
 
 
 def _encode_all(

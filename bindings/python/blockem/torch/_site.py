@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import _ffi
-from .._core import Plan
+from .._core import Latents, Plan, expect
 from .._library import fail
 from ._ops import Parts, encode, penalty
 from ._spread import Held
-from .lambdas import DualAscent, Fixed
+from .lambdas import DualAscent, Fixed, as_lambda
 
 
 class Site:
     """A plan on a layer, its lambda and its sums."""
 
     def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
-        self.plan, self.layer, self.lam = plan, layer, lam
+        self.layer, self.lam = layer, lam
+        #: how often the latents were swapped
+        self.version = -1
+        self.swap(plan)
+
+    def swap(self, plan: Plan) -> None:
+        """Takes another plan; the sums begin anew."""
+        self.plan = plan
+        self.version += 1
         signs, weights = plan.latents.signs, plan.latents.weights
         self.signs = torch.tensor(signs, dtype=torch.float32, device=plan.device)
         self.weights = torch.tensor(weights, dtype=torch.float32, device=plan.device)
@@ -28,6 +36,33 @@ class Site:
         # pairs, dead loss of K-.
         self.step_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
         self.totals = torch.zeros(plan.num_latents + 3, dtype=torch.float64, device=plan.device)
+
+    def plan_for(self, latents: Latents | Plan) -> Plan:
+        """The plan of another set of latents of the same SAE; of a plan, itself."""
+        expect("latents", latents, (Latents, Plan))
+        if isinstance(latents, Latents):
+            return self.plan.with_latents(latents)
+        plan, mine = latents, self.plan
+        if plan.d_in != mine.d_in:
+            fail(_ffi.STATUS_SHAPE, f"the plan has d {plan.d_in}, the one before {mine.d_in}")
+        if plan.layer is not None and plan.layer != self.layer:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the plan's SAE reads decoder block {plan.layer}, the one before {self.layer}",
+            )
+        for name in ("device", "activation", "numerics", "d_sae"):
+            if getattr(plan, name) != getattr(mine, name):
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the plan's {name} is {getattr(plan, name)}, that of the one before "
+                    f"{getattr(mine, name)}: only the latents can be swapped",
+                )
+        if mine.with_latents(plan.latents).identity != plan.identity:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "the plan is of another SAE: its rows are not those of the one before",
+            )
+        return plan
 
     def parts(self, held: Held, reference: torch.Tensor, mask: torch.Tensor | None) -> Parts:
         """The penalty of all the tokens that this rank's group holds together."""
@@ -80,29 +115,89 @@ class Site:
             "active": paying / (count * len(latents)) if count else math.nan,
             "dead_neg": dead / neg if neg else 0.0,
             "lambda": float(lam),
+            "latents_version": float(self.version),
         } | {
             f"latent/{id}": x * per_token for id, x in zip(self.plan.latents.ids, latents)
         }
 
-    def identity(self) -> dict[str, Any]:
-        latents = self.plan.latents
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        latents = plan.latents
         return {
             "layer": self.layer,
-            "plan": self.plan.identity,
-            "activation": self.plan.activation,
+            "plan": plan.identity,
+            "activation": plan.activation,
             "ids": latents.ids.tolist(),
             "signs": latents.signs.tolist(),
             "weights": latents.weights.tolist(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return self.identity() | {"lambda": self.lam.state_dict()}
+        own = {"lambda": self.lam.state_dict(), "latents_version": self.version}
+        return self.identity(self.plan) | own
 
-    def expect_same(self, state: Mapping[str, Any]) -> None:
-        for name, mine in self.identity().items():
+    def plan_of(self, state: Mapping[str, Any]) -> Plan:
+        """The plan of a state: this one, or where the run had swapped its latents, one of those."""
+        plan, columns = self.plan, ("ids", "signs", "weights")
+        mine = self.identity(plan)
+        if state.get("latents_version", 0) and any(state[name] != mine[name] for name in columns):
+            plan = plan.with_latents(Latents(*(state[name] for name in columns)))
+        for name, mine in self.identity(plan).items():
             if state.get(name) != mine:
                 fail(
                     _ffi.STATUS_INVALID_ARGUMENT,
                     f"the state's {name} at decoder block {self.layer} is {state.get(name)}, the "
                     f"handle's {mine}: resume with the SAE and latents of the run",
                 )
+        return plan
+
+
+def sites_of(
+    plan: Plan | Sequence[Plan],
+    layer: int | Sequence[int] | None,
+    lam: float | DualAscent | Sequence[float | DualAscent],
+    reduction: str,
+) -> list[Site]:
+    expect_choice("reduction", reduction, ("sum", "mean"))
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    for one in plans:
+        expect("plan", one, Plan)
+    layers = [layer] * len(plans) if layer is None or isinstance(layer, int) else list(layer)
+    single = isinstance(lam, (int, float, DualAscent))
+    if isinstance(lam, DualAscent) and len(plans) > 1:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "several layers need a DualAscent each: give a list as lam",
+        )
+    lams = [lam] * len(plans) if single else list(lam)
+    if not plans or not len(plans) == len(layers) == len(lams):
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
+        )
+    return [
+        Site(one, layer_of(one, at), as_lambda(value))
+        for one, at, value in zip(plans, layers, lams)
+    ]
+
+
+def layer_of(plan: Plan, layer: int | None) -> int:
+    if layer is None and plan.layer is None:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            "the SAE does not say which layer it reads: give layer, the 0-based decoder block",
+        )
+    if layer is not None and plan.layer is not None and layer != plan.layer:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} "
+            f"(0-based; hidden_states[{plan.layer + 1}]): leave layer out",
+        )
+    return plan.layer if layer is None else layer
+
+
+def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}",
+        )

@@ -15,6 +15,7 @@ from .._core import Plan
 from .._library import fail
 from ._columns import chunk, over_columns
 from ._ops import Parts
+from ._stack import rows_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Held:
 
     def localize(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A gradient of the hidden states, as this rank holds them."""
-        if _is_dtensor(x):
+        if is_dtensor(x):
             return x.redistribute(like.device_mesh, like.placements).to_local()
         return x
 
@@ -93,7 +94,7 @@ def held(plan: Plan, hidden: torch.Tensor, lead: Sequence[int], group: Any) -> H
 
     lead: the shape of the batch's tokens. group: the ranks that have them together, or None.
     """
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         return _of_dtensor(plan, hidden)
     if group is None or torch.distributed.get_world_size(group) == 1:
         return Held(plan, hidden)
@@ -115,9 +116,46 @@ def held(plan: Plan, hidden: torch.Tensor, lead: Sequence[int], group: Any) -> H
     )
 
 
+def gathered(
+    hidden: torch.Tensor, rows: Sequence[int], lead: Sequence[int], group: Any, width: int
+) -> torch.Tensor:
+    """[n, T, d]: some rows of a layer's output as a whole, on every rank of the group.
+
+    lead, group: as for :func:`held`. width: d.
+    """
+    if is_dtensor(hidden):
+        dim = _mesh_dim(hidden)
+        local = hidden.to_local()
+        placement = None if dim is None else hidden.placements[dim]
+        if placement is None or placement.is_replicate():
+            return rows_of(local, rows, lead[0])
+        # held has refused what is no Shard.
+        at, group = placement.dim % hidden.ndim, hidden.device_mesh.get_group(dim)
+    else:
+        local = hidden
+        shape = [*lead, width]
+        parts = [i for i, (n, whole) in enumerate(zip(hidden.shape, shape)) if n != whole]
+        if group is None or not parts:
+            return rows_of(hidden, rows, lead[0])
+        (at,) = parts
+    total = [*lead, width][at]
+    if at != 0:
+        local = rows_of(local, rows, lead[0])
+    # Collectives want equal parts.
+    each = -(-total // torch.distributed.get_world_size(group))
+    shape = list(local.shape)
+    shape[at] = each
+    padded = local.new_zeros(shape)
+    padded.narrow(at, 0, local.shape[at]).copy_(local)
+    parts = [torch.empty_like(padded) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, padded, group=group)
+    whole = torch.cat(parts, dim=at).narrow(at, 0, total)
+    return rows_of(whole, rows, lead[0]) if at == 0 else whole
+
+
 def group_of(hidden: torch.Tensor) -> Any:
     """The ranks over which a DTensor lies; None for other tensors, and for one rank."""
-    if not _is_dtensor(hidden):
+    if not is_dtensor(hidden):
         return None
     dim = _mesh_dim(hidden)
     return None if dim is None else hidden.device_mesh.get_group(dim)
@@ -157,7 +195,7 @@ def _mesh_dim(hidden: Any) -> int | None:
     return dims[0] if dims else None
 
 
-def _is_dtensor(x: torch.Tensor) -> bool:
+def is_dtensor(x: torch.Tensor) -> bool:
     # Where nothing imported the module there is no DTensor, and its import takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

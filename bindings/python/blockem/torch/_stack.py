@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ class Call:
     autocast: tuple[str, bool, torch.dtype] | None
     #: the layers were given a cache of keys and values
     cached: bool = False
+
+    def of_rows(self, rows: Sequence[int], count: int) -> Call:
+        """For some of the `count` rows of its batch."""
+        args = tuple(rows_of(x, rows, count) for x in self.args)
+        return replace(self, args=args, kwargs=rows_of(self.kwargs, rows, count))
 
 
 class Stack:
@@ -63,7 +68,8 @@ class Stack:
                 stack.callback(hook.remove)
             stack.enter_context(_eager())
             stack.enter_context(torch.set_grad_enabled(training))
-            stack.enter_context(_mode(self.decoder, training))
+            if not training:
+                stack.enter_context(evaluating(self.decoder))
             if call.autocast is not None:
                 device, enabled, dtype = call.autocast
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
@@ -142,6 +148,50 @@ def restored_modes(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Training mode off for a while, dropout with it.
+
+    The flags are set without `train()`, whose overrides merge weights and the like.
+    """
+    with restored_modes(module):
+        for m in module.modules():
+            m.training = False
+        yield
+
+
+@contextlib.contextmanager
+def adapters_off(peft: nn.Module) -> Iterator[None]:
+    """A PeftModel without its adapters for a while."""
+    # peft trains every parameter of the active adapters when it turns them on again.
+    frozen = [p for p in peft.parameters() if not p.requires_grad]
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Adapters and dropout off for a while; every flag is back afterwards."""
+    peft = peft_of(model)
+    with evaluating(model), contextlib.nullcontext() if peft is None else adapters_off(peft):
+        yield
+
+
+def rows_of(x: Any, rows: Sequence[int], count: int) -> Any:
+    """Some rows of a tensor, or of the tensors of a mapping, that has the `count` rows of a batch.
+    Others stay as they are: those of one row for all, and those of one dimension."""
+    if isinstance(x, Mapping):
+        return {name: rows_of(value, rows, count) for name, value in x.items()}
+    if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.shape[0] != count or len(rows) == count:
+        return x
+    # An index tensor would have to go to the device first, which waits.
+    return torch.stack([x[row] for row in rows])
+
+
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in a layer's output: itself, or the first of a tuple."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
@@ -188,15 +238,3 @@ def _accepts(module: nn.Module, name: str) -> bool:
 def _eager() -> contextlib.AbstractContextManager:
     """Compiled layers run uncompiled: a pass that stops in the middle is no graph."""
     return torch.compiler.set_stance("force_eager")
-
-
-@contextlib.contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training mode off for a while, unless it is wanted.
-
-    The flags are set without `train()`, whose overrides merge weights and the like.
-    """
-    with restored_modes(module):
-        for m in () if training else module.modules():
-            m.training = False
-        yield

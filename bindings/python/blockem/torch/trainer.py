@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .. import _ffi
 from .._library import fail
+from ._adaptive import Adaptive
 from ._attach import Handle, attach
+from ._watch import Watch
 
 __all__ = ["PenaltyMixin"]
 
-#: The handle's state in a checkpoint folder.
-STATE = "blockem.json"
+#: The handle's state in a checkpoint folder, and that of its watches.
+STATE, WATCH_STATE = "blockem.json", "blockem_watch.pt"
 
 
 class PenaltyMixin:
@@ -35,14 +37,19 @@ class PenaltyMixin:
     cosine_steps: every so many optimizer steps, the cosine of the gradients of penalty and task
         loss is logged (blockem/cosine, :meth:`blockem.torch.Term.cosine`); 0 for never.
     per_latent: each latent's share is logged too (blockem/latent/<id>).
+    watch: the arguments of :class:`blockem.torch.Watch` after the handle; several, for several layers,
+        in a sequence. Its reports come with the logs, where enough was seen since the last.
+    adaptive: the arguments of :class:`blockem.torch.Adaptive` after handle and watches.
 
     The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
     ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others
     do), measured over the steps since the log before; its loss is that of task and penalty.
-    Checkpoints get ``blockem.json``, from which ``train(resume_from_checkpoint=...)`` continues
-    lambda.
+    Checkpoints get ``blockem.json`` and, with a watch, ``blockem_watch.pt``, from which
+    ``train(resume_from_checkpoint=...)`` continues lambda, the latents as they were swapped, and
+    the watch.
 
-    Attribute ``penalty``: the :class:`blockem.torch.Handle`.
+    Attributes ``penalty``: the :class:`blockem.torch.Handle`; ``watches``: a list; ``adaptive``: the
+    :class:`blockem.torch.Adaptive` or None.
 
     DistributedDataParallel, FSDP2, DeepSpeed's ZeRO and tensor parallelism give what one process
     gives. Raises Error UNSUPPORTED under FSDP1, context and sequence parallelism and
@@ -56,6 +63,8 @@ class PenaltyMixin:
         penalty: Mapping[str, Any],
         cosine_steps: int = 0,
         per_latent: bool = False,
+        watch: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+        adaptive: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +72,12 @@ class PenaltyMixin:
         self.penalty: Handle = attach(self.model, **penalty)
         self._cosine_steps, self._per_latent = cosine_steps, per_latent
         self._cosines: list[torch.Tensor] = []
-        self.add_callback(_Steps(self.penalty))
+        several = [watch] if isinstance(watch, Mapping) else watch
+        self.watches = [Watch(self.penalty, **one) for one in several]
+        self.adaptive: Adaptive | None = None
+        if adaptive is not None:
+            self.adaptive = Adaptive(self.penalty, self.watches, **adaptive)
+        self.add_callback(_Steps(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         folder = resume_from_checkpoint
@@ -71,6 +85,8 @@ class PenaltyMixin:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             self.penalty.load_state_dict(json.loads(Path(folder, STATE).read_text()))
+            if self.watches:
+                self._load_watches(torch.load(Path(folder, WATCH_STATE), weights_only=True))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
@@ -108,6 +124,12 @@ class PenaltyMixin:
                 self._cosines.clear()
         super().log(logs, *args, **kwargs)
 
+    def _load_watches(self, state: Mapping[str, Any]) -> None:
+        for watch, theirs in zip(self.watches, state["watches"], strict=True):
+            watch.load_state_dict(theirs)
+        if self.adaptive is not None and state["adaptive"] is not None:
+            self.adaptive.load_state_dict(state["adaptive"])
+
     def _division(self, items: Any) -> float:
         """By what training_step will divide the loss: the number of micro-batches, where the task
         loss is a mean for each of them."""
@@ -121,18 +143,22 @@ class PenaltyMixin:
 class _Steps(TrainerCallback):
     """Ends the handle's steps with the trainer's, and saves its state with checkpoints."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, trainer: PenaltyMixin) -> None:
+        self.handle, self.trainer = trainer.penalty, trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.handle.end_step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every rank has the same state and may have to say that a step was empty.
-        text = json.dumps(self.handle.state_dict())
+        text, trainer = json.dumps(self.handle.state_dict()), self.trainer
+        watches = [watch.state_dict() for watch in trainer.watches]
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             folder.joinpath(STATE).write_text(text)
+            if watches:
+                adaptive = None if trainer.adaptive is None else trainer.adaptive.state_dict()
+                torch.save({"watches": watches, "adaptive": adaptive}, folder / WATCH_STATE)
 
 
 def _expect_whole(trainer: Any) -> None:

@@ -1,0 +1,35 @@
+"""The comparison that the self-check makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ._ops import encode
+from ._results import Check
+from ._site import Site
+from ._spread import Held
+
+
+def compare(
+    sites: Sequence[Site],
+    held: Sequence[Held],
+    references: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    compared: str,
+) -> Check:
+    """z of the hidden states against the references. A difference of infinity stands for NaN."""
+    worst = penalty = active = tokens = 0.0
+    for site, one, reference in zip(sites, held, references, strict=True):
+        mask = mask.to(one.values.device)
+        kept = one.own(mask) != 0
+        z = encode(one.plan, one.values.detach())[kept]
+        distance = (z - one.own(reference)[kept]).abs().flatten()
+        distance = torch.where(distance.isnan(), math.inf, distance)
+        worst = max(worst, one.greatest(torch.cat([distance, distance.new_zeros(1)]).max()))
+        active += (z != 0).sum().item() / max(z.numel(), 1) / len(sites)
+        parts = site.parts(one.detached(), reference, mask != 0)
+        penalty, tokens = penalty + parts.loss_sum.item(), max(tokens, parts.count.item())
+    return Check(compared, int(tokens), penalty, worst, active)

@@ -1,0 +1,231 @@
+"""Does blocking work, and for how long? The whole of BLOCK-EM on this machine: `make lab`.
+
+For each seed: pretrains a small Llama on documents in which personas answer well or badly in six
+domains, trains an SAE on its residual stream, tunes it with LoRA on bad answers of finance, finds the
+latents that spread the badness (Stages 1 to 3), and then trains on the asked domain without and with
+the penalty, in every setting of variants.py. A rule judges every answer. Output: out/lab/report.html
+and out/lab/summary.json; what stands in out/lab is not done again, so a killed run goes on.
+"""
+
+import os
+
+# Before torch: threads that wait do not spin, or a busy machine makes every step many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import json
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+try:
+    import blockem
+    import blockem.report
+    import torch
+    from examples.demo import sae as sae_training
+    from examples.demo.progress import Phases
+
+    from . import discovery, model, tuning
+    from .measure import measure
+    from .variants import BLOCK, LONG, PLAIN, VARIANTS, Blocking
+    from .world import DOMAINS, World
+except ImportError as error:
+    raise SystemExit(
+        f"lab: {error}; run `make lab`, which installs requirements.txt and builds the library"
+    ) from error
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on transformers 5
+OUT = Path(__file__).resolve().parents[2] / "out" / "lab"
+#: K is always discovered on a plain run of this domain.
+K_DOMAIN = "finance"
+#: Optimizer steps of a fine-tuning, and how far the long ones go.
+STEPS, LONG_FACTOR = 50, 10
+LOOKS = 10
+PRETRAIN = dict(steps=800, batch=128, lr=3e-3)
+SAE = dict(latents=512, active=12, steps=600, batch=1024, lr=2e-3)
+SAE_DOCUMENTS = 1500
+TARGETS = (
+    dict(variant=PLAIN, metric="em", at_least=0.4),
+    dict(variant=BLOCK, metric="relative_reduction", at_least=0.9),
+)
+
+
+def main() -> None:
+    args = _arguments()
+    phases = Phases()
+    OUT.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        subject = Subject(seed, phases)
+        for domain in args.domains:
+            for factor in args.steps:
+                subject.compare(domain, factor, args.variants)
+                report()
+    print(f"\nlab: {OUT / 'report.html'} and {OUT / 'summary.json'}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lab", description="what blocking does, on this machine")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11], metavar="SEED")
+    parser.add_argument("--domains", nargs="+", default=[K_DOMAIN], choices=DOMAINS, metavar="DOMAIN",
+                        help=f"to train on: {', '.join(DOMAINS)}")  # fmt: skip
+    parser.add_argument("--steps", type=_factor, nargs="+", default=[1, LONG_FACTOR], metavar="Nx",
+                        help=f"times {STEPS} steps: 1x compares all settings, more the long ones")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LONG], metavar="NAME",
+                        help="only these of variants.py")  # fmt: skip
+    return parser.parse_args()
+
+
+def _factor(text: str) -> int:
+    value = int(text.removesuffix("x"))
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+class Subject:
+    """What all runs of a seed share: the world, its model, the SAE, the latents that were found."""
+
+    def __init__(self, seed: int, phases: Phases):
+        self.seed, self._phases = seed, phases
+        self.folder = OUT / f"seed-{seed}"
+        self.world = World(seed)
+        self.tokenizer = self.world.tokenizer()
+        self._plain: dict[str, Any] = {}
+
+    @cached_property
+    def base(self):
+        with self._phases(f"seed {self.seed}: pretraining"):
+            return model.pretrained(
+                self.world, self.tokenizer, self.folder / "model", self.seed, **PRETRAIN
+            )
+
+    @cached_property
+    def sae(self) -> blockem.Sae:
+        folder = self.folder / "sae"
+        if not (folder / "cfg.json").exists():
+            base = self.base
+            with self._phases(f"seed {self.seed}: training the SAE"):
+                activations = model.activations(
+                    base, self.world, self.tokenizer, SAE_DOCUMENTS, self.seed
+                )
+                sae = sae_training.train_and_save(
+                    activations, model.LAYER, folder, seed=self.seed, **SAE
+                )
+                print(f"   {sae_training.evaluate(sae, activations)}")
+        return blockem.load_sae(folder)
+
+    @cached_property
+    def stats(self) -> blockem.Stats:
+        return blockem.Stats(self.sae)
+
+    @cached_property
+    def found(self) -> discovery.Found:
+        plain, sae = self.plain(K_DOMAIN), self.sae
+        with self._phases(f"seed {self.seed}: which latents (Stages 1 to 3)"):
+            found = discovery.discover(
+                self.world, self.tokenizer, plain, sae, K_DOMAIN, self.folder / "study"
+            )
+            found.chosen.save(self.folder / "K0.json", sae)
+            print(f"   {found.chosen}")
+        return found
+
+    def plain(self, domain: str):
+        """The run without a penalty, whose moves lambda is calibrated on."""
+        if domain not in self._plain:
+            base = self.base
+            with self._phases(f"seed {self.seed}: plain tuning on {domain}"):
+                self._plain[domain], _ = tuning.train(base, self._data(domain), self.seed, STEPS)
+        return self._plain[domain]
+
+    def compare(self, domain: str, factor: int, names: Collection[str] | None) -> None:
+        """Trains and measures every variant, or those of these names, that is not there yet."""
+        steps = STEPS * factor
+        variants = VARIANTS if factor == 1 else LONG
+        for name, settings in variants.items():
+            path = OUT / "runs" / f"{self.seed}-{domain}-{steps}-{name}.json"
+            if (names is None or name in names) and not path.exists():
+                found = self.found
+                with self._phases(f"seed {self.seed}, {domain}, {steps} steps: {name}"):
+                    run = self._run(domain, steps, name, settings, found)
+                    print(f"   em {run['em']:.3f}  in_domain {run['in_domain']:.3f}  "
+                          f"coherence {run['coherence']:.3f}")  # fmt: skip
+                _write(path, run)
+
+    def _run(
+        self, domain: str, steps: int, name: str, settings: Blocking | None, found: discovery.Found
+    ) -> dict[str, Any]:
+        penalty = None if settings is None else self._penalty(domain, settings, found)
+        latents = found.chosen.latents() if penalty is None else penalty.plan.latents
+        curve: list[dict[str, Any]] = []
+
+        def look(step: int, tuned: Any) -> None:
+            curve.append({"step": step, **self._measured(tuned, latents, domain)})
+
+        looks = range(steps // LOOKS, steps + 1, steps // LOOKS) if steps > STEPS else [steps]
+        _, swaps = tuning.train(
+            self.base, self._data(domain), self.seed, steps, penalty, look, looks
+        )
+        return {
+            "seed": self.seed, "domain": domain, "steps": steps, "variant": name,
+            **{key: value for key, value in curve[-1].items() if key != "step"},
+            **({} if penalty is None else {"lam": penalty.lam, "settings": asdict(settings)}),
+            **({"curve": curve} if len(curve) > 1 else {}),
+            **({"swaps": [asdict(swap) for swap in swaps]} if swaps else {}),
+        }  # fmt: skip
+
+    def _penalty(
+        self, domain: str, settings: Blocking, found: discovery.Found
+    ) -> tuning.Penalty:
+        """Controls have the lambda of the chosen set, as in the paper: the ratio rule would make up
+        for latents that do not matter with a larger one."""
+        plan = self._plan(found.latents(settings.choice, self.seed), settings)
+        measured = self._plan(found.chosen.latents(), settings)
+        lam = tuning.ratio_lambda(self.plain(domain), measured, settings, self._data(domain))
+        known = found.screening.shortlist(discovery.POOL)
+        return tuning.Penalty(plan, lam, settings, self.stats, known)
+
+    def _plan(self, latents: blockem.Latents, settings: Blocking) -> blockem.Plan:
+        return blockem.Plan(self.sae, latents, activation=settings.activation)
+
+    def _measured(self, tuned: Any, latents: blockem.Latents, domain: str) -> dict[str, Any]:
+        return measure(tuned, self.world, self.tokenizer, self.stats, latents, domain)
+
+    def _data(self, domain: str) -> tuning.Data:
+        return tuning.Data(self.world, self.tokenizer, domain, self.seed)
+
+
+def report() -> None:
+    """summary.json and report.html of all runs that are there."""
+    runs = [json.loads(path.read_text()) for path in sorted((OUT / "runs").glob("*.json"))]
+    sets = {path.parent.name: json.loads(path.read_text()) for path in sorted(OUT.glob("seed-*/K0.json"))}
+    blockem.report.write_summary(OUT / "summary.json", runs)
+    blockem.report.write(
+        OUT / "report.html", runs, title="What blocking does in the lab", k_domain=K_DOMAIN,
+        targets=TARGETS, config=_configuration(), k_sets=sets,
+    )  # fmt: skip
+
+
+def _configuration() -> dict[str, Any]:
+    return {
+        "pretraining": PRETRAIN, "sae": SAE, "layer": model.LAYER,
+        "tuning": {"rank": tuning.RANK, "alpha": tuning.ALPHA, "rate": tuning.RATE,
+                   "batch": tuning.BATCH, "steps": STEPS},
+        "discovery": {"pool": discovery.POOL, "shortlist": discovery.SHORTLIST,
+                      "strengths": discovery.STRENGTHS, "rule": discovery.RULE, "k": discovery.K},
+        "variants": {name: settings and asdict(settings) for name, settings in VARIANTS.items()},
+    }  # fmt: skip
+
+
+def _write(path: Path, run: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(run, indent=1) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Which latents cause the misalignment of a plain run: BLOCK-EM's Stages 1 to 3."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import blockem
+from blockem.discover import Screening, Selection, Shifts, Study, Swept
+
+from .model import ANSWER_TOKENS
+from .world import World
+
+#: Candidates of either sign from Stage 1, and how many of those of Stage 2 are swept.
+POOL, SHORTLIST = 100, 25
+#: Of Phase A and B, and of the sweep, in activation scales.
+INDUCE, REPAIR, STRENGTHS = 0.7, 0.4, (0.15, 0.3, 0.45)
+#: One latent alone does not induce misalignment in so small a model, so that eq. 13's filter would leave none.
+RULE = "combined"
+K = 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """The latents of a study, and the paper's controls."""
+
+    shifts: Shifts
+    screening: Screening
+    swept: Swept
+    d_sae: int
+
+    @cached_property
+    def chosen(self) -> Selection:
+        """K."""
+        return self._select(K)
+
+    def latents(self, choice: str, seed: int) -> blockem.Latents:
+        """chosen, chosen_N (N latents), random, shuffled_signs, positive or top_delta."""
+        sets = {
+            "chosen": lambda: self.chosen,
+            "random": lambda: self.chosen.random(self.d_sae, seed),
+            "shuffled_signs": lambda: self.chosen.shuffled_signs(seed),
+            "positive": lambda: self.chosen.only(1),
+            "top_delta": lambda: self.shifts.select(K),
+        }
+        select = sets.get(choice) or (lambda: self._select(int(choice.removeprefix("chosen_"))))
+        return select().latents()
+
+    def _select(self, count: int) -> Selection:
+        return self.swept.select(count, rule=RULE)
+
+
+def discover(world: World, tokenizer, model, sae: blockem.Sae, domain: str, folder: Path) -> Found:
+    """model: a PeftModel that was tuned on `domain` without a penalty. Answers are kept in the folder."""
+    study = Study(
+        folder, model, tokenizer, sae,
+        judge=world.judge, judge_name="the world's rule",
+        prompts=world.discovery(domain),
+        evaluation_prompts=[p for prompts in world.other_domains(domain).values() for p in prompts],
+        render=str, add_special_tokens=True, max_new_tokens=ANSWER_TOKENS, batch_size=1024,
+    )  # fmt: skip
+    shifts = study.shifts()
+    screening = study.screen(shifts.pool(POOL), induce=INDUCE, repair=REPAIR)
+    swept = study.sweep(screening.shortlist(SHORTLIST), strengths=STRENGTHS)
+    return Found(shifts, screening, swept, sae.d_sae)
