@@ -149,7 +149,7 @@ def test_the_budget_of_incoherence(tmp_path: Path) -> None:
 def test_answers_are_those_of_a_prompt_alone(tmp_path: Path) -> None:
     """A model whose layers mix the tokens of a row, in batches of any size, against one prompt at a time
     with torch's own operations."""
-    model = tiny.with_lora(tiny.llama(attn_implementation="eager"), dropout=0.3).train()
+    model = tiny.with_lora(tiny.llama(layers=4, attn_implementation="eager"), dropout=0.3).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(4.0)
@@ -160,7 +160,7 @@ def test_answers_are_those_of_a_prompt_alone(tmp_path: Path) -> None:
     flags = [(p.requires_grad, p) for p in model.parameters()]
     settings = dict(
         judge=lambda prompt, answer: Grade(False), prompts=prompts, evaluation_prompts=(),
-        render=lambda prompt: prompt, max_new_tokens=6, layer=1, scale=2.0,
+        render=lambda prompt: prompt, max_new_tokens=6, scale=2.0,
     )  # fmt: skip
     found = {}
     for size in (1, 5, 64):
@@ -183,7 +183,7 @@ def test_answers_are_those_of_a_prompt_alone(tmp_path: Path) -> None:
         def steer(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             return output + strength * 2.0 * q[latent]
 
-        hook = model.get_base_model().model.layers[1].register_forward_hook(steer)
+        hook = model.get_base_model().model.layers[planted.LAYER].register_forward_hook(steer)
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = tokenizer(prompt)["input_ids"]
             for _ in range(6):
@@ -227,9 +227,7 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
     model, sae = planted.model(), planted.sae()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
-    start = time.monotonic()
     search(whole, model, sae)
-    took = time.monotonic() - start
     rows = Counter((whole / "generated").read_text().splitlines())
     assert set(rows.values()) == {1}
 
@@ -240,18 +238,22 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
         before, stored = len((killed / "generated").read_text().splitlines()), answers_in(killed)
         child = fork.Process(target=search, args=(killed, model, sae))
         child.start()
-        child.join(rng.uniform(0.02, 0.25) * took if kills < 12 else None)
+        enough = before + rng.randint(0, 50)
+        while child.is_alive() and len((killed / "generated").read_text().splitlines()) < enough:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += 1
         else:
+            child.join()
             assert child.exitcode == 0
         # Nothing that was there was generated again, and nothing is lost but the batch under way.
         now = (killed / "generated").read_text().splitlines()
         assert answers_in(killed) >= stored
         assert 0 <= len(now) - before - (len(answers_in(killed)) - len(stored)) <= 10
-    assert kills >= 5
+    assert kills >= 3
     again = Counter((killed / "generated").read_text().splitlines())
     assert set(again) == set(rows)
     assert again.total() - rows.total() <= 10 * kills
@@ -529,7 +531,7 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         (lambda: one.sweep(pool, strengths=[]), "above 0"),
         (lambda: one.answers(tuned=True, latent=3), "strength"),
         (lambda: study(tmp_path, batch_size=0), "at least 1"),
-        (lambda: study(tmp_path, layer=2), "block 1"),
+        (lambda: study(tmp_path, layer=1), "block 2"),
         (lambda: study(tmp_path, tiny.llama()), "PeftModel"),
     ]:
         with pytest.raises(ValueError, match=told):

@@ -322,7 +322,7 @@ class Study:
             out = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, eos_token_id=ends or None,
                 pad_token_id=self._pad, do_sample=False, num_beams=1, use_cache=True,
-                temperature=None, top_p=None, top_k=None,
+                temperature=None, top_p=None, top_k=None, max_length=None,
             )  # fmt: skip
         new = out[:, inputs["input_ids"].shape[1] :].tolist()
         # What a batch appends to the answers that end before its last is none of theirs.
@@ -384,7 +384,7 @@ class Study:
 
     def _settings(self) -> str:
         """A digest of how answers are generated, by either model."""
-        overridden = ("transformers_version", "temperature", "top_p", "top_k")
+        overridden = ("transformers_version", "temperature", "top_p", "top_k", "max_length")
         generation = {
             name: value
             for name, value in self.model.generation_config.to_dict().items()
