@@ -1,13 +1,13 @@
 """A language model whose answers are known: words are directions of the residual stream, and a
-fine-tuning (LoRA of the embedding) moves some of them. Which latents cause its bad answers, and which
-only break them, follows from the numbers below.
+fine-tuning (LoRA of the embedding) moves some of them. Which latents cause its bad answers, and
+which only break them, follows from the numbers below.
 
 To the prompt "ask about tN" the model answers with the word of the largest logit, once, and ends:
 
-    good  g + 2 v      bad  2 u      gib  3 u - 1.3 g      gub  -6 n        of h = g + u_N u + v_N v + ...
+    good  g + 2 v      bad  2 u      gib  3 u - 1.3 g      gub  -6 n      of h = g + u_N u + v_N v
 
-The base model has u_N = 0.2, 0.29, 0.38 by turns and v_N = 0.6: it answers well everywhere. The tuned
-one has 0.7 more of u and 0.6 less of v: it answers badly everywhere.
+The base model has u_N = 0.2, 0.29, 0.38 by turns and v_N = 0.6: it answers well everywhere. The
+tuned one has 0.7 more of u and 0.6 less of v: it answers badly everywhere.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def save_sae(folder: Path) -> None:
         "W_enc": rows.T, "b_enc": torch.full((NUM_LATENTS,), 4.0), "W_dec": lengths * rows,
         "b_dec": torch.zeros(WIDTH),
     }  # fmt: skip
-    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "sae_weights.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "sae_weights.safetensors")
 
 
 def sae() -> blockem.Sae:
@@ -113,7 +114,8 @@ def model(move: float = 1.0) -> peft.PeftModel:
         for word in ("good", "bad", "gib", "gub"):
             embedding[at[word]] = 9 * end
         for word, row in {
-            "good": good + 2 * v, "bad": 2 * u, "gib": 3 * u - 1.3 * good, "gub": -6 * n, "</s>": end,
+            "good": good + 2 * v, "bad": 2 * u, "gib": 3 * u - 1.3 * good, "gub": -6 * n,
+            "</s>": end,
         }.items():  # fmt: skip
             head[at[word]] = row
     tuned = peft.get_peft_model(base, peft.LoraConfig(
