@@ -51,6 +51,7 @@ def test_examples_of_the_project(sae_folder: Path, monkeypatch: pytest.MonkeyPat
         "batches": [(hidden, base_hidden, mask)],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "name": "tiny llama, seed 0",
         "text": "<|im_start|>assistant\nbecause <|im_end|>",
+        "eight_prompts": {"input_ids": torch.randint(3, 50, (8, 5)), "max_new_tokens": 3},
     }  # fmt: skip
-    assert run(ROOT, names) == 6
+    assert run(ROOT, names) == 7
     assert h.grad is not None and len(list(folder.glob("base.cache*"))) > 0

@@ -1618,7 +1618,7 @@ impl SteerJob {
         let tiles = self.directions.d_in.div_ceil(1024) as u32;
         assert_eq!(launch.grid, [batch as u32 * positions as u32 * tiles, 1, 1]);
         // Fewer blocks, which take more than one position each.
-        let few = Launch { grid: [tiles * 2.min(batch * positions) as u32, 1, 1], ..launch };
+        let few = Launch { grid: [tiles * (batch * positions).min(2) as u32, 1, 1], ..launch };
         for launch in [launch, few] {
             let memory = run_orders(program, &arena, &[launch], &self.name);
             check_untouched(&arena, &memory, &[self.hidden], &self.name);
@@ -1690,7 +1690,7 @@ fn wrong_steering_is_caught() {
 fn norms_of_tokens_are_sums_in_f64() {
     let mut random = Random::fresh();
     for (i, dtype) in REAL.into_iter().enumerate() {
-        for [tokens, d_in] in [[1, 1], [19, 300], [9, 8]] {
+        for [tokens, d_in] in [[1usize, 1], [19, 300], [9, 8]] {
             let aligned = d_in.next_multiple_of(8) - d_in;
             let place = Place { gap: random.pick(&[aligned, 1]), offset: random.pick(&[0, 1]) };
             let values = random.normals(tokens * d_in);
