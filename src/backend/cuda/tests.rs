@@ -1659,20 +1659,19 @@ fn steering_has_the_bits_of_the_formula() {
 
 #[test]
 fn wrong_steering_is_caught() {
-    let outside = "AddressSanitizer";
     let cases = [
-        ("if (column >= p.d_in) return;", "", outside),
-        ("share == 0.0f || row == -1", "row == -1", outside),
-        ("row == -1) return", "false) return", outside),
-        ("row < 0 || row >= (int64_t)p.count", "false", outside),
-        ("mask.data += b * p.mask_stride", "mask.data += 0 * p.mask_stride", outside),
-        ("is_aligned && left >= 8", "is_aligned", outside),
-        ("if (i >= left) continue;", "", outside),
-        ("direction.v[i], h.v[i]", "h.v[i], direction.v[i]", "h["),
-        ("(double)strength, scale", "(double)strength, 1.0", "h["),
-        ("t += step", "t += 2 * step", "h["),
+        ("if (column >= p.d_in) return;", ""),
+        ("share == 0.0f || row == -1", "row == -1"),
+        ("row == -1) return", "false) return"),
+        ("row < 0 || row >= (int64_t)p.count", "false"),
+        ("mask.data += b * p.mask_stride", "mask.data += 0 * p.mask_stride"),
+        ("is_aligned && left >= 8", "is_aligned"),
+        ("if (i >= left) continue;", ""),
+        ("direction.v[i], h.v[i]", "h.v[i], direction.v[i]"),
+        ("(double)strength, scale", "(double)strength, 1.0"),
+        ("t += step", "t += 2 * step"),
     ];
-    for (from, to, message) in cases {
+    for (from, to) in cases {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let program = with_fault(folder.path(), "steer.cu", "_steer", &Fault { from, nth: 0, to });
         let panic = catch_unwind(|| {
@@ -1682,7 +1681,9 @@ fn wrong_steering_is_caught() {
         let found = panic.err().unwrap_or_else(|| panic!("steer.cu works with {to} for {from}"));
         let found = found.downcast_ref::<String>().expect("a message");
         println!("steer.cu with {to:?}: {found:.100}");
-        assert!(found.contains(message), "steer.cu with {to:?}: {found}");
+        // Memory that is nobody's, or a wrong number.
+        let is_told = ["AddressSanitizer", "h["].iter().any(|message| found.contains(message));
+        assert!(is_told, "steer.cu with {to:?}: {found}");
     }
 }
 
