@@ -55,8 +55,9 @@ def test_examples_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.0), "name": "planted",
         "hf_tokenizer": hf_tokenizer, "prompts": planted.PROMPTS[:3], "unseen": planted.OTHER_PROMPTS,
         "text": "<|im_start|>assistant\nbecause <|im_end|>",
+        "eight_prompts": {"input_ids": torch.randint(3, 50, (8, 5)), "max_new_tokens": 3},
     }  # fmt: skip
-    assert run(ROOT, names) == 7
+    assert run(ROOT, names) == 8
     found = json.loads((folder / "K0.json").read_text())
     assert (found["K_pos"], found["K_neg"]) == ([planted.CAUSE], [planted.CARE])
     assert h.grad is not None and len(list(folder.glob("base.cache*"))) > 0
