@@ -162,13 +162,13 @@ def test_answers_are_those_of_a_prompt_alone(tmp_path: Path) -> None:
         for name, parameter in model.named_parameters():
             parameter.mul_(4.0)
             if "lora_B" in name:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, 0.02)
     q = planted.directions()
     prompts = [" ".join(f"t{i}" for i in range(first, first + 1 + first % 4)) for first in range(6)]
     flags = [(p.requires_grad, p) for p in model.parameters()]
     settings = dict(
         judge=lambda prompt, answer: Grade(False), prompts=prompts, evaluation_prompts=(),
-        render=lambda prompt: prompt, max_new_tokens=6, scale=2.0,
+        render=lambda prompt: prompt, max_new_tokens=6, scale=16.0,
     )  # fmt: skip
     found = {}
     for size in (1, 5, 64):
@@ -191,7 +191,7 @@ def test_answers_are_those_of_a_prompt_alone(tmp_path: Path) -> None:
     tokenizer = planted.tokenizer()
     for (tuned, latent, strength), answers in found[1].items():
         def steer(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output + strength * 2.0 * q[latent]
+            return output + strength * 16.0 * q[latent]
 
         hook = model.get_base_model().model.layers[planted.LAYER].register_forward_hook(steer)
         for prompt, answer in zip(prompts, answers, strict=True):
