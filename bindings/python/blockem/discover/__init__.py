@@ -17,11 +17,12 @@ of the two with at most one latent steered, at every position of prompt and answ
 in units of the base model's activation scale (the median norm of the layer's output). Rates are
 shares of the answers to a set of prompts, between 0 and 1.
 
-What was generated or graded is in the study's folder before the next batch begins: a study that was
-killed goes on where it was, and one that is asked again answers from there. Many conditions share a
-batch. No answer reads another's row; but the kernels that multiply a batch's matrices depend on its
-shape, so that an answer may fall the other way at a near tie in another batch, as anywhere with
-transformers. What stands in the folder is never generated again, so a study's numbers stay.
+Answers are in the study's folder before the next batch begins, their grades soon after, while the
+next answers are generated: a study that was killed goes on where it was, and one that is asked again
+answers from there. Many conditions share a batch. No answer reads another's row; but the kernels
+that multiply a batch's matrices depend on its shape, so that an answer may fall the other way at a
+near tie in another batch, as anywhere with transformers. What stands in the folder is never
+generated again, so a study's numbers stay.
 
 The controls of the paper are made of a selection by :meth:`Selection.random`,
 :meth:`Selection.shuffled_signs` and :meth:`Selection.only`, and of Stage 1 alone by
