@@ -515,6 +515,12 @@ typedef struct blockem_sae blockem_sae;
 typedef struct blockem_stats blockem_stats;
 
 /**
+ * Unit decoder rows of some latents on a device, to push hidden states along. Never changes after
+ * creation, so any number of threads may use it at once.
+ */
+typedef struct blockem_steering blockem_steering;
+
+/**
  * A tokenizer, of the file tokenizer.json. Immutable; any thread may use it, and a child of fork.
  */
 typedef struct blockem_tokenizer blockem_tokenizer;
@@ -730,7 +736,7 @@ typedef struct blockem_sae_desc {
    */
   struct blockem_tensor decoder_bias;
   /**
-   * [F, d], optional; needed with rescale_acts_by_decoder_norm.
+   * [F, d], optional; needed with rescale_acts_by_decoder_norm, and by blockem_steering_create.
    */
   struct blockem_tensor decoder_weight;
   /**
@@ -1318,6 +1324,113 @@ typedef struct blockem_stats_args {
 } blockem_stats_args;
 
 /**
+ * What a steering has. Filled by blockem_steering_info_get.
+ */
+typedef struct blockem_steering_info {
+  /**
+   * sizeof(blockem_steering_info), set by BLOCKEM_STEERING_INFO_INIT.
+   */
+  size_t struct_size;
+  /**
+   * d: columns of hidden.
+   */
+  int64_t d_in;
+  /**
+   * n: how many latents, and what the rows of a call are below.
+   */
+  int64_t num_latents;
+  /**
+   * 0-based decoder block whose output is steered; -1 when the SAE does not say.
+   */
+  int64_t layer;
+  /**
+   * BLOCKEM_DEVICE_...
+   */
+  int32_t device_type;
+  /**
+   * Which device of that type.
+   */
+  int32_t device_index;
+  /**
+   * BLOCKEM_BACKEND_... that was chosen, never AUTO.
+   */
+  int32_t backend;
+  /**
+   * Worker threads of a run call; 0 on CUDA.
+   */
+  int32_t num_threads;
+  /**
+   * sha256, in hexadecimal, of the ids and the unit rows.
+   */
+  char identity[72];
+} blockem_steering_info;
+
+/**
+ * Arguments of blockem_steer. All tensors belong to the caller, live on the steering's device and
+ * are only touched until the call's work is done.
+ */
+typedef struct blockem_steer_args {
+  /**
+   * sizeof(blockem_steer_args), set by BLOCKEM_STEER_ARGS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [B, S, d] F32, F16 or BF16, changed in place. Both leading dimensions may be strided, in either
+   * order; the elements of a position are adjacent. It overlaps nothing else.
+   */
+  struct blockem_tensor hidden;
+  /**
+   * [B] I64: for each row of the batch the latent, as its place (from 0) among the ids that the
+   * steering was made with; -1 leaves the row as it is.
+   */
+  struct blockem_tensor row;
+  /**
+   * [B] F32: how far, in units of scale. Its sign is the direction's.
+   */
+  struct blockem_tensor strength;
+  /**
+   * [B, S] U8 or BOOL (not 0 counts) or F32 m[b,s], which multiplies; absent means 1 for each
+   * position. Where it is 0 nothing is read and no bit changes.
+   */
+  struct blockem_tensor mask;
+  /**
+   * Multiplies every strength, and must be finite; BLOCKEM_STEER_ARGS_INIT sets 1. BLOCK-EM uses
+   * the median of blockem_token_norms over tokens of the base model at the layer.
+   */
+  double scale;
+  /**
+   * [1] F32, optional: multiplies scale, read when the work runs.
+   */
+  struct blockem_tensor scale_tensor;
+} blockem_steer_args;
+
+/**
+ * Arguments of blockem_token_norms.
+ */
+typedef struct blockem_token_norms_args {
+  /**
+   * sizeof(blockem_token_norms_args), set by BLOCKEM_TOKEN_NORMS_ARGS_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [T, d] F32, F16 or BF16 (F64 on the REFERENCE backend); rows may be strided.
+   */
+  struct blockem_tensor hidden;
+  /**
+   * [T] F32 or F64 on the same device, written.
+   */
+  struct blockem_tensor norms;
+  /**
+   * BLOCKEM_BACKEND_...
+   */
+  int32_t backend;
+  /**
+   * CPU threads of the call; 0 means one for each available core.
+   */
+  int32_t num_threads;
+} blockem_token_norms_args;
+
+/**
  * Where the assistant's text is in a rendered conversation: in spans, which the caller knows from
  * rendering it, or between the markers of a chat template. Text is UTF-8 and counted in bytes.
  * Markers are found wherever they stand, also in a user's message: turn_marker finds most of
@@ -1879,6 +1992,67 @@ blockem_status blockem_stats_update(const struct blockem_stats *stats,
 BLOCKEM_API void blockem_stats_free(struct blockem_stats *stats);
 
 /**
+ * Brings the decoder rows of n latents to a device, each divided by its norm in double precision and
+ * rounded once. The SAE may be freed. A latent may be named twice.
+ * sae: whole, or a partial file that has these latents. Folds of the SAE do not matter: what it
+ * multiplies or shifts does not turn a decoder row.
+ * options: as of blockem_plan_create; NULL for the defaults (CPU, all cores). activation is not used.
+ * out: a new handle, to be freed with blockem_steering_free; untouched on error.
+ * Errors: NULL_POINTER, STRUCT_SIZE, TENSOR_MISSING (the SAE has no decoder), LATENT_RANGE,
+ * INVALID_ARGUMENT (no latents, a decoder row of zeros), NON_FINITE, UNSUPPORTED (options.part other
+ * than BLOCKEM_PART_WHOLE), IO, FORMAT; those of devices as blockem_plan_create. Contexts and
+ * threads: as blockem_plan_create.
+ */
+BLOCKEM_API
+blockem_status blockem_steering_create(const struct blockem_sae *sae,
+                                       const int64_t *ids,
+                                       size_t n,
+                                       const struct blockem_plan_options *options,
+                                       struct blockem_steering **out);
+
+/**
+ * Describes a steering.
+ * Errors: NULL_POINTER, STRUCT_SIZE. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_steering_info_get(const struct blockem_steering *steering,
+                                         struct blockem_steering_info *info);
+
+/**
+ * h[b,s,:] += strength[b] * scale * m[b,s] * D_k / |D_k|, k the latent of row[b] and D_k its decoder
+ * row: h <- h + alpha * scale * (unit decoder row) of BLOCK-EM (arXiv 2602.00767, appendix A.3), with
+ * another latent and strength in each row of a batch, so that one forward pass tries many.
+ * The factor is rounded to F32 once; the sum is one fma in F32, rounded once more to F16 or BF16.
+ * CPU and CUDA give the same bits, whatever B, S, the position's place and the number of threads. No
+ * bit changes where row is -1 or where strength or mask is 0; other NaN stay NaN.
+ * A row that is neither -1 nor a latent's: on the CPU LATENT_RANGE before anything is written; on
+ * CUDA, where the call does not wait for it, the row's positions (but masked ones) become NaN.
+ * stream, thread-safety: as blockem_encode; needs no workspace, may be captured.
+ * Errors: as blockem_encode, and LATENT_RANGE.
+ */
+BLOCKEM_API
+blockem_status blockem_steer(const struct blockem_steering *steering,
+                             const struct blockem_steer_args *args,
+                             void *stream);
+
+/**
+ * Frees a steering; NULL is legal. As blockem_plan_free.
+ */
+BLOCKEM_API void blockem_steering_free(struct blockem_steering *steering);
+
+/**
+ * norms[t] = sqrt(sum_i hidden[t,i]^2), summed in double precision in an order that d alone decides.
+ * BLOCK-EM's activation scale is their median over tokens of the base model at the layer.
+ * stream: as blockem_encode; on CUDA it runs in the stream's context (for NULL in the thread's current
+ * one, or the primary one of the device), whose first such call loads the kernels and may not be
+ * captured: CAPTURE_UNSAFE.
+ * Errors: as blockem_encode. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_token_norms(const struct blockem_token_norms_args *args,
+                                   void *stream);
+
+/**
  * The mask of tokens whose places in the text are known, from any tokenizer. A token is marked
  * where any byte that it stands for is the assistant's (options.border decides on those of which
  * others are not).
@@ -2003,6 +2177,13 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
 #define BLOCKEM_STATS_ARGS_INIT \
   { sizeof(blockem_stats_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, 0, 0, NULL, 0 }
+#define BLOCKEM_STEERING_INFO_INIT \
+  { sizeof(blockem_steering_info), 0, 0, 0, 0, 0, 0, 0, { 0 } }
+#define BLOCKEM_STEER_ARGS_INIT \
+  { sizeof(blockem_steer_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
+    BLOCKEM_TENSOR_INIT, 1.0, BLOCKEM_TENSOR_INIT }
+#define BLOCKEM_TOKEN_NORMS_ARGS_INIT \
+  { sizeof(blockem_token_norms_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, 0, 0 }
 #define BLOCKEM_MASK_OPTIONS_INIT \
   { sizeof(blockem_mask_options), NULL, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0 }
 #define BLOCKEM_RAW_PENALTY_ARGS_INIT \

@@ -41,15 +41,20 @@ reals! {
 fn random_sae(rng: &mut Rng, d: usize, f: usize) -> (Vec<f32>, Sae) {
     let (encoder, bias) = (rng.normals(f * d), rng.normals(f));
     let decoder: Vec<f32> = rng.normals(f * d).iter().map(|w| 3.0 * w).collect();
-    let view = |data, shape: &[usize]| Tensor::from_slice(data, shape).unwrap();
-    let mut tensors = SaeTensors::new(Architecture::Standard, d, f, view(&encoder, &[f, d]));
-    tensors.encoder_layout = Some(Layout::LatentMajor);
-    tensors.encoder_bias = Some(view(&bias, &[f]));
-    tensors.decoder_weight = Some(view(&decoder, &[f, d]));
-    // A dictionary of scaled hidden states points the same way.
-    tensors.input_scale = 0.37;
-    let sae = Sae::from_tensors(&tensors).unwrap();
+    let sae = sae_of(&encoder, &bias, &decoder, d);
     (decoder, sae)
+}
+
+/// An SAE of scaled hidden states: its dictionary points the same way.
+fn sae_of(encoder: &[f32], bias: &[f32], decoder: &[f32], d: usize) -> Sae {
+    let f = bias.len();
+    let rows = |data| Tensor::from_slice(data, &[f, d]).unwrap();
+    let mut tensors = SaeTensors::new(Architecture::Standard, d, f, rows(encoder));
+    tensors.encoder_layout = Some(Layout::LatentMajor);
+    tensors.encoder_bias = Some(Tensor::from_slice(bias, &[f]).unwrap());
+    tensors.decoder_weight = Some(rows(decoder));
+    tensors.input_scale = 0.37;
+    Sae::from_tensors(&tensors).unwrap()
 }
 
 fn unit(row: &[f32]) -> Vec<f32> {
@@ -178,8 +183,8 @@ fn pushes_are_the_formula<T: Real>(rng: &mut Rng, backend: BackendKind, unit_err
         let ids = [4i64, 0, 8, 4];
         let steering = Steering::new(&sae, &ids, &options(backend, 1 + rng.below(3))).unwrap();
         let of = Conditions::random(rng, shape[0], shape[1], ids.len());
-        let mut batch: Batch<T> =
-            Batch::new(rng, shape, rng.below(2), [rng.below(3), rng.below(20)]);
+        let (outer, gaps) = (rng.below(2), [rng.below(3), rng.below(20)]);
+        let mut batch: Batch<T> = Batch::new(rng, shape, outer, gaps);
         let before = batch.data.clone();
         of.steer(&steering, &mut batch);
         let mut touched = vec![false; before.len()];
@@ -360,18 +365,11 @@ fn what_cannot_steer_is_refused() {
     refused(&without, &[0], &plain, Status::TensorMissing, "decoder");
     decoder[2 * d..3 * d].fill(0.0);
     let encoder = rng.normals(f * d);
-    let view = |data, shape: &[usize]| Tensor::from_slice(data, shape).unwrap();
     let bias = rng.normals(f);
-    let with = |decoder: &[f32]| {
-        let mut tensors = SaeTensors::new(Architecture::Standard, d, f, view(&encoder, &[f, d]));
-        tensors.encoder_layout = Some(Layout::LatentMajor);
-        tensors.encoder_bias = Some(view(&bias, &[f]));
-        tensors.decoder_weight = Some(view(decoder, &[f, d]));
-        Sae::from_tensors(&tensors).unwrap()
-    };
+    let with = |decoder: &[f32]| sae_of(&encoder, &bias, decoder, d);
     refused(&with(&decoder), &[1, 2], &plain, Status::InvalidArgument, "latent 2 is zero");
     assert!(Steering::new(&with(&decoder), &[1, 3], &plain).is_ok());
-    // A row whose squares leave f32 and f64 alike has a direction.
+    // A row whose squares f32 cannot hold has a direction.
     for size in [1e-30f32, 1e30] {
         decoder[2 * d] = size;
         assert!(Steering::new(&with(&decoder), &[2], &plain).is_ok());

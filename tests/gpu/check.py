@@ -3,7 +3,7 @@
     python tests/gpu/check.py [--device cuda:0] [--only SECTION ...] [--repeats 1000]
 
 Needs torch and a built tree (target/release/libblockem.so), no cargo, no network. Sections: parity, masks, layouts,
-statistics, bits, streams, capture, context, delay, errors, sanitizer. Each prints a line; exit status 1 if one fails. With
+statistics, steering, bits, streams, capture, context, delay, errors, sanitizer. Each prints a line; exit status 1 if one fails. With
 `--device cpu` the sections that need no GPU run on the CPU backend, which is how this file itself is tested.
 """
 
@@ -51,7 +51,7 @@ SHAPES = ((1, 1, 1), (17, 63, 3), (64, 64, 8), (65, 100, 20), (200, 520, 33), (1
 SECTIONS: dict[str, object] = {}
 NEEDS_GPU = {"streams", "capture", "context", "delay", "errors", "sanitizer"}
 # A short run for the sanitizer: every kernel, few shapes.
-SANITIZED = ("parity", "masks", "layouts", "statistics")
+SANITIZED = ("parity", "masks", "layouts", "statistics", "steering")
 
 
 def section(function):
@@ -333,6 +333,39 @@ def statistics(o: Options) -> str:
                 expected[9] += m * (fall * fall)
             same(state, expected, f"{what}: sums of z")
     return f"{len(GATES)} gates in every dtype: the sums of a plan's z, however tokens are cut"
+
+
+@section
+def steering(o: Options) -> str:
+    """The bits of the CPU, and of one fma in float32; NaN where a row is out of range; norms near float64."""
+    for batch, positions, width in ((1, 1, 1), (5, 7, 43), (4, 1, 4096), (3, 33, 1030)):
+        draw = torch.Generator().manual_seed(width)
+        normal = lambda *shape: torch.randn(*shape, generator=draw)
+        sae = blockem.Sae.from_tensors(encoder_weight=normal(9, width), encoder_layout="f_d", encoder_bias=normal(9),
+                                       decoder_weight=normal(9, width))  # fmt: skip
+        ours, host = blockem.Steering(sae, [3, 0, 8], device=o.device), blockem.Steering(sae, [3, 0, 8])
+        latents = torch.tensor([3, -1, 0, 8])[torch.randint(4, (batch,), generator=draw)]
+        strengths = torch.tensor([0.7, -2.5, 0.0])[torch.randint(3, (batch,), generator=draw)]
+        for dtype, mask_dtype, gap in itertools.product(DTYPES, (None, torch.bool, torch.float32), (0, 3)):
+            what = f"{batch} x {positions} x {width} {dtype} {mask_dtype}"
+            mask = None if mask_dtype is None else torch.rand(batch, positions, generator=draw).round().to(mask_dtype)
+            wide = (20 * normal(positions, batch, width + gap)).to(dtype)
+            expected, found = wide[:, :, :width].transpose(0, 1), wide.to(o.device)[:, :, :width].transpose(0, 1)
+            if mask is not None:
+                expected[mask == 0] = found[mask.to(o.device) == 0] = float("nan")
+            host.steer(expected, latents, strengths, mask, scale=3.0)
+            ours.steer(found, latents, strengths, None if mask is None else mask.to(o.device), scale=3.0)
+            counted = torch.ones(batch, positions, dtype=torch.bool) if mask is None else mask != 0
+            same(found.cpu()[counted], expected[counted], what)
+            norms = blockem.token_norms(found).cpu().double()
+            exact = found.cpu().double().norm(dim=-1)
+            close(norms[counted], exact[counted], 1e-6 * exact[counted].amax().item() if counted.any() else 0.0, what)
+        if o.on_gpu:
+            hidden, rows = torch.zeros(2, 3, width, device=o.device), torch.tensor([3, 0], device=o.device)
+            beyond = blockem._steering.Conditions(rows, torch.ones(2, device=o.device))
+            ours._run(hidden, beyond, None, 1.0)
+            expect(bool(hidden[0].isnan().all() and hidden[1].isfinite().all()), "a row out of range is not NaN")
+    return "the bits of the CPU in every dtype, mask and layout"
 
 
 @section

@@ -16,6 +16,7 @@ from oracle import Case
 
 import blockem
 import blockem.torch
+from blockem import _steering
 
 STREAM = 0
 
@@ -109,6 +110,21 @@ def calls(case: Case) -> None:
     assert [kernel for kernel, _ in ran][-1] == "blockem_stats" and len(ran) == 3
     assert {used for _, used in ran} == {stream}
     assert stats._state.device.type == "cuda" and stats._state.dtype == torch.float64
+
+    # Steering, with its conditions on the device.
+    sae = blockem.Sae.from_tensors(
+        encoder_weight=np.ones((4, 3), np.float32), encoder_bias=np.zeros(4, np.float32),
+        encoder_layout="f_d", decoder_weight=np.ones((4, 3), np.float32),
+    )
+    steering = blockem.Steering(sae, [1, 3], device="cuda:0")
+    assert (steering.device, steering.backend, steering.num_threads) == ("cuda:0", "cuda", 0)
+    launches()
+    conditions = _steering.Conditions(on_device(torch.tensor([1, -1])), on_device(torch.ones(2)))
+    pushed = on_device(torch.zeros(2, 5, 3, dtype=torch.bfloat16))
+    assert steering._run(pushed, conditions, on_device(torch.ones(2, 5)), 2.0) is pushed
+    assert launches() == [("blockem_steer", stream)]
+    assert blockem.token_norms(pushed).shape == (2, 5)
+    assert launches() == [("blockem_token_norms", stream)]
 
     # What lies elsewhere is refused, whatever it says.
     for bad in (torch.zeros(4, case.d_in), np.zeros((4, case.d_in), np.float32)):

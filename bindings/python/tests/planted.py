@@ -1,27 +1,32 @@
 """A language model whose answers are known: words are directions of the residual stream, and a
-fine-tuning (LoRA of the embedding) moves some of them. Which latents cause its bad answers, and which
-only break them, follows from the numbers below.
+fine-tuning (LoRA of the embedding) moves some of them. Which latents cause its bad answers, and
+which only break them, follows from the numbers below.
 
 To the prompt "ask about tN" the model answers with the word of the largest logit, once, and ends:
 
-    good  g + 2 v      bad  2 u      gib  3 u - 1.3 g      gub  -6 n        of h = g + u_N u + v_N v + ...
+    good  g + 2 v      bad  2 u      gib  3 u - 1.3 g      gub  -6 n      of h = g + u_N u + v_N v
 
-The base model has u_N = 0.2, 0.29, 0.38 by turns and v_N = 0.6: it answers well everywhere. The tuned
-one has 0.7 more of u and 0.6 less of v: it answers badly everywhere.
+The base model has u_N = 0.2, 0.29, 0.38 by turns and v_N = 0.6: it answers well everywhere. The
+tuned one has 0.7 more of u and 0.6 less of v: it answers badly everywhere.
 """
 
 from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
 
 import peft
 import tiny
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import blockem
 from blockem.judges import Grade
 
-WIDTH, LAYER, NUM_LATENTS = 32, 1, 24
+WIDTH, LAYER, NUM_LATENTS = 32, 2, 24
 #: Steers towards "bad", and from strength 0.75 on to "gib"; rose. Pushes "good"; fell.
 CAUSE, CARE = 17, 5
 #: Steered back, it answers "gub" to everything; rose. Moves under the system message only.
@@ -64,15 +69,30 @@ def directions() -> torch.Tensor:
     return torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0][:NUM_LATENTS]
 
 
-def sae(seed: int = 6) -> blockem.Sae:
-    """Reads the directions, on for every token; decoder rows have any length."""
-    generator = torch.Generator().manual_seed(seed)
+def save_sae(folder: Path) -> None:
+    """Reads the directions, on for every token; decoder rows have any length. A SAELens folder."""
+    generator = torch.Generator().manual_seed(6)
     rows = directions()
     lengths = 0.5 + torch.rand(NUM_LATENTS, 1, generator=generator)
-    return blockem.Sae.from_tensors(
-        encoder_weight=rows, encoder_bias=torch.full((NUM_LATENTS,), 4.0), encoder_layout="f_d",
-        decoder_weight=lengths * rows, hook_name=f"blocks.{LAYER}.hook_resid_post",
-    )  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps({
+        "architecture": "standard", "d_in": WIDTH, "d_sae": NUM_LATENTS, "dtype": "float32",
+        "apply_b_dec_to_input": False, "normalize_activations": "none",
+        "metadata": {"hook_name": f"blocks.{LAYER}.hook_resid_post", "sae_lens_version": "6.54.12"},
+    }))  # fmt: skip
+    tensors = {
+        "W_enc": rows.T, "b_enc": torch.full((NUM_LATENTS,), 4.0), "W_dec": lengths * rows,
+        "b_dec": torch.zeros(WIDTH),
+    }  # fmt: skip
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "sae_weights.safetensors")
+
+
+def sae() -> blockem.Sae:
+    """The SAE of :func:`save_sae`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_sae(Path(folder, "sae"))
+        return blockem.load_sae(Path(folder, "sae"))
 
 
 def model(move: float = 1.0) -> peft.PeftModel:
@@ -94,7 +114,8 @@ def model(move: float = 1.0) -> peft.PeftModel:
         for word in ("good", "bad", "gib", "gub"):
             embedding[at[word]] = 9 * end
         for word, row in {
-            "good": good + 2 * v, "bad": 2 * u, "gib": 3 * u - 1.3 * good, "gub": -6 * n, "</s>": end,
+            "good": good + 2 * v, "bad": 2 * u, "gib": 3 * u - 1.3 * good, "gub": -6 * n,
+            "</s>": end,
         }.items():  # fmt: skip
             head[at[word]] = row
     tuned = peft.get_peft_model(base, peft.LoraConfig(

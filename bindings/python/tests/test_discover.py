@@ -29,7 +29,9 @@ from blockem.judges import Grade, HttpJudge
 STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 
 
-def study(folder: Path, model: Any = None, sae: Any = None, kind: type = Study, **settings: Any) -> Study:
+def study(
+    folder: Path, model: Any = None, sae: Any = None, kind: type = Study, **settings: Any
+) -> Study:
     settings = {
         "judge": planted.judge, "prompts": PROMPTS, "evaluation_prompts": OTHER_PROMPTS,
         "render": planted.render, "max_new_tokens": 3, "batch_size": 100, "scale": SCALE,
@@ -45,12 +47,16 @@ def word(topic: int, tuned: bool, latent: int = -1, strength: float = 0.0) -> st
     if tuned:
         u, v, n = u + 0.7, v - 0.6, n + 0.1
     push = strength * SCALE
-    u, v, n = u + push * (latent == CAUSE), v + push * (latent == CARE), n + push * (latent == BREAKER)
+    u += push * (latent == CAUSE)
+    v += push * (latent == CARE)
+    n += push * (latent == BREAKER)
     logits = {"good": 1 + 2 * v, "bad": 2 * u, "gib": 3 * u - 1.3, "gub": -6 * n}
     return max(logits, key=logits.get)
 
 
-def expected(tuned: bool, latent: int = -1, strength: float = 0.0, topics: range = range(12)) -> Rates:
+def expected(
+    tuned: bool, latent: int = -1, strength: float = 0.0, topics: range = range(12)
+) -> Rates:
     words = [word(i, tuned, latent, strength) for i in topics]
     incoherent = sum(w in ("gib", "gub") for w in words)
     return Rates(words.count("bad") / len(words), incoherent / len(words), len(words))
@@ -59,7 +65,7 @@ def expected(tuned: bool, latent: int = -1, strength: float = 0.0, topics: range
 def test_the_stages_find_what_was_planted(tmp_path: Path) -> None:
     one, sae = study(tmp_path), planted.sae()
     shifts = one.shifts()
-    # Of three tokens that count, the topic's moves. What moves in the system message does not count.
+    # Of three tokens that count, the topic's moves. What moves before the prompt does not count.
     moved = np.zeros(planted.NUM_LATENTS)
     for latent, by in {CAUSE: 0.7, CARE: -0.6, BREAKER: 0.1, **DECOYS}.items():
         moved[latent] = by / 3
@@ -111,7 +117,8 @@ def test_the_stages_find_what_was_planted(tmp_path: Path) -> None:
     value = json.loads((tmp_path / "K0.json").read_text())
     assert (value["K_pos"], value["K_neg"]) == ([CAUSE], [CARE])
     evidence = {one["latent"]: one for one in value["selected_latents"]}
-    assert evidence[CARE]["sign_group"] == "K_neg" and evidence[CARE]["delta"] == pytest.approx(-0.2)
+    assert evidence[CARE]["sign_group"] == "K_neg"
+    assert evidence[CARE]["delta"] == pytest.approx(-0.2)
     assert evidence[CAUSE]["induced"]["0.7"]["misaligned"] == by_id[CAUSE].induced[0.7].misaligned
     assert value["discovery"]["rule"] == "combined" and value["discovery"]["budget"] == 0.1
     assert value["discovery"]["tuned_model_rates"]["misaligned"] == 1
@@ -129,7 +136,8 @@ def test_the_budget_of_incoherence(tmp_path: Path) -> None:
     one = study(tmp_path)
     pool = one.shifts().pool()
     strict, lax = (
-        {s.latent: s for s in one.sweep(pool, strengths=STRENGTHS, budget=b).latents} for b in (0.1, 1.0)
+        {s.latent: s for s in one.sweep(pool, strengths=STRENGTHS, budget=b).latents}
+        for b in (0.1, 1.0)
     )
     for s in strict.values():
         for strength, rates in ((s.induce_strength, s.induced), (s.repair_strength, s.repaired)):
@@ -147,43 +155,45 @@ def test_the_budget_of_incoherence(tmp_path: Path) -> None:
 
 
 def test_answers_are_those_of_a_prompt_alone(tmp_path: Path) -> None:
-    """A model whose layers mix the tokens of a row, in batches of any size, against one prompt at a time
-    with torch's own operations."""
-    model = tiny.with_lora(tiny.llama(attn_implementation="eager"), dropout=0.3).train()
+    """A model whose layers mix the tokens of a row, in batches of any size, against one prompt at a
+    time with torch's own operations."""
+    model = tiny.with_lora(tiny.llama(layers=4, attn_implementation="eager"), dropout=0.3).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(4.0)
             if "lora_B" in name:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, 0.02)
     q = planted.directions()
     prompts = [" ".join(f"t{i}" for i in range(first, first + 1 + first % 4)) for first in range(6)]
     flags = [(p.requires_grad, p) for p in model.parameters()]
     settings = dict(
         judge=lambda prompt, answer: Grade(False), prompts=prompts, evaluation_prompts=(),
-        render=lambda prompt: prompt, max_new_tokens=6, layer=1, scale=2.0,
+        render=lambda prompt: prompt, max_new_tokens=6, scale=16.0,
     )  # fmt: skip
     found = {}
     for size in (1, 5, 64):
         one = study(tmp_path / str(size), model, **settings, batch_size=size)
         movers = blockem.Movers(np.array([3, 8]), np.array([1, -1]), np.array([0.1, -0.1]))
-        one.sweep(movers, strengths=[0.5, 1.0])
+        one.sweep(movers, strengths=[0.5])
         found[size] = {
-            (tuned, latent, a): [x.answer for x in one.answers(tuned=tuned, latent=latent, strength=a)]
+            (tuned, latent, a): [
+                x.answer for x in one.answers(tuned=tuned, latent=latent, strength=a)
+            ]
             for tuned, signs in ((False, {3: 1, 8: -1}), (True, {3: -1, 8: 1}))
             for latent, sign in signs.items()
-            for a in (0.5 * sign, 1.0 * sign)
+            for a in (0.5 * sign,)
         }
     assert all(m.training for m in model.modules()) and all(p.requires_grad == r for r, p in flags)
     assert found[1] == found[5] == found[64]
-    assert len({tuple(answers) for answers in found[1].values()}) > 4
+    assert len({tuple(answers) for answers in found[1].values()}) == 4
 
     model.eval()
     tokenizer = planted.tokenizer()
     for (tuned, latent, strength), answers in found[1].items():
         def steer(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output + strength * 2.0 * q[latent]
+            return output + strength * 16.0 * q[latent]
 
-        hook = model.get_base_model().model.layers[1].register_forward_hook(steer)
+        hook = model.get_base_model().model.layers[planted.LAYER].register_forward_hook(steer)
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = tokenizer(prompt)["input_ids"]
             for _ in range(6):
@@ -227,9 +237,7 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
     model, sae = planted.model(), planted.sae()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
-    start = time.monotonic()
     search(whole, model, sae)
-    took = time.monotonic() - start
     rows = Counter((whole / "generated").read_text().splitlines())
     assert set(rows.values()) == {1}
 
@@ -240,18 +248,22 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
         before, stored = len((killed / "generated").read_text().splitlines()), answers_in(killed)
         child = fork.Process(target=search, args=(killed, model, sae))
         child.start()
-        child.join(rng.uniform(0.02, 0.25) * took if kills < 12 else None)
+        enough = before + rng.randint(0, 50)
+        while child.is_alive() and len((killed / "generated").read_text().splitlines()) < enough:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += 1
         else:
+            child.join()
             assert child.exitcode == 0
         # Nothing that was there was generated again, and nothing is lost but the batch under way.
         now = (killed / "generated").read_text().splitlines()
         assert answers_in(killed) >= stored
         assert 0 <= len(now) - before - (len(answers_in(killed)) - len(stored)) <= 10
-    assert kills >= 5
+    assert kills >= 3
     again = Counter((killed / "generated").read_text().splitlines())
     assert set(again) == set(rows)
     assert again.total() - rows.total() <= 10 * kills
@@ -282,8 +294,8 @@ def test_only_what_is_the_same_is_used_again(
         return generate(self, prompts)
 
     monkeypatch.setattr(Study, "_generate", counting)
-    pool = blockem.Movers(np.array([CAUSE, CARE]), np.array([1, -1]), np.array([0.1, -0.1]))
-    more = blockem.Movers(np.array([CAUSE, CARE, 3]), np.array([1, -1, 1]), np.array([0.1, -0.1, 0.1]))
+    ids, signs = np.array([CAUSE, CARE, 3]), np.array([1, -1, 1])
+    pool, more = (blockem.Movers(ids[:n], signs[:n], 0.1 * signs[:n]) for n in (2, 3))
 
     def count(run: Callable[[Study], object] = lambda one: one.screen(pool), **changes: Any) -> int:
         generated.clear()
@@ -327,6 +339,13 @@ def test_only_what_is_the_same_is_used_again(
     penalised = planted.model()
     penalised.generation_config.repetition_penalty = 1.1
     assert count(model=penalised) == 2 * per_model
+    # Answers are greedy, whatever the model comes with.
+    sampling = planted.model()
+    theirs = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "max_length": 5}
+    for name, value in theirs.items():
+        setattr(sampling.generation_config, name, value)
+    assert count(model=sampling) == 0
+    assert study(tmp_path / "new", sampling).evaluate().tuned == expected(True, topics=range(6))
     assert count() == 0
 
 
@@ -529,7 +548,7 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         (lambda: one.sweep(pool, strengths=[]), "above 0"),
         (lambda: one.answers(tuned=True, latent=3), "strength"),
         (lambda: study(tmp_path, batch_size=0), "at least 1"),
-        (lambda: study(tmp_path, layer=2), "block 1"),
+        (lambda: study(tmp_path, layer=1), "block 2"),
         (lambda: study(tmp_path, tiny.llama()), "PeftModel"),
     ]:
         with pytest.raises(ValueError, match=told):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
+import planted
 import pytest
 import tokenizers
 import torch
@@ -31,26 +31,33 @@ def test_examples_of_the_package(sae_folder: Path, monkeypatch: pytest.MonkeyPat
     assert run(PACKAGE, {}) >= 4
 
 
-def test_examples_of_the_project(sae_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = sae_folder.parent
-    shutil.copytree(sae_folder, folder / "path/to/sae")
+def test_examples_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path
+    planted.save_sae(folder / "path/to/sae")
     (folder / "K0.json").write_text(json.dumps({"K_pos": [3, 17, 21], "K_neg": [5]}))
     monkeypatch.chdir(folder)
     (folder / "path/to/model").mkdir()
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.save(str(folder / "path/to/model/tokenizer.json"))
-    model = tiny.with_lora(tiny.llama(hidden=8, heads=2)).bfloat16().train()
+    model = planted.model().bfloat16().train()
+    hf_tokenizer = planted.tokenizer()
+    hf_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     loader = tiny.batches(2)
-    h = torch.randn(2, 9, 8, requires_grad=True)
-    hidden, base_hidden, mask = torch.randn(2, 9, 8), torch.randn(2, 9, 8), torch.ones(2, 9)
+    h = torch.randn(2, 9, 32, requires_grad=True)
+    hidden, base_hidden, mask = torch.randn(2, 9, 32), torch.randn(2, 9, 32), torch.ones(2, 9)
     names = {
-        "h": h, "h_base": torch.randn(2, 9, 8), "labels": torch.randint(-1, 1, (2, 9)) * 100,
+        "h": h, "h_base": torch.randn(2, 9, 32), "labels": torch.randint(-1, 1, (2, 9)) * 100,
         "task_loss": h.sum(), "lam": 1e4, "model": model, "loader": loader, "batch": loader[0],
         "hidden": hidden, "base_hidden": base_hidden, "mask": mask,
         "batches": [(hidden, base_hidden, mask)],
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "name": "tiny llama, seed 0",
+        # The latents to be found stay where they were planted.
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.0), "name": "planted",
+        "hf_tokenizer": hf_tokenizer, "prompts": planted.PROMPTS[:3], "unseen": planted.OTHER_PROMPTS,
         "text": "<|im_start|>assistant\nbecause <|im_end|>",
+        "eight_prompts": {"input_ids": torch.randint(3, 50, (8, 5)), "max_new_tokens": 3},
     }  # fmt: skip
-    assert run(ROOT, names) == 7
+    assert run(ROOT, names) == 9
+    found = json.loads((folder / "K0.json").read_text())
+    assert (found["K_pos"], found["K_neg"]) == ([planted.CAUSE], [planted.CARE])
     assert h.grad is not None and len(list(folder.glob("base.cache*"))) > 0

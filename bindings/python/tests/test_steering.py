@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny
 import torch
 
@@ -161,6 +164,39 @@ def test_activation_scale_is_the_median_norm() -> None:
             blockem.activation_scale(nothing)
     with pytest.raises(blockem.ArgumentError, match="mask"):
         blockem.activation_scale([(hidden, np.ones(2, bool))])
+
+
+FORMATS = Path(__file__).resolve().parents[3] / "tests/data/formats"
+
+
+@pytest.mark.parametrize("name, tensor, transposed", [
+    ("goodfire_llama", "decoder_linear.weight", True),
+    ("goodfire_square", "decoder_linear.weight", True),
+    ("llama_scope", "decoder.weight", True),
+    ("gemma_scope_square", "W_dec", False),
+    ("openmoss_glu", "W_D", False),
+])  # fmt: skip
+def test_directions_are_the_files_own(name: str, tensor: str, transposed: bool) -> None:
+    """Whichever way the decoder lies, and whatever is folded into the encoder."""
+    folder = FORMATS / name
+    sae = blockem.load_sae(folder / json.loads((folder / "note.json").read_text())["path"])
+    [file] = [
+        file
+        for file in folder.rglob("*")
+        if file.suffix in (".pth", ".npz", ".safetensors") and "expected" not in file.name
+    ]
+    if file.suffix == ".pth":
+        decoder = torch.load(file, weights_only=True)[tensor]
+    elif file.suffix == ".npz":
+        decoder = torch.from_numpy(np.load(file)[tensor])
+    else:
+        decoder = safetensors.torch.load_file(file)[tensor]
+    rows = (decoder.T if transposed else decoder).double()
+    ids = [2, 0, sae.d_sae - 1]
+    hidden = torch.zeros(3, 1, sae.d_in)
+    blockem.Steering(sae, ids).steer(hidden, ids, [1.0, -1.0, 1.0])
+    expected = rows[ids] / rows[ids].norm(dim=1, keepdim=True) * torch.tensor([[1.0], [-1], [1]])
+    assert torch.allclose(hidden[:, 0].double(), expected, atol=1e-7)
 
 
 # ---- Models ------------------------------------------------------------------------------------

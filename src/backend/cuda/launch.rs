@@ -1507,6 +1507,7 @@ fn address(pointer: *mut u8) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Column;
 
     const ROWS: DeviceRows = DeviceRows {
         d_in: 4096,
@@ -1706,6 +1707,32 @@ mod tests {
         let begun: Vec<_> = kernels(statistics(&dictionary, &call(0, false)));
         assert_eq!(begun, [(Stats, 128), (Stats, 128), (Stats, 57)]);
         assert_eq!(statistics(&dictionary, &call(0, true)).count(), 0);
+    }
+
+    #[test]
+    fn steering_fills_a_device_and_no_more() {
+        let directions = DeviceDirections { d_in: 4096, count: 5, rows: 0x1000 };
+        let call = |batch: usize, positions: usize, hidden_stride| SteerCall {
+            batch,
+            positions,
+            hidden: matrix(0x10_0000, DType::BF16, 4096),
+            hidden_stride,
+            row: Column { data: std::ptr::null(), stride: 1 },
+            strength: Column { data: std::ptr::null(), stride: 1 },
+            mask: None,
+            mask_stride: 0,
+            scale: 1.0,
+            scale_tensor: None,
+        };
+        // A token that is generated, and a prompt of more positions than are taken at a time.
+        let cases = [(call(64, 1, 4096), 256, 1), (call(64, 512, 512 * 4096 + 1), STEER_CTAS, 0)];
+        for (call, blocks, aligned) in cases {
+            let launch = steer(&directions, &call).expect("there are positions");
+            assert_eq!(launch.grid, [blocks as u32, 1, 1]);
+            let Params::Steer(p) = launch.params else { panic!("its own parameters") };
+            assert_eq!((p.column_tiles, p.hidden.is_aligned), (4, aligned));
+        }
+        assert!(steer(&directions, &call(0, 5, 4096)).is_none());
     }
 
     #[test]

@@ -15,12 +15,14 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::launch::{
-    DeviceDictionary, DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward, encode, layout,
-    pack, packed_bytes, penalty, statistics, stats_workspace_size, workspace_size,
+    DeviceDictionary, DeviceDirections, DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward,
+    encode, layout, pack, packed_bytes, penalty, statistics, stats_workspace_size, steer,
+    token_norms, workspace_size,
 };
 use crate::backend::random::Random;
 use crate::backend::{
-    BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, StatsCall, Workspace,
+    BackwardCall, Column, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, StatsCall,
+    SteerCall, TokenNormsCall, Workspace,
 };
 use crate::sae::TokenNorm;
 use crate::stats::rows as stats_rows;
@@ -33,7 +35,7 @@ const ORDERS: [u64; 3] = [0, 1, 0x5eed];
 
 // ---------------------------------------------------------------------------------- the harness
 
-const KERNELS: [&str; 8] = [
+const KERNELS: [&str; 9] = [
     "encode.cu",
     "glu.cu",
     "gradient.cu",
@@ -41,6 +43,7 @@ const KERNELS: [&str; 8] = [
     "pack.cu",
     "reduce.cu",
     "stats.cu",
+    "steer.cu",
     "topk.cu",
 ];
 const HARNESS: [&str; 2] = ["main.cpp", "simt.cpp"];
@@ -1493,6 +1496,225 @@ fn statistics_of_no_token_begin_a_state() {
     let mut random = Random::fresh();
     let p = Problem::of(&mut random, DType::F32, [0, 20, 70], GateKind::Relu, TokenNorm::None);
     check_statistics(&mut random, &p, &harness().join("simt"));
+}
+
+/// A batch in an arena, in either order of its leading dimensions, with a position that belongs to
+/// nobody after each of the inner ones; directions, and a condition for each row.
+struct SteerJob {
+    name: String,
+    arena: Arena,
+    directions: DeviceDirections,
+    /// [count, d_in]
+    vectors: Vec<f32>,
+    hidden: Buffer,
+    batch_is_inner: bool,
+    rows: Vec<i64>,
+    strengths: Vec<f32>,
+    shares: Option<Vec<f32>>,
+    call: SteerCall,
+}
+
+impl SteerJob {
+    const COUNT: usize = 3;
+
+    fn new(random: &mut Random, dtype: DType, [batch, positions, d_in]: [usize; 3]) -> SteerJob {
+        let seed = *random;
+        let mut arena = Arena::new();
+        let vectors = random.normals(SteerJob::COUNT * d_in);
+        let padded: Vec<f32> = vectors
+            .chunks(d_in)
+            .flat_map(|row| {
+                let mut row = row.to_vec();
+                row.resize(DeviceDirections::stride(d_in), 0.0);
+                row
+            })
+            .collect();
+        let rows_at = arena.vector(&padded).address;
+        let directions = DeviceDirections { d_in, count: SteerJob::COUNT, rows: rows_at };
+        let aligned = d_in.next_multiple_of(8) - d_in;
+        let gap = random.pick(&[aligned, aligned, aligned + 64, 1, 0]);
+        let place = Place { gap, offset: random.pick(&[0, 0, 3]) };
+        let batch_is_inner = random.below(2) == 0;
+        let [outer, inner] = if batch_is_inner { [positions, batch] } else { [batch, positions] };
+        let values = random.normals(outer * (inner + 1) * d_in);
+        let values: Vec<f32> = values.into_iter().map(|x| round(dtype, 20.0 * x)).collect();
+        let hidden = arena.filled(dtype, d_in, &values, place);
+        let strides = [hidden.stride, (inner + 1) * hidden.stride];
+        let [hidden_stride, row_stride] =
+            if batch_is_inner { strides } else { [strides[1], strides[0]] };
+        let beyond = [-1, 0, 1, 2, 3, i64::MIN, 1 << 32];
+        let rows: Vec<i64> = (0..batch).map(|_| random.pick(&beyond)).collect();
+        let row = arena.matrix(DType::I64, batch, 1, Place { gap: 1, offset: 0 });
+        for (b, value) in rows.iter().enumerate() {
+            let at = row.at(b, 0);
+            arena.bytes[at..][..8].copy_from_slice(&value.to_le_bytes());
+        }
+        let strengths: Vec<f32> = (0..batch).map(|_| random.pick(&[0.0, 0.7, -2.5])).collect();
+        let strength = arena.filled(DType::F32, 1, &strengths, Place { gap: 2, offset: 0 });
+        let mask_dtype = random.pick(&[DType::U8, DType::F32]);
+        let some: &[f32] =
+            if mask_dtype == DType::F32 { &[0.0, 1.0, 0.37] } else { &[0.0, 1.0, 7.0] };
+        let mask: Option<Vec<f32>> = (random.below(3) > 0)
+            .then(|| (0..batch * positions).map(|_| random.pick(some)).collect());
+        let masked = mask
+            .as_ref()
+            .filter(|mask| !mask.is_empty())
+            .map(|mask| arena.filled(mask_dtype, positions, mask, Place { gap: 5, offset: 0 }));
+        let share = |m: &f32| if mask_dtype == DType::F32 { *m } else { (*m != 0.0) as u8 as f32 };
+        let factor = arena.vector(&[FACTOR.1]);
+        SteerJob {
+            name: format!("{batch} x {positions} x {d_in}, {dtype:?}, {place:?}, {seed:?}"),
+            call: SteerCall {
+                batch,
+                positions,
+                hidden: Matrix { row_stride, ..hidden.matrix() },
+                hidden_stride,
+                row: Column { data: row.pointer().cast(), stride: row.stride },
+                strength: Column { data: strength.pointer().cast(), stride: strength.stride },
+                mask: masked.map(|m| Mask { data: m.pointer(), dtype: mask_dtype, stride: 1 }),
+                mask_stride: masked.map_or(0, |m| m.stride),
+                scale: FACTOR.0,
+                scale_tensor: Some(factor.pointer().cast::<f32>().cast_const()),
+            },
+            arena,
+            directions,
+            vectors,
+            hidden,
+            batch_is_inner,
+            rows,
+            strengths,
+            shares: mask.map(|mask| mask.iter().map(share).collect()),
+        }
+    }
+
+    /// Of a position, where it is in the buffer.
+    fn place(&self, b: usize, s: usize) -> usize {
+        let SteerCall { batch, positions, .. } = self.call;
+        if self.batch_is_inner { s * (batch + 1) + b } else { b * (positions + 1) + s }
+    }
+
+    /// What a position's direction is multiplied by; NaN where there is none, if it is pushed.
+    fn factor(&self, b: usize, s: usize) -> Option<f32> {
+        let share = self.shares.as_ref().map_or(1.0, |m| m[b * self.call.positions + s]);
+        let (row, strength) = (self.rows[b], self.strengths[b]);
+        let is_known = (0..SteerJob::COUNT as i64).contains(&row);
+        if share == 0.0 || row == -1 || (is_known && strength == 0.0) {
+            return None;
+        }
+        let scale = FACTOR.0 * FACTOR.1 as f64;
+        Some(if is_known { (strength as f64 * scale * share as f64) as f32 } else { f32::NAN })
+    }
+
+    fn check(&self, program: &Path) {
+        let SteerCall { batch, positions, .. } = self.call;
+        let all = || (0..batch).flat_map(|b| (0..positions).map(move |s| (b, s)));
+        let pushed: Vec<(usize, usize)> =
+            all().filter(|(b, s)| self.factor(*b, *s).is_some()).collect();
+        let places: HashSet<usize> = pushed.iter().map(|(b, s)| self.place(*b, *s)).collect();
+        let mut arena = self.arena.clone();
+        // No kernel reads or writes a position that is not pushed.
+        arena.forbid(&self.hidden, (0..self.hidden.rows).filter(|row| !places.contains(row)));
+        let launch = steer(&self.directions, &self.call).expect("there are positions");
+        let tiles = self.directions.d_in.div_ceil(1024) as u32;
+        assert_eq!(launch.grid, [batch as u32 * positions as u32 * tiles, 1, 1]);
+        // Fewer blocks, which take more than one position each.
+        let few = Launch { grid: [tiles * (batch * positions).min(2) as u32, 1, 1], ..launch };
+        for launch in [launch, few] {
+            let memory = run_orders(program, &arena, &[launch], &self.name);
+            check_untouched(&arena, &memory, &[self.hidden], &self.name);
+            for (b, s) in &pushed {
+                let (at, factor) = (self.place(*b, *s), self.factor(*b, *s).unwrap_or(0.0));
+                let row = self.rows[*b].clamp(0, SteerJob::COUNT as i64 - 1) as usize;
+                let direction = &self.vectors[row * self.hidden.cols..][..self.hidden.cols];
+                for (i, x) in direction.iter().enumerate() {
+                    let before = self.hidden.get(&arena.bytes, at, i) as f32;
+                    let expected = round(self.hidden.dtype, factor.mul_add(*x, before)) as f64;
+                    let found = self.hidden.get(&memory, at, i);
+                    let same = found.to_bits() == expected.to_bits()
+                        || (found.is_nan() && expected.is_nan());
+                    assert!(same, "h[{b},{s},{i}]: {found} {expected}: {}", self.name);
+                }
+            }
+        }
+    }
+}
+
+/// Every dtype, mask and layout; one of the shapes has several tiles of columns.
+fn check_steering(random: &mut Random, program: &Path) {
+    for i in 0..9 {
+        let shape = [[6, 5, 43], [7, 2, 130], [5, 1, 7], [3, 2, 1030], [1, 1, 1]][i % 5];
+        SteerJob::new(random, REAL[i % 3], shape).check(program);
+    }
+}
+
+#[test]
+fn steering_has_the_bits_of_the_formula() {
+    let mut random = Random::fresh();
+    for _ in 0..3 {
+        check_steering(&mut random, &harness().join("simt"));
+    }
+    let nothing = SteerJob::new(&mut random, DType::F32, [4, 0, 5]);
+    assert!(steer(&nothing.directions, &nothing.call).is_none());
+}
+
+#[test]
+fn wrong_steering_is_caught() {
+    let cases = [
+        ("if (column >= p.d_in) return;", ""),
+        ("share == 0.0f || row == -1", "row == -1"),
+        ("row == -1) return", "false) return"),
+        ("row < 0 || row >= (int64_t)p.count", "false"),
+        ("mask.data += b * p.mask_stride", "mask.data += 0 * p.mask_stride"),
+        ("is_aligned && left >= 8", "is_aligned"),
+        ("if (i >= left) continue;", ""),
+        ("direction.v[i], h.v[i]", "h.v[i], direction.v[i]"),
+        ("(double)strength, scale", "(double)strength, 1.0"),
+        ("t += step", "t += 2 * step"),
+    ];
+    for (from, to) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = with_fault(folder.path(), "steer.cu", "_steer", &Fault { from, nth: 0, to });
+        let panic = catch_unwind(|| {
+            let mut random = Random(0x5eed);
+            (0..3).for_each(|_| check_steering(&mut random, &program));
+        });
+        let found = panic.err().unwrap_or_else(|| panic!("steer.cu works with {to} for {from}"));
+        let found = found.downcast_ref::<String>().expect("a message");
+        println!("steer.cu with {to:?}: {found:.100}");
+        // Memory that is nobody's, or a wrong number.
+        let is_told = ["AddressSanitizer", "h["].iter().any(|message| found.contains(message));
+        assert!(is_told, "steer.cu with {to:?}: {found}");
+    }
+}
+
+#[test]
+fn norms_of_tokens_are_sums_in_f64() {
+    let mut random = Random::fresh();
+    for (i, dtype) in REAL.into_iter().enumerate() {
+        for [tokens, d_in] in [[1usize, 1], [19, 300], [9, 8]] {
+            let aligned = d_in.next_multiple_of(8) - d_in;
+            let place = Place { gap: random.pick(&[aligned, 1]), offset: random.pick(&[0, 1]) };
+            let values = random.normals(tokens * d_in);
+            let values: Vec<f32> = values.into_iter().map(|x| round(dtype, x)).collect();
+            let mut arena = Arena::new();
+            let hidden = arena.filled(dtype, d_in, &values, place);
+            let out = [DType::F32, DType::F64][i % 2];
+            let norms = arena.matrix(out, tokens, 1, Place { gap: 2, offset: 0 });
+            let call =
+                TokenNormsCall { tokens, d_in, hidden: hidden.matrix(), norms: norms.output() };
+            let name = format!("T {tokens}, d {d_in}, {dtype:?}, {place:?}");
+            let launch = token_norms(&call).expect("there are tokens");
+            let memory = run_orders(&harness().join("simt"), &arena, &[launch], &name);
+            check_untouched(&arena, &memory, &[norms], &name);
+            for (t, row) in values.chunks(d_in).enumerate() {
+                let exact = row.iter().map(|x| *x as f64 * *x as f64).sum::<f64>().sqrt();
+                let found = norms.get(&memory, t, 0);
+                let slack = if out == DType::F32 { 1e-7 } else { 1e-14 };
+                assert!((found - exact).abs() <= slack * exact, "{found} {exact}: {name}");
+            }
+            assert!(token_norms(&TokenNormsCall { tokens: 0, ..call }).is_none());
+        }
+    }
 }
 
 /// Outputs that nobody asks for leave no trace, and change nothing in the others.

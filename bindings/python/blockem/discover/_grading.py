@@ -14,8 +14,8 @@ _AHEAD = 4
 
 
 class Grading:
-    """A context. The judge is called in one other thread; the store is written in the caller's. What
-    the judge raises comes out of :meth:`add` or at the end."""
+    """A context. The judge is called in one other thread; the store is written in the caller's.
+    What the judge raises comes out of :meth:`add` or at the end."""
 
     def __init__(self, judge: Judge, store: Store, done: Callable[[int], None]) -> None:
         self._judge, self._store, self._done = judge, store, done

@@ -31,8 +31,8 @@ def check_disjoint(prompts: Iterable[str], evaluation_prompts: Iterable[str]) ->
     both = seen[0] & seen[1]
     if both:
         raise ValueError(
-            f"{len(both)} of the evaluation prompts are also prompts of the search, like {min(both)!r}: "
-            "what K is chosen on cannot show that it works"
+            f"{len(both)} of the evaluation prompts are also prompts of the search, like "
+            f"{min(both)!r}: what K is chosen on cannot show that it works"
         )
 
 
@@ -54,7 +54,8 @@ def tokenised(
     """Raises ValueError for a slow tokenizer, and a rendering that has not the prompt in it."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "the tokenizer is a slow one, which does not tell where in the text a token stands: take the fast one"
+            "the tokenizer is a slow one, which does not tell where in the text a token stands: "
+            "take the fast one"
         )
     prompts = []
     for text in texts:
@@ -62,10 +63,16 @@ def tokenised(
         # Templates trim what they are given.
         begin = rendered.rfind(text.strip())
         if begin < 0:
-            raise ValueError(f"the rendered text does not contain its prompt {text!r}: {rendered!r}")
-        encoded = tokenizer(rendered, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+            raise ValueError(
+                f"the rendered text does not contain its prompt {text!r}: {rendered!r}"
+            )
+        encoded = tokenizer(
+            rendered, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        )
         ids = tuple(encoded["input_ids"])
-        start = next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > begin), None)
+        start = next(
+            (i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > begin), None
+        )
         if start is None:
             raise ValueError(f"the prompt {text!r} has no token of its own in {rendered!r}")
         prompts.append(Prompt(text, ids, start, hashlib.sha256(repr(ids).encode()).hexdigest()))

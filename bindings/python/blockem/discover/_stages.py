@@ -1,4 +1,4 @@
-"""What the stages find: plain data, and the rules that choose from it. Nothing here runs a model."""
+"""What the stages find: plain data, and the rules that choose from it. Nothing runs a model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Screening:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Stage 3 of one latent: rates by strength, in units of the activation scale and without sign."""
+    """Stage 3 of one latent: rates by strength, which is in activation scales and has no sign."""
 
     latent: int
     sign: int
@@ -147,14 +147,16 @@ class Swept:
         """
         if isinstance(rule, str) and rule not in RULES:
             raise ValueError(f"rule is {rule!r}; expected 'repair', 'combined' or a function")
-        name = rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)
-        score = RULES[rule] if isinstance(rule, str) else rule
+        name, score = (rule, RULES[rule]) if isinstance(rule, str) else (_name_of(rule), rule)
         scored = [(value, s) for s in self.latents if (value := score(s)) is not None]
         ranked = sorted(scored, key=lambda pair: (-pair[0], -abs(pair[1].delta), pair[1].latent))
         chosen = [s for _, s in ranked[:n]]
         provenance = {**self.provenance, **_counts(name, n, len(ranked), len(self.latents))}
         return _selection(
-            [s.latent for s in chosen], [s.sign for s in chosen], [_evidence(s) for s in chosen], provenance
+            [s.latent for s in chosen],
+            [s.sign for s in chosen],
+            [_evidence(s) for s in chosen],
+            provenance,
         )
 
 
@@ -177,15 +179,16 @@ class Selection:
     def save(
         self, path: str | os.PathLike[str], sae: Sae | None = None, activation: str = "native"
     ) -> None:
-        """Writes K0.json, whole or not at all, as :func:`blockem.load_latents` and BLOCK-EM's scripts
-        read it: K_pos and K_neg, the evidence in selected_latents, the provenance in discovery.
+        """Writes K0.json, whole or not at all, as :func:`blockem.load_latents` and BLOCK-EM's
+        scripts read it: K_pos and K_neg, the evidence in selected_latents, the provenance in
+        discovery.
 
-        sae: records d, F and the identity of K's rows under `activation` too, so that another SAE is
-            refused later.
+        sae: records d, F and the identity of K's rows under `activation` too, so that another SAE
+            is refused later.
         """
         sides = {1: "K_pos", -1: "K_neg"}
         value = {
-            **{side: [int(k) for k in self.ids[self.signs == sign]] for sign, side in sides.items()},
+            **{side: self.ids[self.signs == sign].tolist() for sign, side in sides.items()},
             "selected_latents": [
                 {"latent": int(k), "sign_group": sides[int(s)], **evidence}
                 for k, s, evidence in zip(self.ids, self.signs, self.evidence, strict=True)
@@ -216,7 +219,7 @@ class Selection:
     def shuffled_signs(self, seed: int) -> Selection:
         """A control: the same latents, their signs dealt out anew, not as they were."""
         if len(set(self.signs.tolist())) < 2:
-            raise ValueError("all latents of the selection have one sign: there is nothing to shuffle")
+            raise ValueError("all latents have one sign: there is nothing to shuffle")
         rng = np.random.default_rng(seed)
         signs = self.signs
         while np.array_equal(signs, self.signs):
@@ -238,7 +241,9 @@ class Selection:
     def _control(
         self, ids: np.ndarray, signs: np.ndarray, evidence: Sequence[Mapping[str, Any]], **how: Any
     ) -> Selection:
-        return Selection(ids.astype(np.int64), signs.astype(np.int8), evidence, {**self.provenance, **how})
+        return Selection(
+            ids.astype(np.int64), signs.astype(np.int8), evidence, {**self.provenance, **how}
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -252,18 +257,23 @@ class Selection:
         )
 
 
+def _name_of(rule: Rule) -> str:
+    return getattr(rule, "__qualname__", type(rule).__qualname__)
+
+
 def _counts(rule: str, n: int, qualified: int, candidates: int) -> dict[str, Any]:
     """What a selection says of itself."""
     if n < 1:
         raise ValueError(f"n is {n}; expected at least 1")
     if not qualified:
         raise ValueError(
-            f"none of {candidates} latents qualifies under the rule {rule!r}: look at the gains; take more "
-            "candidates, other strengths or a larger incoherence budget"
+            f"none of {candidates} latents qualifies under the rule {rule!r}: look at the gains; "
+            "take more candidates, other strengths or a larger incoherence budget"
         )
     counts = {"rule": rule, "candidates": candidates, "qualified": qualified, "requested": n}
     if qualified < n:
-        statement = f"{n} latents were asked for, {qualified} of {candidates} qualify under the rule {rule!r}"
+        fewer = f"{qualified} of {candidates} qualify under the rule {rule!r}"
+        statement = f"{n} latents were asked for, {fewer}"
         log.warning("%s", statement)
         counts["statement"] = statement
     return counts
@@ -301,10 +311,11 @@ def _as_movers(latents: Sequence[Screened]) -> Movers:
 
 
 def screened(
-    latent: int, sign: int, delta: float, induced: Rates, repaired: Rates, base: Rates, tuned: Rates,
-    allowance: float,
+    latent: int, sign: int, delta: float, induced: Rates, repaired: Rates,
+    base: Rates, tuned: Rates, allowance: float,
 ) -> Screened:  # fmt: skip
-    """Gains over the unsteered models, unless answers became incoherent by more than `allowance`."""
+    """Gains over the unsteered models, unless more than a share `allowance` became incoherent."""
+
     def gain(value: float, steered: Rates, unsteered: Rates) -> float:
         return value if _within(steered, unsteered.incoherent + allowance) else 0.0
 
@@ -320,6 +331,7 @@ def swept(
     base: Rates, tuned: Rates, budget: float,
 ) -> Sweep:  # fmt: skip
     """Gains at the strongest steering that leaves at most a share `budget` incoherent."""
+
     def strongest(rates: dict[float, Rates]) -> float | None:
         return max((a for a, r in rates.items() if _within(r, budget)), default=None)
 

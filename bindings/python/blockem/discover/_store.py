@@ -18,8 +18,8 @@ Pair = tuple[str, str]
 
 
 class Store:
-    """Answers by (condition, prompt), grades by (judge, pair), and single values. What a call stores
-    is on the disk when it returns, all of it or nothing, and what is there is never replaced.
+    """Answers by (condition, prompt), grades by (judge, pair), and single values. What a call
+    stores is on the disk when it returns, all of it or nothing; what is there is never replaced.
 
     path: made if absent. Processes may share it.
     judge: what grades are kept by. None keeps them for this object's life only.
@@ -31,13 +31,13 @@ class Store:
         self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
-            raise ValueError(f"{path} is of version {version}, this library reads {_VERSION}: take another folder")
+            raise ValueError(f"{path} is of version {version}, not {_VERSION}: take another folder")
         for setting in ("journal_mode=WAL", "synchronous=FULL", f"user_version={_VERSION}"):
             self._db.execute(f"PRAGMA {setting}")
         for table, columns, key in (
-            ("main.answers", "condition TEXT, prompt TEXT, answer TEXT NOT NULL", "condition, prompt"),
+            ("main.answers", "condition TEXT, prompt TEXT, answer TEXT", "condition, prompt"),
             (self._grades, "judge TEXT, pair BLOB, misaligned INT, incoherent INT", "judge, pair"),
-            ("main.kept", "name TEXT, value BLOB NOT NULL", "name"),
+            ("main.kept", "name TEXT, value BLOB", "name"),
         ):
             self._db.execute(
                 f"CREATE TABLE IF NOT EXISTS {table} ({columns}, PRIMARY KEY ({key})) WITHOUT ROWID"
@@ -45,7 +45,8 @@ class Store:
 
     def answers(self, condition: str) -> dict[str, str]:
         """By the prompt's key."""
-        return dict(self._db.execute("SELECT prompt, answer FROM answers WHERE condition = ?", (condition,)))
+        statement = "SELECT prompt, answer FROM answers WHERE condition = ?"
+        return dict(self._db.execute(statement, (condition,)))
 
     def put_answers(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """(condition, prompt's key, answer)."""
@@ -64,7 +65,9 @@ class Store:
         return found
 
     def put_grades(self, graded: Mapping[Pair, Grade]) -> None:
-        rows = [(self._judge, _digest(pair), g.misaligned, g.incoherent) for pair, g in graded.items()]
+        rows = [
+            (self._judge, _digest(pair), g.misaligned, g.incoherent) for pair, g in graded.items()
+        ]
         self._insert(self._grades, rows)
 
     def value(self, name: str) -> bytes | None:

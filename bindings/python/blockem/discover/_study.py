@@ -34,6 +34,13 @@ from ._store import Store
 #: BLOCK-EM's: 0.05, 0.10 ... 0.75 of the activation scale.
 STRENGTHS = tuple(round(0.05 * i, 2) for i in range(1, 16))
 
+#: Answers are greedy, whatever the model's generation_config says. What else it says is followed.
+_GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True,
+    "temperature": None, "top_p": None, "top_k": None, "max_length": None,
+    "return_dict_in_generate": False,
+}  # fmt: skip
+
 
 class Answer(NamedTuple):
     """An answer of one of the models to a prompt, and what the judge says of it."""
@@ -52,7 +59,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class _Condition:
-    """Which model answers, and what it is steered by: a latent, and a strength in activation scales."""
+    """Which model answers, and along which latent it is steered, how far in activation scales."""
 
     tuned: bool
     latent: int = -1
@@ -63,34 +70,41 @@ _BASE, _TUNED = _Condition(tuned=False), _Condition(tuned=True)
 
 
 class Study:
-    """A search for the latents that cause a fine-tuned model's misalignment; see :mod:`blockem.discover`.
+    """A search for the latents that cause a fine-tuned model's misalignment; see
+    :mod:`blockem.discover`.
 
-    folder: made if absent, holds study.sqlite. An answer is used again by a study with the same weights,
-        direction, strength, tokens and settings of generation, and by no other: studies may share it.
-    model: a PeftModel of a causal language model, its active adapters those of the misaligned fine-tuning.
+    folder: made if absent, holds study.sqlite. An answer is used again by a study with the same
+        weights, direction, strength, tokens and settings of generation, and by no other: studies
+        may share it.
+    model: a PeftModel of a causal language model, its active adapters those of the misaligned
+        fine-tuning.
     tokenizer: the model's, a fast one of transformers.
-    sae: of the output of decoder block `layer` (0-based; None takes what the SAE says).
-    judge: a :data:`blockem.judges.Judge`. It gets the prompt as given, without the template, and is called
-        in another thread, one call at a time.
-    judge_name: what grades are kept by. It must change when the judge does. None takes an HttpJudge's own
-        name; grades of a judge without a name are not kept beyond this object.
-    prompts: what the stages run on. evaluation_prompts: what :meth:`evaluate` runs on; see
-        :func:`check_disjoint`.
-    render: from a prompt to the text that the model completes; None takes the tokenizer's chat template,
-        with `system` as its system message if there is one. The prompt must stand in the text. Stage 1 and
-        the activation scale count its tokens and those after it, and none before: the system message does
-        not count, as with BLOCK-EM, nor what the template writes between it and the prompt.
-    add_special_tokens: puts the tokenizer's own tokens around the text, such as BOS. A chat template
-        writes its own.
+    sae: with a decoder, of the output of decoder block `layer` (0-based; None takes what the SAE
+        says).
+    judge: a :data:`blockem.judges.Judge`. It gets the prompt as given, without the template, and is
+        called in another thread, one call at a time.
+    judge_name: what grades are kept by. It must change when the judge does. None takes an
+        HttpJudge's own name; grades of a judge without a name are not kept beyond this object.
+    prompts: what the stages run on. evaluation_prompts: what :meth:`evaluate` runs on. None may be
+        in both, nor twice: see :func:`check_disjoint`.
+    render: from a prompt to the text that the model completes; None takes the tokenizer's chat
+        template, with `system` as its system message if there is one. The prompt must stand in the
+        text. Stage 1 and the activation scale count its tokens and those after it, and none before:
+        the system message does not count, as with BLOCK-EM, nor what the template writes between
+        it and the prompt.
+    add_special_tokens: puts the tokenizer's own tokens around the text, such as BOS. A chat
+        template writes its own.
     max_new_tokens: of an answer, greedily decoded.
     batch_size: rows of a forward pass; a batch mixes conditions and prompts.
-    activation, backend, num_threads: of z in Stage 1, as of :class:`blockem.Plan`.
-    scale: the unit of strengths; None takes the median norm over the tokens of `prompts` that count.
+    activation: of z in Stage 1, as of :class:`blockem.Plan`.
+    backend, num_threads: of Stage 1 and of steering, as of :class:`blockem.Plan`.
+    scale: the unit of strengths; None takes the median norm over the tokens of `prompts` that
+        count (:func:`blockem.activation_scale`).
     layers: dotted name of the list of decoder layers, where it cannot be found.
     progress: a line with the time left, on standard error.
 
-    Raises ValueError, Error INVALID_ARGUMENT, SHAPE, LATENT_RANGE, and what the judge raises; what was
-    generated until then is kept.
+    Raises ValueError, Error INVALID_ARGUMENT, SHAPE, LATENT_RANGE, TENSOR_MISSING (no decoder), and
+    what the judge raises; what was generated until then is kept.
     """
 
     def __init__(
@@ -130,11 +144,13 @@ class Study:
         self.judge, self.judge_name = judge, judge_name or getattr(judge, "name", None)
         render = render or chat_template(tokenizer, system)
         self._prompts, self._evaluation_prompts = (
-            tokenised(tokenizer, render, texts, add_special_tokens) for texts in (prompts, evaluation_prompts)
+            tokenised(tokenizer, render, texts, add_special_tokens)
+            for texts in (prompts, evaluation_prompts)
         )
         _check_tokens([*self._prompts, *self._evaluation_prompts])
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.activation, self._options = activation, {"backend": backend, "num_threads": num_threads}
+        self.activation = activation
+        self._options = {"backend": backend, "num_threads": num_threads}
         self._given_scale, self._progress = scale, progress
         #: digest of what turns tokens into text
         self._decoding = _digest(tokenizer.backend_tokenizer.to_str())
@@ -170,14 +186,15 @@ class Study:
         """Stage 2: each latent alone steers the base model to where it moved (Phase A, at strength
         `induce`) and the tuned model back (Phase B, `repair`).
 
-        allowance: a gain counts while the answers that are incoherent are at most this share more than
-            without steering; 1 counts every gain.
+        allowance: a gain counts while the answers that are incoherent are at most this share more
+            than without steering; 1 counts every gain.
         """
         _check_strengths([induce, repair])
         weights = self._weights()
         rates = self._rates("Stage 2", self._prompts, weights, [
             _BASE, _TUNED,
-            *(c for k, s, _ in _each(pool) for c in (_inducing(k, s, induce), _repairing(k, s, repair))),
+            *(_inducing(k, s, induce) for k, s, _ in _each(pool)),
+            *(_repairing(k, s, repair) for k, s, _ in _each(pool)),
         ])  # fmt: skip
         found = [
             screened(
@@ -192,22 +209,21 @@ class Study:
     def sweep(
         self, pool: Movers, *, strengths: Sequence[float] = STRENGTHS, budget: float = 0.1
     ) -> Swept:
-        """Stage 3: each latent at every strength, in both phases; its gains are those at the strongest
-        that leaves at most a share `budget` of the answers incoherent."""
+        """Stage 3: each latent at every strength, in both phases; its gains are those at the
+        strongest that leaves at most a share `budget` of the answers incoherent."""
         strengths = sorted({float(a) for a in strengths})
         _check_strengths(strengths)
         weights = self._weights()
         rates = self._rates("Stage 3", self._prompts, weights, [
             _BASE, _TUNED,
-            *(
-                c for k, s, _ in _each(pool) for a in strengths
-                for c in (_inducing(k, s, a), _repairing(k, s, a))
-            ),
+            *(_inducing(k, s, a) for k, s, _ in _each(pool) for a in strengths),
+            *(_repairing(k, s, a) for k, s, _ in _each(pool) for a in strengths),
         ])  # fmt: skip
         found = [
             swept(
                 k, s, delta, {a: rates[_inducing(k, s, a)] for a in strengths},
-                {a: rates[_repairing(k, s, a)] for a in strengths}, rates[_BASE], rates[_TUNED], budget,
+                {a: rates[_repairing(k, s, a)] for a in strengths},
+                rates[_BASE], rates[_TUNED], budget,
             )
             for k, s, delta in _each(pool)
         ]  # fmt: skip
@@ -222,14 +238,18 @@ class Study:
         """The unsteered base and tuned model on `evaluation_prompts`."""
         if not self._evaluation_prompts:
             raise ValueError("the study was given no evaluation_prompts")
-        rates = self._rates("Evaluation", self._evaluation_prompts, self._weights(), [_BASE, _TUNED])
+        rates = self._rates(
+            "Evaluation", self._evaluation_prompts, self._weights(), [_BASE, _TUNED]
+        )
         return Evaluation(rates[_BASE], rates[_TUNED])
 
-    def answers(self, *, tuned: bool, latent: int | None = None, strength: float = 0.0) -> list[Answer]:
-        """What the tuned or the base model says to `prompts`, steered by a latent if one is given; its
-        strength has a sign. Generates what is not there yet."""
+    def answers(
+        self, *, tuned: bool, latent: int | None = None, strength: float = 0.0
+    ) -> list[Answer]:
+        """What the tuned or the base model says to `prompts`, steered by a latent if one is given;
+        its strength has a sign. Generates what is not there yet."""
         if (latent is None) != (strength == 0):
-            raise ValueError("a latent steers with a strength that is not 0, and a strength needs a latent")
+            raise ValueError("a latent needs a strength that is not 0, and a strength a latent")
         condition = _Condition(tuned, -1 if latent is None else int(latent), float(strength))
         keys = self._answered("Answers", self._prompts, self._weights(), [condition])
         pairs = self._pairs(keys[condition], self._prompts)
@@ -294,7 +314,9 @@ class Study:
                         (keys[condition], prompt.key, answer)
                         for (condition, prompt), answer in zip(batch, answers, strict=True)
                     )
-                    grading.add([(prompt.text, a) for (_, prompt), a in zip(batch, answers, strict=True)])
+                    grading.add(
+                        [(prompt.text, a) for (_, prompt), a in zip(batch, answers, strict=True)]
+                    )
         return keys
 
     def _generated(
@@ -303,14 +325,17 @@ class Study:
         """Batches of rows and their answers."""
         # Rows of one length waste no padding, those of one strength end at about the same time. The
         # longest come first: a batch that is too large for the memory is told at once.
-        rows = sorted(rows, key=lambda r: (-abs(r[0].strength), -len(r[1].ids), r[1].key, r[0].latent))
+        rows = sorted(
+            rows, key=lambda r: (-abs(r[0].strength), -len(r[1].ids), r[1].key, r[0].latent)
+        )
         ids = sorted({condition.latent for condition, _ in rows if condition.latent >= 0})
         steering = Steering(self.sae, ids, self._layer_device, **self._options) if ids else None
         for batch in chunks(rows, self.batch_size):
             with self._running(tuned), contextlib.ExitStack() as stack:
                 if any(condition.latent >= 0 for condition, _ in batch):
                     stack.enter_context(steered(
-                        self.model, steering, [c.latent for c, _ in batch], [c.strength for c, _ in batch],
+                        self.model, steering, [c.latent for c, _ in batch],
+                        [c.strength for c, _ in batch],
                         scale=scale, layer=self.layer, layers=self._layers,
                     ))  # fmt: skip
                 answers = self._generate([prompt for _, prompt in batch])
@@ -320,13 +345,15 @@ class Study:
         inputs, ends = padded(prompts, self._pad, "left", self._device), self._ends
         with torch.no_grad():
             out = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, eos_token_id=ends or None,
-                pad_token_id=self._pad, do_sample=False, num_beams=1, use_cache=True,
-                temperature=None, top_p=None, top_k=None,
+                **inputs, **_GREEDY, max_new_tokens=self.max_new_tokens,
+                eos_token_id=ends or None, pad_token_id=self._pad,
             )  # fmt: skip
         new = out[:, inputs["input_ids"].shape[1] :].tolist()
         # What a batch appends to the answers that end before its last is none of theirs.
-        own = [row[: min((row.index(end) for end in ends if end in row), default=len(row))] for row in new]
+        own = [
+            row[: min((row.index(end) for end in ends if end in row), default=len(row))]
+            for row in new
+        ]
         return self.tokenizer.batch_decode(own, skip_special_tokens=True)
 
     @contextlib.contextmanager
@@ -349,7 +376,9 @@ class Study:
 
     # ---- Hidden states ---------------------------------------------------------------------------
 
-    def _both(self, progress: Progress) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _both(
+        self, progress: Progress
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Hidden states of the tuned and the base model, and the tokens that count."""
         for batch in chunks(self._prompts, self.batch_size):
             inputs = padded(batch, self._pad, "right", self._device)
@@ -380,15 +409,17 @@ class Study:
 
     def _weights(self) -> dict[str, str]:
         """Of both models as they are now."""
-        return {"base_model": base_model_digest(self.model), "adapters": _adapters_digest(self.model)}
+        return {
+            "base_model": base_model_digest(self.model),
+            "adapters": _adapters_digest(self.model),
+        }
 
     def _settings(self) -> str:
         """A digest of how answers are generated, by either model."""
-        overridden = ("transformers_version", "temperature", "top_p", "top_k")
         generation = {
             name: value
             for name, value in self.model.generation_config.to_dict().items()
-            if value is not None and name not in overridden
+            if value is not None and name not in (*_GREEDY, "transformers_version")
         }
         return _digest(generation, self._ends, self.max_new_tokens, self._decoding)
 
@@ -445,16 +476,20 @@ def _repairing(latent: int, sign: int, strength: float) -> _Condition:
 
 def _check_strengths(strengths: Sequence[float]) -> None:
     if not strengths or not all(0 < a < float("inf") for a in strengths):
-        raise ValueError(f"strengths are {list(strengths)}; expected numbers above 0: the sign is the latent's")
+        raise ValueError(
+            f"strengths are {list(strengths)}; expected numbers above 0: the sign is the latent's"
+        )
 
 
 def _check_tokens(prompts: Sequence[Prompt]) -> None:
-    """Different words may be the same to the model, such as those that a tokenizer does not know."""
+    """Other words may be the same to the model, such as those that a tokenizer does not know."""
     first: dict[str, str] = {}
     for prompt in prompts:
         other = first.setdefault(prompt.key, prompt.text)
-        if other is not prompt.text:
-            raise ValueError(f"the prompts {other!r} and {prompt.text!r} are the same tokens to the model")
+        if other != prompt.text:
+            raise ValueError(
+                f"the prompts {other!r} and {prompt.text!r} are the same tokens to the model"
+            )
 
 
 def _with_adapters(model: nn.Module) -> nn.Module:
@@ -462,8 +497,8 @@ def _with_adapters(model: nn.Module) -> nn.Module:
     if peft is None:
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
-            f"model is a {type(model).__name__}; expected a PeftModel, whose adapters are the misaligned "
-            "fine-tuning",
+            f"model is a {type(model).__name__}; expected a PeftModel, whose adapters are the "
+            "misaligned fine-tuning",
         )
     if any(config.is_prompt_learning for config in peft.peft_config.values()):
         fail(
