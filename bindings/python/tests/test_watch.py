@@ -340,6 +340,7 @@ def test_what_is_not_finite_is_told() -> None:
     planted = Planted()
     with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not finite.*.32 latents"):
         planted.step({3: math.inf})
+    assert planted.step({3: 1.0})["blockem/watch/outside"] == pytest.approx(1)
 
 
 # State.
@@ -624,6 +625,56 @@ def test_rediscovery_by_a_callable() -> None:
     ]:
         with pytest.raises(ValueError, match=text):
             Adaptive(planted.handle, planted.watch, **arguments)
+
+
+def test_layers_and_caches_of_their_own(tmp_path: Path) -> None:
+    """Each layer's alarm changes its own K and fills its own cache; a resumed run finds both."""
+    dictionaries = Dictionary(0, seed=4), Dictionary(2, seed=5)
+    rising = blockem.Latents([1, 2, 4, 6, 8, 9, 10], [1] * 7)
+    data = tiny.batches(4)
+    caches = []
+
+    def start(mode: str):
+        net = model()
+        for cache in caches:
+            cache.close()
+        caches[:] = [
+            blockem.Cache(tmp_path / f"{d.plan.layer}.cache", d.plan, base_model="tiny",
+                          dtype="float32", mode=mode) for d in dictionaries]
+        if mode == "create":
+            for cache in caches:
+                cache.fill(net, data, progress=False)
+            return None
+        handle = attach(net, [d.plan for d in dictionaries], lam=1.0, tolerance=1e-4,
+                        reference=lambda batch: [cache.reference(batch) for cache in caches])
+        watches = [Watch(handle, blockem.Stats(d.sae), share=1.0, min_tokens=1, known=known,
+                         rule=AlarmRule(None, 0.01, least=0, patience=1))
+                   for d, known in zip(dictionaries, (rising, None))]
+        found = blockem.Latents([2, 9], [1, -1])
+        adaptive = Adaptive(handle, watches, rediscover=lambda alarm: found, caches=caches,
+                            batches=data, cooldown=0)
+        return net, handle, adaptive
+
+    start("create")
+    net, handle, adaptive = start("read")
+    step_of(handle, net, data)
+    handle.metrics()
+    one, two = handle.plans
+    assert one.latents.ids.tolist() == [*DICTIONARY.ids, 2, 9] and two is dictionaries[1].plan
+    assert caches[0].plan is one and caches[1].plan is two
+    assert [swap.layer for swap in adaptive.swaps] == [0]
+    step_of(handle, net, data)
+    want = handle.metrics(per_latent=True)
+    assert want["blockem/layer0/latents_version"] == 1 and want["blockem/layer0/latent/9"] >= 0
+    states = handle.state_dict(), adaptive.state_dict()
+
+    net, handle, adaptive = start("read")
+    handle.load_state_dict(states[0])
+    adaptive.load_state_dict(states[1])
+    step_of(handle, net, data)
+    found = handle.metrics(per_latent=True)
+    assert {n: x for n, x in found.items() if "watch" not in n} == {
+        n: x for n, x in want.items() if "watch" not in n}
 
 
 def test_arguments() -> None:
