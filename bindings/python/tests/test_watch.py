@@ -83,7 +83,7 @@ def test_a_report_is_a_dense_encode_of_the_sampled_rows(cached: bool) -> None:
     reference = (lambda batch: z_of(net, DICTIONARY.plan, batch)) if cached else "adapters_off"
     handle = attach(net, DICTIONARY.plan, lam=1.0, reference=reference, tolerance=1e-4)
     known = blockem.Latents([1, 2, 4, 6], [1, -1, 1, 1])
-    watch = Watch(handle, stats(), share=0.3, seed=4, known=known, top=5, min_tokens=1,
+    watch = Watch(handle, stats(), share=0.3, together=1, seed=4, known=known, top=5, min_tokens=1,
                   memory=0, rule=QUIET)
     taken = []
     rows = watch._rows
@@ -138,7 +138,7 @@ def test_nothing_runs_where_nothing_is_sampled() -> None:
     handle = attach(net, DICTIONARY.plan, lam=1.0, tolerance=1e-4,
                     reference=lambda batch: references[id(batch)])
     step_of(handle, net, batches[:1])  # makes the self-check
-    watch = Watch(handle, stats(), share=0.05, min_tokens=1)
+    watch = Watch(handle, stats(), share=0.05, together=1, min_tokens=1)
     seen, sampled = passes_of(net), []
     for batch in batches[1:]:
         mine = watch._rows(batch["labels"])
@@ -158,14 +158,15 @@ def test_nothing_runs_where_nothing_is_sampled() -> None:
 
 
 def test_the_share_is_that_of_all_sequences_in_small_batches_too() -> None:
-    for size in (1, 7):
+    for size, together in ((1, 4), (7, 1), (7, 3)):
         handle = attach(model(), DICTIONARY.plan, lam=1.0)
-        watch = Watch(handle, stats(), share=0.05)
+        watch = Watch(handle, stats(), share=0.05, together=together)
         mask = torch.ones(size, 4)
         drawn = []
         for handle._steps in range(2000):
             drawn.append(watch._rows(mask))
         rows = [row for mine in drawn for row in mine]
+        assert {len(mine) % min(together, size) for mine in drawn} <= {0, 7 % 3}
         assert len(rows) / (2000 * size) == pytest.approx(0.05, rel=0.2)
         counts = np.bincount(rows, minlength=size)
         assert counts.min() > 0.6 * counts.max()
@@ -212,7 +213,7 @@ def test_two_layers_share_a_pass() -> None:
                     reference=lambda b: (given[0], given[1]))
     with torch.no_grad(), net.disable_adapter():
         given = [z.plan.encode(h) for z, h in zip((one, two), _layers(net, batch))]
-    watches = [Watch(handle, blockem.Stats(d.sae), share=0.2, min_tokens=1, memory=0)
+    watches = [Watch(handle, blockem.Stats(d.sae), share=0.2, together=1, min_tokens=1, memory=0)
                for d in (one, two)]
     step_of(handle, net, [batch])
     seen = passes_of(net)
@@ -338,7 +339,7 @@ def test_alarm_on_growth() -> None:
 
 def test_what_is_not_finite_is_told() -> None:
     planted = Planted()
-    with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not finite.*.32 latents"):
+    with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not.*.32 latents"):
         planted.step({3: math.inf})
     assert planted.step({3: 1.0})["blockem/watch/outside"] == pytest.approx(1)
 
@@ -370,7 +371,7 @@ def test_a_resumed_watch_continues_exactly() -> None:
     def start():
         net = tiny.with_lora(tiny.llama()).train()
         handle = attach(net, DICTIONARY.plan, lam=0.05)
-        watch = Watch(handle, stats(), share=0.4, min_tokens=1, known=KNOWN,
+        watch = Watch(handle, stats(), share=0.4, together=1, min_tokens=1, known=KNOWN,
                       rule=AlarmRule(outside_ratio=1.5, baseline=2, patience=1))
         return net, handle, watch, SGD(trained(net))
 
@@ -726,7 +727,8 @@ def test_a_base_of_the_caller_s() -> None:
 
         handle = attach(net, DICTIONARY.plan, lam=1.0,
                         reference=(lambda b: z) if given else base, tolerance=math.inf)
-        watch = Watch(handle, stats(), share=0.5, min_tokens=1, base=hidden if given else None)
+        watch = Watch(handle, stats(), share=0.5, together=1, min_tokens=1,
+                      base=hidden if given else None)
         step_of(handle, net, [batch])
         found.append(watch.report())
         handle._steps = 0
@@ -828,7 +830,7 @@ def test_a_trainer_watches_swaps_and_resumes(tmp_path: Path) -> None:
         return test_trainer.trainer(
             test_trainer.BlockedTrainer, tmp_path,
             penalty=dict(plan=DICTIONARY.plan, lam=DualAscent(1e-4, rate=20.0, initial=0.01)),
-            watch=dict(stats=stats(), share=0.5, min_tokens=1, known=known,
+            watch=dict(stats=stats(), share=0.5, together=1, min_tokens=1, known=known,
                        rule=AlarmRule(outside_ratio=None, known_overlap=0.2, least=0, patience=1)),
             adaptive=dict(top=1, cooldown=2),
             args={"save_strategy": "steps", "save_steps": 3, "max_steps": 7})

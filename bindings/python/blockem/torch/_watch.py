@@ -196,11 +196,12 @@ class Watch:
     stats: gives the dictionary, of the layer's SAE with the plan's activation, on any device (the
         whole encoder is kept there); its own sums stay as they are.
     layer: which of the handle's, if it has several and the SAE does not tell.
-    share: of the sequences (rows of a batch), on average. Of each micro-batch n rows are drawn, n
-        by one draw with this probability for each row that the first micro-batch had. Draws depend
-        on seed, step, micro-batch and row alone: all ranks watch in the same steps (so the others
-        are not slowed), and those that compute rows together the same rows. A packed row is one
-        sequence.
+    share: of the sequences (rows of a batch), on average. Draws depend on seed, step, micro-batch
+        and row alone: all ranks watch in the same steps (so the others are not slowed), and those
+        that compute rows together the same rows. A packed row is one sequence.
+    together: how many rows of a micro-batch are drawn at once, if it has so many: a pass of several
+        costs little more than one of a single row. The more, the fewer steps have any. (For every
+        `together` rows that the first micro-batch had there is one draw.)
     seed: of the draws.
     known: bad movers, such as the pool of Stage 1 or the shortlist of Stage 2 on an unblocked run:
         ids with signs. Stage 1's movers on neutral prompts are worth more here than those on the
@@ -229,6 +230,7 @@ class Watch:
         *,
         layer: int | None = None,
         share: float = 0.01,
+        together: int = 4,
         seed: int = 0,
         known: Movers | Latents | None = None,
         top: int = 40,
@@ -245,6 +247,7 @@ class Watch:
             expect(name, value, kind)
         for name, value, right, expected in (
             ("share", share, 0 < share <= 1, "in (0, 1]"),
+            ("together", together, together >= 1, "at least 1"),
             ("memory", memory, 0 <= memory <= 1, "between 0 and 1"),
             ("top", top, top >= 1, "at least 1"),
             ("min_tokens", min_tokens, min_tokens >= 1, "at least 1"),
@@ -263,7 +266,7 @@ class Watch:
         if known is not None:
             _expect_ids(known, stats.d_sae)
         self.layer, self.stats, self.base = self._site.layer, stats.fresh(), base
-        self.share, self.seed, self.known = share, seed, known
+        self.share, self.together, self.seed, self.known = share, together, seed, known
         self.top, self.memory, self.min_tokens, self.rule = top, memory, min_tokens, rule
         self._listeners = [on_alarm] if on_alarm is not None else []
         self.last: Drift | None = None
@@ -368,6 +371,7 @@ class Watch:
             "identity": self.stats.identity,
             "numerics": self.stats.numerics,
             "share": self.share,
+            "together": self.together,
             "seed": self.seed,
         }
 
@@ -389,8 +393,14 @@ class Watch:
         if self._batch is None:
             rows = torch.tensor(float(len(mask)), dtype=torch.float64)
             self._batch = int(self._handle._ranks.all_reduce(rows, greatest=True))
+        if self.share == 1:
+            return list(range(len(mask)))
         at = (self.seed, self._handle._steps, self._handle._micro)
-        drawn = sum(_draw(*at, "count", i) < self.share for i in range(self._batch))
+        together = min(self.together, self._batch)
+        groups = -(-self._batch // together)
+        # So that share * batch rows are drawn on average, also where the groups have more.
+        chance = self.share * self._batch / (groups * together)
+        drawn = together * sum(_draw(*at, "group", i) < chance for i in range(groups))
         if not drawn:
             return []
         order = sorted(range(len(mask)), key=lambda row: _draw(*at, "row", row))
