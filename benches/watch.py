@@ -10,7 +10,8 @@ one with a blockem.torch.Watch at the share S of the sequences and a report ever
     of all steps      the sum of the times with the watch over that without
     processor time    the same of the processor's time, which other processes disturb less
     by medians        (1 - p) * median of unwatched steps + p * median of watched ones + the reports' share, over the
-                      median without; p is the share of watched steps. Less noisy: a watched step is rare
+                      median without; p is the share of steps that are watched in the long run, which a short one
+                      may be far from
 
 and the target, at most 1.02. Writes benches/results/watch.json.
 """
@@ -40,8 +41,11 @@ def main() -> None:
         found = measure(args, Path(folder))
     plain = statistics.median(found["plain"])
     unwatched, watched = found["unwatched"], found["watched"]
-    steps, p = len(found["plain"]), len(watched) / len(found["plain"])
-    by_medians = (1 - p) * statistics.median(unwatched) + p * (statistics.median(watched) if watched else 0)
+    steps = len(found["plain"])
+    if not watched:
+        raise SystemExit("no step was watched: give more --steps")
+    p = args.share * args.rows / statistics.mean(found["counts"])
+    by_medians = (1 - p) * statistics.median(unwatched) + p * statistics.median(watched)
     report = statistics.median(found["reports"]) / REPORT_STEPS
     ratios = {
         "of all steps": (sum(unwatched) + sum(watched) + report * steps) / sum(found["plain"]),
@@ -62,7 +66,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps({
         **vars(args), "load": load, "ratios": ratios, "watched_steps": len(watched),
         "milliseconds": {"plain": plain, "unwatched": statistics.median(unwatched),
-                         "watched": statistics.median(watched) if watched else None,
+                         "watched": statistics.median(watched),
                          "report": report * REPORT_STEPS},
     }, indent=2) + "\n")
 
