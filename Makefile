@@ -148,6 +148,7 @@ bench: $(VENV)/package ## criterion groups, then side by side with torch and sae
 	$(PY) benches/compare_torch.py
 	$(PY) benches/topk.py
 	$(PY) benches/stats.py
+	$(PY) benches/watch.py
 	$(PY) benches/load.py
 
 wheel: $(VENV)/languages ## dist/*.whl, for every Python of this platform

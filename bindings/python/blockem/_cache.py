@@ -240,14 +240,15 @@ class Cache:
         else may have it open. If it fails, the cache has the latents that it had.
 
         On several ranks all must call it, each with a cache opened for reading: the first fills it,
-        so batches must be all of the data there, and model whole (UNSUPPORTED under FSDP and ZeRO-3:
-        stop, fill, start again).
+        so batches must be all of the data there, and the model whole (UNSUPPORTED under FSDP and
+        ZeRO-3: stop, fill, resume).
 
-        process_group: those ranks; None is torch.distributed's default group where it is initialised.
+        process_group: those ranks; None is torch.distributed's default group where it is
+            initialised.
         The rest is that of :meth:`fill`.
 
-        Raises Error: CACHE_BUSY, INVALID_ARGUMENT (another thread is in a call), UNSUPPORTED, and what
-        :meth:`fill` raises.
+        Raises Error: CACHE_BUSY, INVALID_ARGUMENT (another thread is in a call), UNSUPPORTED, and
+        what :meth:`fill` raises.
         """
         from . import _torch_cache
 

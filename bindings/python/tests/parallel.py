@@ -372,7 +372,7 @@ def watched(
     """Three steps of forwards over this rank's micro-batches."""
     handle = attach(net, DICTIONARY.plan, lam=1.0, **settings)
     stats = blockem.Stats(DICTIONARY.sae, num_threads=1)
-    watch = Watch(handle, stats, share=share, seed=1, min_tokens=1)
+    watch = Watch(handle, stats, share=share, together=1, seed=1, min_tokens=1)
     for _ in range(3):
         handle.begin_step(mine, copies=copies)
         for batch in map(local, mine):

@@ -83,7 +83,7 @@ def test_a_report_is_a_dense_encode_of_the_sampled_rows(cached: bool) -> None:
     reference = (lambda batch: z_of(net, DICTIONARY.plan, batch)) if cached else "adapters_off"
     handle = attach(net, DICTIONARY.plan, lam=1.0, reference=reference, tolerance=1e-4)
     known = blockem.Latents([1, 2, 4, 6], [1, -1, 1, 1])
-    watch = Watch(handle, stats(), share=0.3, seed=4, known=known, top=5, min_tokens=1,
+    watch = Watch(handle, stats(), share=0.3, together=1, seed=4, known=known, top=5, min_tokens=1,
                   memory=0, rule=QUIET)
     taken = []
     rows = watch._rows
@@ -138,7 +138,7 @@ def test_nothing_runs_where_nothing_is_sampled() -> None:
     handle = attach(net, DICTIONARY.plan, lam=1.0, tolerance=1e-4,
                     reference=lambda batch: references[id(batch)])
     step_of(handle, net, batches[:1])  # makes the self-check
-    watch = Watch(handle, stats(), share=0.05, min_tokens=1)
+    watch = Watch(handle, stats(), share=0.05, together=1, min_tokens=1)
     seen, sampled = passes_of(net), []
     for batch in batches[1:]:
         mine = watch._rows(batch["labels"])
@@ -158,14 +158,15 @@ def test_nothing_runs_where_nothing_is_sampled() -> None:
 
 
 def test_the_share_is_that_of_all_sequences_in_small_batches_too() -> None:
-    for size in (1, 7):
+    for size, together in ((1, 4), (7, 1), (7, 3)):
         handle = attach(model(), DICTIONARY.plan, lam=1.0)
-        watch = Watch(handle, stats(), share=0.05)
+        watch = Watch(handle, stats(), share=0.05, together=together)
         mask = torch.ones(size, 4)
         drawn = []
         for handle._steps in range(2000):
             drawn.append(watch._rows(mask))
         rows = [row for mine in drawn for row in mine]
+        assert {len(mine) % min(together, size) for mine in drawn} <= {0, 7 % 3}
         assert len(rows) / (2000 * size) == pytest.approx(0.05, rel=0.2)
         counts = np.bincount(rows, minlength=size)
         assert counts.min() > 0.6 * counts.max()
@@ -212,7 +213,7 @@ def test_two_layers_share_a_pass() -> None:
                     reference=lambda b: (given[0], given[1]))
     with torch.no_grad(), net.disable_adapter():
         given = [z.plan.encode(h) for z, h in zip((one, two), _layers(net, batch))]
-    watches = [Watch(handle, blockem.Stats(d.sae), share=0.2, min_tokens=1, memory=0)
+    watches = [Watch(handle, blockem.Stats(d.sae), share=0.2, together=1, min_tokens=1, memory=0)
                for d in (one, two)]
     step_of(handle, net, [batch])
     seen = passes_of(net)
@@ -338,8 +339,9 @@ def test_alarm_on_growth() -> None:
 
 def test_what_is_not_finite_is_told() -> None:
     planted = Planted()
-    with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not finite.*.32 latents"):
+    with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not.*.32 latents"):
         planted.step({3: math.inf})
+    assert planted.step({3: 1.0})["blockem/watch/outside"] == pytest.approx(1)
 
 
 # State.
@@ -369,7 +371,7 @@ def test_a_resumed_watch_continues_exactly() -> None:
     def start():
         net = tiny.with_lora(tiny.llama()).train()
         handle = attach(net, DICTIONARY.plan, lam=0.05)
-        watch = Watch(handle, stats(), share=0.4, min_tokens=1, known=KNOWN,
+        watch = Watch(handle, stats(), share=0.4, together=1, min_tokens=1, known=KNOWN,
                       rule=AlarmRule(outside_ratio=1.5, baseline=2, patience=1))
         return net, handle, watch, SGD(trained(net))
 
@@ -626,6 +628,56 @@ def test_rediscovery_by_a_callable() -> None:
             Adaptive(planted.handle, planted.watch, **arguments)
 
 
+def test_layers_and_caches_of_their_own(tmp_path: Path) -> None:
+    """Each layer's alarm changes its own K and fills its own cache; a resumed run finds both."""
+    dictionaries = Dictionary(0, seed=4), Dictionary(2, seed=5)
+    rising = blockem.Latents([1, 2, 4, 6, 8, 9, 10], [1] * 7)
+    data = tiny.batches(4)
+    caches = []
+
+    def start(mode: str):
+        net = model()
+        for cache in caches:
+            cache.close()
+        caches[:] = [
+            blockem.Cache(tmp_path / f"{d.plan.layer}.cache", d.plan, base_model="tiny",
+                          dtype="float32", mode=mode) for d in dictionaries]
+        if mode == "create":
+            for cache in caches:
+                cache.fill(net, data, progress=False)
+            return None
+        handle = attach(net, [d.plan for d in dictionaries], lam=1.0, tolerance=1e-4,
+                        reference=lambda batch: [cache.reference(batch) for cache in caches])
+        watches = [Watch(handle, blockem.Stats(d.sae), share=1.0, min_tokens=1, known=known,
+                         rule=AlarmRule(None, 0.01, least=0, patience=1))
+                   for d, known in zip(dictionaries, (rising, None))]
+        found = blockem.Latents([2, 9], [1, -1])
+        adaptive = Adaptive(handle, watches, rediscover=lambda alarm: found, caches=caches,
+                            batches=data, cooldown=0)
+        return net, handle, adaptive
+
+    start("create")
+    net, handle, adaptive = start("read")
+    step_of(handle, net, data)
+    handle.metrics()
+    one, two = handle.plans
+    assert one.latents.ids.tolist() == [*DICTIONARY.ids, 2, 9] and two is dictionaries[1].plan
+    assert caches[0].plan is one and caches[1].plan is two
+    assert [swap.layer for swap in adaptive.swaps] == [0]
+    step_of(handle, net, data)
+    want = handle.metrics(per_latent=True)
+    assert want["blockem/layer0/latents_version"] == 1 and want["blockem/layer0/latent/9"] >= 0
+    states = handle.state_dict(), adaptive.state_dict()
+
+    net, handle, adaptive = start("read")
+    handle.load_state_dict(states[0])
+    adaptive.load_state_dict(states[1])
+    step_of(handle, net, data)
+    found = handle.metrics(per_latent=True)
+    assert {n: x for n, x in found.items() if "watch" not in n} == {
+        n: x for n, x in want.items() if "watch" not in n}
+
+
 def test_arguments() -> None:
     handle = attach(model(), DICTIONARY.plan, lam=1.0)
     for text, call in [
@@ -675,7 +727,8 @@ def test_a_base_of_the_caller_s() -> None:
 
         handle = attach(net, DICTIONARY.plan, lam=1.0,
                         reference=(lambda b: z) if given else base, tolerance=math.inf)
-        watch = Watch(handle, stats(), share=0.5, min_tokens=1, base=hidden if given else None)
+        watch = Watch(handle, stats(), share=0.5, together=1, min_tokens=1,
+                      base=hidden if given else None)
         step_of(handle, net, [batch])
         found.append(watch.report())
         handle._steps = 0
@@ -777,7 +830,7 @@ def test_a_trainer_watches_swaps_and_resumes(tmp_path: Path) -> None:
         return test_trainer.trainer(
             test_trainer.BlockedTrainer, tmp_path,
             penalty=dict(plan=DICTIONARY.plan, lam=DualAscent(1e-4, rate=20.0, initial=0.01)),
-            watch=dict(stats=stats(), share=0.5, min_tokens=1, known=known,
+            watch=dict(stats=stats(), share=0.5, together=1, min_tokens=1, known=known,
                        rule=AlarmRule(outside_ratio=None, known_overlap=0.2, least=0, patience=1)),
             adaptive=dict(top=1, cooldown=2),
             args={"save_strategy": "steps", "save_steps": 3, "max_steps": 7})

@@ -51,8 +51,8 @@ class Adaptive:
     watches: one, or one for each of several layers.
     rediscover: "movers", the watch's own: the `top` largest movers outside K, blocked in the
         direction in which they moved; or a callable that is given the :class:`Alarm` and returns
-        Latents or Movers (or None, for nothing), such as Stages 1 to 3 of ``blockem.discover`` on the
-        model as it is. On several ranks it must return the same on all.
+        Latents or Movers (or None, for nothing), such as Stages 1 to 3 of BLOCK-EM on the model as it
+        is. On several ranks it must return the same on all.
     top: how many movers.
     known_only: only those of the watch's `known`, with their sign.
     max_latents: K of a layer grows no further; of more that were found, the first are taken.

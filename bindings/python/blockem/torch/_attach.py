@@ -317,7 +317,8 @@ class Handle:
         found: dict[str, float] = {}
         for site in self._sites:
             prefix = self._prefix(site.layer)
-            site_metrics = site.metrics(self._ranks.all_reduce(site.totals), self._mean_factor(site))
+            totals = self._ranks.all_reduce(site.totals)
+            site_metrics = site.metrics(totals, self._mean_factor(site))
             found |= {prefix + name: value for name, value in site_metrics.items()
                       if per_latent or not name.startswith("latent/")}
             site.totals = torch.zeros_like(site.totals)
@@ -375,8 +376,8 @@ class Handle:
         return ratio_lambda(ratio, found.base_loss - found.loss, found.penalty)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: lambdas, steps, and the identity of latents and layers. For JSON;
-        a :class:`Watch` has a state of its own."""
+        """What a resumed run needs: lambdas, steps, and the identity of latents and layers. For
+        JSON; a :class:`Watch` has a state of its own."""
         self._expect_tokens()
         return {
             "version": 1,
@@ -386,9 +387,9 @@ class Handle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues a run of the same layers, SAEs, latents, reduction and kind of lambda. Where that
-        run had swapped its latents, they are swapped here too, so that attach may be given the first
-        set or the last (a cache must then know them: :meth:`Cache.use`)."""
+        """Continues a run of the same layers, SAEs, latents, reduction and kind of lambda. Where
+        that run had swapped its latents, they are swapped here too, so that attach may be given the
+        first set or the last (a cache must be told of them: :meth:`Cache.use`)."""
         if state.get("version") != 1:
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"unknown state version {state.get('version')!r}")
         mine = self.state_dict()
@@ -405,7 +406,7 @@ class Handle:
             if plan is not site.plan:
                 site.swap(plan)
                 self._swapped()
-            site.version = theirs["latents_version"]
+            site.version = theirs.get("latents_version", 0)
         self._steps, self._micro, self._resumed = state["steps"], 0, True
 
     @property
@@ -432,7 +433,7 @@ class Handle:
         if layers.count(layer) != 1:
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"layer is {layer}; expected one of {', '.join(map(str, layers))}, each attached once",
+                f"layer is {layer}; expected one of {', '.join(map(str, layers))}, attached once",
             )
         return self._sites[layers.index(layer)]
 

@@ -40,15 +40,15 @@ def freeze_above(model: nn.Module, layer: int, *, layers: str | None = None) -> 
     """Stops training the decoder layers above a block: `layer + 1` to the last.
 
     What lies above the blocked layer cannot be seen by its latents, so misalignment can be learned
-    there around them; BLOCK-EM's authors have runs with adapters on the layers up to the block only.
+    there around them; BLOCK-EM's authors have runs with adapters up to the block only.
 
-    model: a Hugging Face causal language model, PeftModel or not, before DistributedDataParallel or
-        FSDP wraps it (their reducers count the trained parameters) and before the optimizer or after.
+    model: a Hugging Face causal language model, PeftModel or not, before DistributedDataParallel
+        or FSDP wraps it: their reducers count the trained parameters.
     layer: 0-based decoder block whose output the SAE reads.
     layers: dotted name of the list of decoder layers, where it cannot be found.
 
-    Embeddings, final norm and output head stay as they are. Gradients that they have are dropped, so
-    that an optimizer leaves them alone at once.
+    Embeddings, final norm and output head stay as they are. What is frozen loses its gradient, so
+    that an optimizer leaves it alone at once.
 
     Raises Error INVALID_ARGUMENT: nothing above is trained, or nothing would be left to train.
     """

@@ -22,13 +22,16 @@ class Site:
     def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
         self.layer, self.lam = layer, lam
         #: how often the latents were swapped
-        self.version = -1
-        self.swap(plan)
+        self.version = 0
+        self._take(plan)
 
     def swap(self, plan: Plan) -> None:
         """Takes another plan; the sums begin anew."""
-        self.plan = plan
+        self._take(plan)
         self.version += 1
+
+    def _take(self, plan: Plan) -> None:
+        self.plan = plan
         signs, weights = plan.latents.signs, plan.latents.weights
         self.signs = torch.tensor(signs, dtype=torch.float32, device=plan.device)
         self.weights = torch.tensor(weights, dtype=torch.float32, device=plan.device)

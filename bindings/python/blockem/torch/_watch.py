@@ -1,4 +1,4 @@
-"""The watch for rerouting: how the whole dictionary drifts from the base model while K is blocked."""
+"""The watch for rerouting: how the dictionary drifts from the base model while K is blocked."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MAXIMA = (_ffi.STATS_STATE["max"], _ffi.STATS_STATE["base_max"])
 class AlarmRule:
     """When a drift is an alarm.
 
-    A report speaks for an alarm when ``relative >= least`` (:attr:`Drift.relative`) and one of these
-    holds; `patience` such reports in a row are one.
+    A report speaks for an alarm when ``relative >= least`` (:attr:`Drift.relative`) and one of
+    these holds; `patience` such reports in a row are one, and each `patience` more another.
 
         growth     outside >= outside_ratio * the baseline's outside
         overlap    known >= known_overlap                  (only of a watch that was given `known`)
@@ -41,10 +41,10 @@ class AlarmRule:
     The baseline is the `baseline`-th report since the start or the last swap of the latents, or the
     one that :meth:`Watch.set_baseline` was given; growth is not judged before.
 
-    Growth alone cannot tell rerouting from learning: a task that is learned drifts too. Overlap can:
-    in an independent port of BLOCK-EM to Qwen2.5-7B, 28 of the 40 largest movers outside K were those
-    of plain LoRA, while K stayed at its base level. The defaults are starting points: the first
-    reports of a healthy run show what is normal for an SAE.
+    Growth alone cannot tell rerouting from learning: a task that is learned drifts too. Overlap
+    can: in an independent port of BLOCK-EM to Qwen2.5-7B, 28 of the 40 largest movers outside K were
+    those of plain LoRA, while K stayed at its base level. The defaults are starting points: the
+    first reports of a healthy run show what is normal for an SAE.
 
     outside_ratio: None for no such rule; more than 1.
     known_overlap: None for no such rule; in (0, 1].
@@ -79,8 +79,8 @@ class AlarmRule:
         found = []
         if not drift.relative >= self.least:
             return ()
-        grown = self.outside_ratio is not None and baseline is not None
-        if grown and drift.outside >= self.outside_ratio * baseline:
+        judged = self.outside_ratio is not None and baseline is not None
+        if judged and drift.outside >= self.outside_ratio * baseline:
             found.append(
                 f"the drift outside K is {drift.outside:.4g}, at least {self.outside_ratio:g} times "
                 f"the baseline's {baseline:.4g}"
@@ -96,15 +96,15 @@ class AlarmRule:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far each latent of the dictionary is from the base model's, over the watched tokens of all
-    ranks. z and base are of the same tokens; E is their mean.
+    """How far each latent of the dictionary is from the base model's, over the watched tokens of
+    all ranks. z and base are of the same tokens; E is their mean.
 
         delta_k    = E(z_k - base_k)
         rise_k     = E relu(z_k - base_k)^2        fall_k = E relu(base_k - z_k)^2
         drift_k    = rise_k + fall_k = E(z_k - base_k)^2
 
         inside     = sum over k in K of drift_k
-        blocked    = sum over K+ of rise_k + sum over K- of fall_k       what K pays, each with weight 1
+        blocked    = sum over K+ of rise_k + sum over K- of fall_k      what K pays, with weights 1
         outside    = sum over k not in K of drift_k
         relative   = outside / sum over k not in K of E base_k^2
         known      = share of the `top` movers that are in the list of known ones, with their sign
@@ -154,7 +154,7 @@ class Drift:
         return drift / size if size else math.inf if drift else 0.0
 
     def movers(self, count: int, among: Movers | Latents | None = None) -> Movers:
-        """Up to `count` latents outside K that moved, the largest \\|delta\\| first, equals by their id.
+        """Up to `count` latents outside K that moved, the farthest first, equals by their id.
 
         among: only latents of this list, and only where they moved by its sign.
         """
@@ -189,18 +189,19 @@ class Watch:
     In a sampled sequence's forward the statistics read what the hooks have anyway; the base model's
     hidden states are those of the reference pass, or where references come from a cache, of a pass
     over the sampled sequences alone that ends at the layer. In all other steps nothing is done.
-    Nothing waits for the device but :meth:`report`, :meth:`metrics` and :meth:`state_dict`, which all
-    ranks must call; the first forward of several ranks agrees on the batch size.
+    Nothing waits for the device but :meth:`report`, :meth:`metrics` and :meth:`state_dict`, which
+    all ranks must call; at the first forward several ranks agree on the batch size.
 
     handle: of :func:`attach`. One watch for each layer.
     stats: gives the dictionary, of the layer's SAE with the plan's activation, on any device (the
         whole encoder is kept there); its own sums stay as they are.
     layer: which of the handle's, if it has several and the SAE does not tell.
-    share: of the sequences (rows of a batch), on average. Of each micro-batch n rows are drawn, n
-        by one draw with this probability for each row that the first micro-batch had. Draws depend
-        on seed, step, micro-batch and row alone: all ranks watch in the same steps (so the others
-        are not slowed), and those that compute rows together the same rows. A packed row is one
-        sequence.
+    share: of the sequences (rows of a batch), on average. Draws depend on seed, step, micro-batch
+        and row alone: all ranks watch in the same steps (so the others are not slowed), and those
+        that compute rows together the same rows. A packed row is one sequence.
+    together: how many rows of a micro-batch are drawn at once, if it has so many: a pass of several
+        costs little more than one of a single row. The more, the fewer steps have any. (For every
+        `together` rows that the first micro-batch had there is one draw.)
     seed: of the draws.
     known: bad movers, such as the pool of Stage 1 or the shortlist of Stage 2 on an unblocked run:
         ids with signs. Stage 1's movers on neutral prompts are worth more here than those on the
@@ -229,6 +230,7 @@ class Watch:
         *,
         layer: int | None = None,
         share: float = 0.01,
+        together: int = 4,
         seed: int = 0,
         known: Movers | Latents | None = None,
         top: int = 40,
@@ -245,6 +247,7 @@ class Watch:
             expect(name, value, kind)
         for name, value, right, expected in (
             ("share", share, 0 < share <= 1, "in (0, 1]"),
+            ("together", together, together >= 1, "at least 1"),
             ("memory", memory, 0 <= memory <= 1, "between 0 and 1"),
             ("top", top, top >= 1, "at least 1"),
             ("min_tokens", min_tokens, min_tokens >= 1, "at least 1"),
@@ -255,16 +258,15 @@ class Watch:
         self._handle, self._site = handle, handle._site(stats.layer if one else layer)
         _expect_dictionary(stats, self._site)
         if any(watch._site is self._site for watch in handle._watches):
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT, f"decoder block {self._site.layer} has a watch already"
-            )
+            at = self._site.layer
+            fail(_ffi.STATUS_INVALID_ARGUMENT, f"decoder block {at} has a watch already")
         if base is None and isinstance(handle._source, Provided):
             # A cache has z of K alone: the base model runs for the sampled rows.
             _expect_base(handle._source)
         if known is not None:
             _expect_ids(known, stats.d_sae)
         self.layer, self.stats, self.base = self._site.layer, stats.fresh(), base
-        self.share, self.seed, self.known = share, seed, known
+        self.share, self.together, self.seed, self.known = share, together, seed, known
         self.top, self.memory, self.min_tokens, self.rule = top, memory, min_tokens, rule
         self._listeners = [on_alarm] if on_alarm is not None else []
         self.last: Drift | None = None
@@ -281,17 +283,18 @@ class Watch:
         """The drift since the last report, with what memory keeps of those before; None while fewer
         than ``min_tokens`` tokens were seen since. Judges it: calls on_alarm.
 
-        Raises Error NON_FINITE where a watched z was not finite.
+        Raises Error NON_FINITE where a watched z was not finite; the next report forgets it.
         """
         self._window = self._window.plus(self._seen())
         self.stats.reset()
         if self._window.count < self.min_tokens:
             return None
-        self._kept = self._kept.faded(self.memory).plus(self._window)
+        kept = self._kept.faded(self.memory).plus(self._window)
         self._window = _Sums()
+        drift = self._drift(kept)
+        self._kept = kept
         self.reports += 1
         self._since_swap += 1
-        drift = self._drift(self._kept)
         if self._baseline is None and self._since_swap >= self.rule.baseline:
             self._baseline = drift.outside
         self.last = drift = replace(drift, reasons=self.rule.reasons(drift, self._baseline))
@@ -319,8 +322,8 @@ class Watch:
         return found | {"watch/alarm": float(self.alarm is not before)}
 
     def set_baseline(self, drift: Drift | None = None) -> None:
-        """Growth is judged from this report on (None: the last): one of a time when the model was
-        known to be good."""
+        """Until the next swap, growth is judged against this report (None: the last): one of a time
+        when the model was known to be good."""
         drift = self.last if drift is None else drift
         if drift is None:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "there was no report yet that could be the baseline")
@@ -331,9 +334,9 @@ class Watch:
         self._handle._watches.remove(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue exactly: tensors, numbers and strings, the same on all
-        ranks. Any number of ranks can go on from it (to the rounding of float64 sums, where there are
-        several)."""
+        """What a resumed run needs to continue exactly: tensors, numbers and strings, the same on
+        all ranks. Any number of ranks can go on from it (to the rounding of float64 sums, where
+        there are several)."""
         return self._settings() | {
             "batch": self._batch,
             "reports": self.reports,
@@ -368,6 +371,7 @@ class Watch:
             "identity": self.stats.identity,
             "numerics": self.stats.numerics,
             "share": self.share,
+            "together": self.together,
             "seed": self.seed,
         }
 
@@ -389,8 +393,14 @@ class Watch:
         if self._batch is None:
             rows = torch.tensor(float(len(mask)), dtype=torch.float64)
             self._batch = int(self._handle._ranks.all_reduce(rows, greatest=True))
+        if self.share == 1:
+            return list(range(len(mask)))
         at = (self.seed, self._handle._steps, self._handle._micro)
-        drawn = sum(_draw(*at, "count", i) < self.share for i in range(self._batch))
+        together = min(self.together, self._batch)
+        groups = -(-self._batch // together)
+        # So that share * batch rows are drawn on average, also where the groups have more.
+        chance = self.share * self._batch / (groups * together)
+        drawn = together * sum(_draw(*at, "group", i) < chance for i in range(groups))
         if not drawn:
             return []
         order = sorted(range(len(mask)), key=lambda row: _draw(*at, "row", row))
@@ -564,7 +574,7 @@ def _expect_base(source: Provided) -> None:
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
             "the reference gives z of K alone and the model has no adapters to turn off: give base, "
-            "which computes the base model's hidden states of sampled rows",
+            "which gives the base model's hidden states of sampled rows",
         )
     expect_adapters_only(source.peft)
 

@@ -37,8 +37,8 @@ class PenaltyMixin:
     cosine_steps: every so many optimizer steps, the cosine of the gradients of penalty and task
         loss is logged (blockem/cosine, :meth:`blockem.torch.Term.cosine`); 0 for never.
     per_latent: each latent's share is logged too (blockem/latent/<id>).
-    watch: the arguments of :class:`blockem.torch.Watch` after the handle; several, for several layers,
-        in a sequence. Its reports come with the logs, where enough was seen since the last.
+    watch: the arguments of :class:`blockem.torch.Watch` after the handle; a sequence of them for
+        several layers. Its reports come with the logs, where enough was seen since the last.
     adaptive: the arguments of :class:`blockem.torch.Adaptive` after handle and watches.
 
     The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
