@@ -14,6 +14,8 @@ from .world import World
 POOL, SHORTLIST = 100, 25
 #: Of Phase A and B, and of the sweep, in activation scales.
 INDUCE, REPAIR, STRENGTHS = 0.7, 0.4, (0.15, 0.3, 0.45)
+#: How much more incoherent than the tuned model answers may be.
+INCOHERENCE = 0.1
 #: One latent alone does not induce misalignment in so small a model, so that eq. 13's filter would leave none.
 RULE = "combined"
 K = 20
@@ -60,5 +62,6 @@ def discover(world: World, tokenizer, model, sae: blockem.Sae, domain: str, fold
     )  # fmt: skip
     shifts = study.shifts()
     screening = study.screen(shifts.pool(POOL), induce=INDUCE, repair=REPAIR)
-    swept = study.sweep(screening.shortlist(SHORTLIST), strengths=STRENGTHS)
+    budget = screening.tuned.incoherent + INCOHERENCE
+    swept = study.sweep(screening.shortlist(SHORTLIST), strengths=STRENGTHS, budget=budget)
     return Found(shifts, screening, swept, sae.d_sae)
