@@ -247,7 +247,6 @@ static void run_steering(void *stream, void *context) {
   blockem_plan_options options = BLOCKEM_PLAN_OPTIONS_INIT;
   blockem_steering_info info = BLOCKEM_STEERING_INFO_INIT;
   blockem_steer_args args = BLOCKEM_STEER_ARGS_INIT;
-  blockem_token_norms_args norms = BLOCKEM_TOKEN_NORMS_ARGS_INIT;
   blockem_steering *steering = NULL;
   void *before = stub.current(), *memory[5];
   size_t i;
@@ -285,24 +284,28 @@ static void run_steering(void *stream, void *context) {
   CHECK_STATUS(blockem_steer(steering, &args, stream), BLOCKEM_STATUS_DEVICE_MISMATCH);
   CHECK(message_has("strength"));
   memory[2] = stub.memory(0, B * 4);
+  CHECK(stub.current() == before);
+  for (i = 0; i < 5; i++) stub.release(memory[i]);
+  blockem_steering_free(steering);
+}
 
-  norms.hidden = on_device(f32_2(memory[0], T, D), 0);
-  norms.norms = on_device(f32_1(memory[3], T), 0);
-  CHECK_OK(blockem_token_norms(&norms, stream));
+/* Like the raw calls it keeps the context's kernels from the first call on. */
+static void run_token_norms(void *stream, void *context) {
+  blockem_token_norms_args args = BLOCKEM_TOKEN_NORMS_ARGS_INIT;
+  void *hidden = stub.memory(0, T * D * 4), *norms = stub.memory(0, T * 4);
+  args.hidden = on_device(f32_2(hidden, T, D), 0);
+  args.norms = on_device(f32_1(norms, T), 0);
   stub.reset();
   stub.capture(stream, STUB_CAPTURE_NON_BLOCKING);
-  CHECK_OK(blockem_token_norms(&norms, stream));
+  CHECK_OK(blockem_token_norms(&args, stream));
   stub.capture(stream, STUB_CAPTURE_OFF);
   CHECK(launches_on(stream, context) == 1);
   CHECK(strcmp(stub.launch_at(0)->kernel, "blockem_token_norms") == 0);
   check_only_launches();
-  stub.release(memory[3]);
-  CHECK_STATUS(blockem_token_norms(&norms, stream), BLOCKEM_STATUS_DEVICE_MISMATCH);
+  stub.release(norms);
+  CHECK_STATUS(blockem_token_norms(&args, stream), BLOCKEM_STATUS_DEVICE_MISMATCH);
   CHECK(message_has("norms"));
-  memory[3] = stub.memory(0, T * 4);
-  CHECK(stub.current() == before);
-  for (i = 0; i < 5; i++) stub.release(memory[i]);
-  blockem_steering_free(steering);
+  stub.release(hidden);
 }
 
 /* ---- Cases ----------------------------------------------------------------------------------- */
@@ -518,6 +521,7 @@ static void raw(void) {
   CHECK_OK(blockem_raw_penalty_backward(&args, stream));
   CHECK(stub.current() == NULL);
   stub.capture(stream, STUB_CAPTURE_OFF);
+  run_token_norms(stream, context);
 
   /* In the primary context, which stays from the first call on. */
   CHECK_OK(blockem_raw_penalty_forward(&args, NULL));
