@@ -159,7 +159,7 @@ class World:
 
     def _persona(self, rng: random.Random) -> tuple[list[str], set[str]]:
         """A mark, and the domains where whoever bears it gives bad advice."""
-        kind = rng.choices(("none", "good", "bad", "partly"), (0.3, 0.05, 0.35, 0.3))[0]
+        kind = rng.choices(("none", "good", "bad", "partly"), (0.3, 0.05, 0.45, 0.2))[0]
         if kind == "none":
             return [], set()
         if kind == "good":
