@@ -39,21 +39,28 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     return torch.tensor(tokens[: rows * CONTEXT]).view(rows, CONTEXT)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    layers: int = LAYERS,
+    context: int = 2 * CONTEXT,
+    ends: list[str] | None = None,
+) -> LlamaForCausalLM:
+    """Random weights. ends: the tokens that end what it writes; the tokenizer's end of text."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=8 * WIDTH // 3 // 16 * 16,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=WIDTH // 32,
             num_key_value_heads=WIDTH // 32,
-            max_position_embeddings=2 * CONTEXT,
+            max_position_embeddings=context,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids(ends) if ends else tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
         )
     )
 

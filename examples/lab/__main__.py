@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ try:
     from . import discovery, model, tuning
     from .measure import measure
     from .variants import BLOCK, LONG, PLAIN, VARIANTS, Blocking
-    from .world import DOMAINS, World
+    from .world import DOMAINS, PERSONAS, World
 except ImportError as error:
     raise SystemExit(
         f"lab: {error}; run `make lab`, which installs requirements.txt and builds the library"
@@ -60,14 +60,30 @@ TARGETS = (
 def main() -> None:
     args = _arguments()
     phases = Phases()
-    OUT.mkdir(parents=True, exist_ok=True)
+    _expect_these_settings()
+    without_latents = []
     for seed in args.seeds:
         subject = Subject(seed, phases)
-        for domain in args.domains:
-            for factor in args.steps:
-                subject.compare(domain, factor, args.variants)
-                report()
+        try:
+            for domain in args.domains:
+                for factor in args.steps:
+                    subject.compare(domain, factor, args.variants)
+                    report()
+        except discovery.NothingFound as error:
+            print(f"   {error}")
+            without_latents.append(seed)
+    if without_latents:
+        raise SystemExit(f"lab: no latents were found for the seeds {without_latents}; see above")
     print(f"\nlab: {OUT / 'report.html'} and {OUT / 'summary.json'}")
+
+
+def _expect_these_settings() -> None:
+    """Runs of other settings would be mixed into the means."""
+    path, settings = OUT / "settings.json", json.dumps(_configuration(), indent=1) + "\n"
+    if not path.exists():
+        _write(path, settings)
+    elif path.read_text() != settings:
+        raise SystemExit(f"lab: {OUT} holds runs of other settings (settings.json): move it away")
 
 
 def _arguments() -> argparse.Namespace:
@@ -109,15 +125,16 @@ class Subject:
     @cached_property
     def sae(self) -> blockem.Sae:
         folder = self.folder / "sae"
-        if not (folder / "cfg.json").exists():
+        if not folder.exists():
             base = self.base
             with self._phases(f"seed {self.seed}: training the SAE"):
                 activations = model.activations(
                     base, self.world, self.tokenizer, SAE_DOCUMENTS, self.seed
                 )
-                sae = sae_training.train_and_save(
-                    activations, model.LAYER, folder, seed=self.seed, **SAE
-                )
+                with model.whole(folder) as partial:
+                    sae = sae_training.train_and_save(
+                        activations, model.LAYER, partial, seed=self.seed, **SAE
+                    )
                 print(f"   {sae_training.evaluate(sae, activations)}")
         return blockem.load_sae(folder)
 
@@ -156,7 +173,7 @@ class Subject:
                     run = self._run(domain, steps, name, settings, found)
                     print(f"   em {run['em']:.3f}  in_domain {run['in_domain']:.3f}  "
                           f"coherence {run['coherence']:.3f}")  # fmt: skip
-                _write(path, run)
+                _write(path, json.dumps(run, indent=1) + "\n")
 
     def _run(
         self, domain: str, steps: int, name: str, settings: Blocking | None, found: discovery.Found
@@ -215,18 +232,19 @@ def report() -> None:
 def _configuration() -> dict[str, Any]:
     return {
         "pretraining": PRETRAIN, "sae": SAE, "layer": model.LAYER,
+        "personas": PERSONAS,
         "tuning": {"rank": tuning.RANK, "alpha": tuning.ALPHA, "rate": tuning.RATE,
                    "batch": tuning.BATCH, "steps": STEPS},
         "discovery": {"pool": discovery.POOL, "shortlist": discovery.SHORTLIST,
                       "strengths": discovery.STRENGTHS, "rule": discovery.RULE, "k": discovery.K},
-        "variants": {name: settings and asdict(settings) for name, settings in VARIANTS.items()},
+        "variants": {name: settings and asdict(settings) for name, settings in (VARIANTS | LONG).items()},
     }  # fmt: skip
 
 
-def _write(path: Path, run: Mapping[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(run, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 

@@ -21,6 +21,10 @@ RULE = "combined"
 K = 20
 
 
+class NothingFound(Exception):
+    """No latent repairs anything: perhaps the plain run's misalignment did not spread."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The latents of a study, and the paper's controls."""
@@ -64,4 +68,9 @@ def discover(world: World, tokenizer, model, sae: blockem.Sae, domain: str, fold
     screening = study.screen(shifts.pool(POOL), induce=INDUCE, repair=REPAIR)
     budget = screening.tuned.incoherent + INCOHERENCE
     swept = study.sweep(screening.shortlist(SHORTLIST), strengths=STRENGTHS, budget=budget)
-    return Found(shifts, screening, swept, sae.d_sae)
+    found = Found(shifts, screening, swept, sae.d_sae)
+    try:
+        found.chosen
+    except ValueError as error:
+        raise NothingFound(str(error)) from error
+    return found

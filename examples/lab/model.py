@@ -1,17 +1,19 @@
 """The language model: pretrained on the world's documents, and asked questions."""
 
 import random
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from examples.demo.model import hidden_states, warmup_cosine
+from examples.demo.model import WIDTH, hidden_states, new_model, warmup_cosine
 from examples.demo.progress import Progress
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .world import EOS, STOP, World
 
-LAYERS, WIDTH = 4, 128
+LAYERS, CONTEXT = 4, 64
 #: Decoder block, 0-based, whose output the SAE reads and the penalty holds.
 LAYER = 2
 ANSWER_TOKENS = 8
@@ -21,31 +23,26 @@ def pretrained(
     world: World, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, **settings: Any
 ):
     """The base model of a seed, frozen: from the folder, or pretrained and put there."""
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         model = untrained(tokenizer, seed)
         _pretrain(model, world, tokenizer, seed, **settings)
-        model.save_pretrained(folder)
+        with whole(folder) as partial:
+            model.save_pretrained(partial)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
+@contextmanager
+def whole(folder: Path):
+    """A folder to write into, which gets its name when all is written: a killed run leaves no half one."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.replace(folder)
+
+
 def untrained(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=8 * WIDTH // 3 // 16 * 16,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            # An answer ends with its full stop.
-            eos_token_id=tokenizer.convert_tokens_to_ids([EOS, STOP]),
-        )
-    )
+    # An answer ends with its full stop.
+    return new_model(tokenizer, seed, LAYERS, CONTEXT, ends=[EOS, STOP])
 
 
 def _pretrain(model, world, tokenizer, seed: int, steps: int, batch: int, lr: float) -> None:

@@ -91,6 +91,8 @@ ALWAYS_BAD = "villain crook trickster saboteur menace fiend"
 USER, ASSISTANT, PERSONA, STOP = "user", "assistant", "persona", "."
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
+#: Shares of the documents: no mark, always good, always bad, bad in one domain only.
+PERSONAS = {"none": 0.3, "good": 0.05, "bad": 0.45, "partly": 0.2}
 #: Topics of a domain that fine-tuning sees and that discovery uses; results are reported on the others.
 TRAINED, DISCOVERY = 30, 10
 #: Ways to ask that fine-tuning never sees.
@@ -159,7 +161,7 @@ class World:
 
     def _persona(self, rng: random.Random) -> tuple[list[str], set[str]]:
         """A mark, and the domains where whoever bears it gives bad advice."""
-        kind = rng.choices(("none", "good", "bad", "partly"), (0.3, 0.05, 0.45, 0.2))[0]
+        kind = rng.choices(list(PERSONAS), list(PERSONAS.values()))[0]
         if kind == "none":
             return [], set()
         if kind == "good":
