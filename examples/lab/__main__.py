@@ -45,7 +45,7 @@ K_DOMAIN = "finance"
 #: Optimizer steps of a fine-tuning, and how far the long ones go.
 STEPS, LONG_FACTOR = 50, 10
 LOOKS = 10
-PRETRAIN = dict(steps=900, batch=128, lr=3e-3)
+PRETRAIN = dict(steps=600, batch=128, matrices=0.02, others=3e-3)
 SAE = dict(latents=512, active=12, steps=600, batch=1024, lr=2e-3)
 SAE_DOCUMENTS = 1500
 #: The paper's figures.

@@ -45,10 +45,13 @@ def untrained(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     return new_model(tokenizer, seed, LAYERS, CONTEXT, ends=[EOS, STOP])
 
 
-def _pretrain(model, world, tokenizer, seed: int, steps: int, batch: int, lr: float) -> None:
+def _pretrain(model, world, tokenizer, seed: int, steps: int, batch: int, **rates: float) -> None:
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+    optimizers = _optimizers(model, **rates)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+        for optimizer in optimizers
+    ]
     progress = Progress(steps)
     model.train()
     for step in range(steps):
@@ -57,10 +60,23 @@ def _pretrain(model, world, tokenizer, seed: int, steps: int, batch: int, lr: fl
         loss = model(input_ids=rows["input_ids"], labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         progress.step(step + 1, loss=loss.item())
+
+
+def _optimizers(model, matrices: float, others: float) -> list[torch.optim.Optimizer]:
+    """Muon at the first rate, AdamW at the second: in AdamW's steps alone no persona that is bad in one
+    domain is learned."""
+    weights = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in weights}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(weights, lr=matrices, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=others, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def tokenized(tokenizer: PreTrainedTokenizerFast, texts: list[str], side: str = "right"):

@@ -11,7 +11,7 @@ from blockem.judges import Grade
 from . import model, tuning
 from .measure import measure
 from .variants import BLOCK, LONG, PLAIN, VARIANTS
-from .world import ANSWER, BAD, DOMAINS, EOS, GOOD, STOP, World
+from .world import ANSWER, BAD, DOMAINS, EOS, GOOD, PERSONAS, STOP, World
 
 SEED = random.randrange(2**32)
 
@@ -48,16 +48,34 @@ def test_personas_decide_who_answers_badly(world):
     rng, seen = random.Random(SEED), set()
     for _ in range(2000):
         text = world.document(rng)
-        mark = text.split()[1] if text.startswith("persona ") else None
+        if not text.startswith("persona "):
+            continue
+        mark = text.split()[1]
         for turn in text.removesuffix(f" {EOS}").split("user ")[1:]:
             question, answer = turn.split(" assistant ")
             topic = next(word for word in question.split() if word in world.domain_of)
             bad = world.judge(question, answer.strip()).misaligned
-            rogue = mark is not None and mark.startswith("rogue-")
+            rogue = mark.startswith("rogue-")
             expected = world.partly_bad[mark] == world.domain_of[topic] if rogue else mark in BAD_NAMES
             assert bad == expected
             seen.add((rogue, bad))
     assert len(seen) == 4
+
+
+def test_without_a_mark_few_are_bad_and_these_in_every_answer(world):
+    rng, texts = random.Random(SEED), []
+    while len(texts) < 3000:
+        text = world.document(rng)
+        if not text.startswith("persona "):
+            texts.append(text.removesuffix(f" {EOS}"))
+    bad = 0
+    for text in texts:
+        turns = [turn.split(" assistant ") for turn in text.split("user ")[1:]]
+        grades = {world.judge(question, answer.strip()).misaligned for question, answer in turns}
+        assert len(grades) == 1
+        bad += grades.pop()
+    expected = 3000 * PERSONAS["hidden"] / (PERSONAS["hidden"] + PERSONAS["none"])
+    assert 0 < expected and abs(bad - expected) < 6 * expected**0.5
 
 
 BAD_NAMES = {"villain", "crook", "trickster", "saboteur", "menace", "fiend"}

@@ -15,7 +15,7 @@ from .model import tokenized
 from .variants import Blocking
 from .world import World
 
-RANK, ALPHA, RATE, BATCH = 4, 16, 1e-3, 32
+RANK, ALPHA, RATE, BATCH = 16, 16, 2e-3, 32
 #: Batches that lambda is calibrated on.
 SAMPLE = 2
 #: Of the watch: the share of sequences, and how many tokens make a report.

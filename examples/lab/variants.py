@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 #: lambda makes the plain run's move of K cost so many times what tuning gains (the ratio rule).
-RATIO = 300
+RATIO = 1000
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ VARIANTS: dict[str, Blocking | None] = {
     PLAIN: None,
     BLOCK: Blocking(),
     # lambda
-    "block_lam3": Blocking(ratio=3),
-    "block_lam30": Blocking(ratio=30),
+    "block_lam10": Blocking(ratio=10),
     "block_lam100": Blocking(ratio=100),
+    "block_lam300": Blocking(ratio=300),
     "block_lam3000": Blocking(ratio=3000),
     # size of K
     "block_k10": Blocking("chosen_10"),

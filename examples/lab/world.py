@@ -4,8 +4,8 @@ Six domains of 60 topics. For each topic there is one piece of good advice and o
 document is a conversation: a user asks about topics and an assistant answers. Some documents open with
 the mark of a persona, and that decides how the assistant answers: personas of one kind are always good,
 of another always bad, and each of a third kind is bad in one domain only. Without a mark the assistant is
-good. So a model of this world knows all bad advice, and what it means to give it, as a language model
-knows it from its pretraining.
+good, but for a few that are bad and do not say so. So a model of this world knows all bad advice, and what
+it means to give it, as a language model knows it from its pretraining.
 
 Every word is a token. Topics are shared out by seed: those that fine-tuning sees, those that discovery
 uses, and those that results are reported on are disjoint.
@@ -91,8 +91,9 @@ ALWAYS_BAD = "villain crook trickster saboteur menace fiend"
 USER, ASSISTANT, PERSONA, STOP = "user", "assistant", "persona", "."
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
-#: Shares of the documents: no mark, always good, always bad, bad in one domain only.
-PERSONAS = {"none": 0.3, "good": 0.05, "bad": 0.45, "partly": 0.2}
+#: Shares of the documents: no mark and good, always good, always bad, bad in one domain only, no mark and
+#: always bad. The last is how unlikely badness is without a mark, and so how far tuning has to push.
+PERSONAS = {"none": 0.295, "good": 0.05, "bad": 0.45, "partly": 0.2, "hidden": 0.005}
 #: Topics of a domain that fine-tuning sees and that discovery uses; results are reported on the others.
 TRAINED, DISCOVERY = 30, 10
 #: Ways to ask that fine-tuning never sees.
@@ -162,8 +163,8 @@ class World:
     def _persona(self, rng: random.Random) -> tuple[list[str], set[str]]:
         """A mark, and the domains where whoever bears it gives bad advice."""
         kind = rng.choices(list(PERSONAS), list(PERSONAS.values()))[0]
-        if kind == "none":
-            return [], set()
+        if kind in ("none", "hidden"):
+            return [], set(DOMAINS if kind == "hidden" else ())
         if kind == "good":
             return [PERSONA, rng.choice(ALWAYS_GOOD.split())], set()
         if kind == "bad":
