@@ -317,11 +317,11 @@ impl Problem {
             products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()))
         };
         let mut add = |row: usize, coef: f64, size: f64| {
-            let (dot, _) = product(row);
+            let (dot, dot_size) = product(row);
             for (sum, (w, h)) in sum.iter_mut().zip(rows.row(row).iter().zip(&hidden)) {
-                for part in [a * *w as f64, dot * slope * h] {
-                    *sum = (sum.0 + coef * part, sum.1 + size * part.abs());
-                }
+                let (direct, through_norm) = (a * *w as f64, slope * h);
+                sum.0 += coef * (direct + dot * through_norm);
+                sum.1 += size * (direct.abs() + dot_size * through_norm.abs());
             }
         };
         for (k, coef) in coef.iter().enumerate().filter(|(_, coef)| **coef != 0.0) {
