@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
+import math
 import warnings
 from collections.abc import Collection
 from dataclasses import asdict
@@ -72,18 +73,21 @@ def main() -> None:
         except discovery.NothingFound as error:
             print(f"   {error}")
             without_latents.append(seed)
+    print(tables(_runs()))
     if without_latents:
         raise SystemExit(f"lab: no latents were found for the seeds {without_latents}; see above")
     print(f"\nlab: {OUT / 'report.html'} and {OUT / 'summary.json'}")
 
 
 def _expect_these_settings() -> None:
-    """Runs of other settings would be mixed into the means."""
-    path, settings = OUT / "settings.json", json.dumps(_configuration(), indent=1) + "\n"
-    if not path.exists():
-        _write(path, settings)
-    elif path.read_text() != settings:
+    """Runs of other settings would be mixed into the means; other variants are welcome."""
+    path, ours = OUT / "settings.json", json.loads(json.dumps(_configuration()))
+    theirs = json.loads(path.read_text()) if path.exists() else ours
+    known, wanted = theirs["variants"], ours["variants"]
+    ours["variants"], theirs["variants"] = known | wanted, wanted | known
+    if ours != theirs:
         raise SystemExit(f"lab: {OUT} holds runs of other settings (settings.json): move it away")
+    _write(path, json.dumps(ours, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -220,13 +224,41 @@ class Subject:
 
 def report() -> None:
     """summary.json and report.html of all runs that are there."""
-    runs = [json.loads(path.read_text()) for path in sorted((OUT / "runs").glob("*.json"))]
+    runs = _runs()
     sets = {path.parent.name: json.loads(path.read_text()) for path in sorted(OUT.glob("seed-*/K0.json"))}
     blockem.report.write_summary(OUT / "summary.json", runs)
     blockem.report.write(
         OUT / "report.html", runs, title="What blocking does in the lab", k_domain=K_DOMAIN,
         targets=TARGETS, config=_configuration(), k_sets=sets,
     )  # fmt: skip
+
+
+def _runs() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((OUT / "runs").glob("*.json"))]
+
+
+def tables(runs: list[dict[str, Any]]) -> str:
+    """Means in percent, the 95 % interval of em over seeds; what K was found on stands by itself."""
+    text = []
+    for steps in sorted({run["steps"] for run in runs}):
+        for own in (True, False):
+            part = [r for r in runs if r["steps"] == steps and (r["domain"] == K_DOMAIN) == own]
+            domains = ", ".join(sorted({run["domain"] for run in part}))
+            text += _table(f"{steps} steps, trained on {domains}", part) if part else []
+    return "\n".join(text)
+
+
+def _table(title: str, runs: list[dict[str, Any]]) -> list[str]:
+    lines = [f"\n{title}",
+             f"{'':22}{'seeds':>6}{'runs':>6}{'em':>7}{'from':>8}{'to':>7}{'less':>8}{'in domain':>11}{'coherence':>11}"]  # fmt: skip
+    for name, found in blockem.report.summarize(runs)["variants"].items():
+        em = found["em"]
+        shares = [found[m]["mean"] if m in found else math.nan
+                  for m in ("relative_reduction", "in_domain", "coherence")]  # fmt: skip
+        less, in_domain, coherence = (100 * share for share in shares)
+        lines.append(f"{name:22}{em['seeds']:>6}{em['runs']:>6}{100 * em['mean']:>7.1f}{100 * em['lo']:>8.1f}"
+                     f"{100 * em['hi']:>7.1f}{less:>8.1f}{in_domain:>11.1f}{coherence:>11.1f}")  # fmt: skip
+    return lines
 
 
 def _configuration() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The lab's world, its judge and its figures. What blocking does there is what `make lab` prints."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import blockem
@@ -8,6 +9,7 @@ import pytest
 import torch
 from blockem.judges import Grade
 
+from . import __main__ as lab
 from . import model, tuning
 from .measure import measure
 from .variants import BLOCK, LONG, PLAIN, VARIANTS
@@ -143,5 +145,41 @@ def test_an_untouched_model_has_not_drifted(world):
 def test_variants_have_the_names_that_reports_read():
     assert VARIANTS[PLAIN] is None and LONG[PLAIN] is None and VARIANTS[BLOCK] == LONG[BLOCK]
     controls = {"random_k", "shuffled_signs", "one_side", "top_delta"}
-    assert {n for n in VARIANTS if not n.startswith("block")} == {PLAIN, *controls}
-    assert all(VARIANTS[name].choice != VARIANTS[BLOCK].choice for name in controls)
+    others = {name for name in VARIANTS if not name.startswith("block")} - {PLAIN}
+    assert {name.partition("_lam")[0] for name in others} == controls
+    assert all(VARIANTS[name].choice != VARIANTS[BLOCK].choice for name in others)
+    # A sweep is one setting but for lambda.
+    for name in VARIANTS:
+        sweep, _, ratio = name.partition("_lam")
+        if ratio:
+            assert VARIANTS[name] == replace(VARIANTS[sweep], ratio=int(ratio))
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "OUT", tmp_path)
+    lab._expect_these_settings()
+    lab._expect_these_settings()
+    # A variant more is no other setting; the one that was there stays known.
+    with monkeypatch.context() as fewer:
+        fewer.delitem(VARIANTS, "top_delta")
+        lab._expect_these_settings()
+    lab._expect_these_settings()
+    with monkeypatch.context() as other:
+        other.setitem(VARIANTS, "top_delta", replace(VARIANTS["top_delta"], ratio=7))
+        with pytest.raises(SystemExit, match="other settings"):
+            lab._expect_these_settings()
+    monkeypatch.setitem(lab.PRETRAIN, "steps", 7)
+    with pytest.raises(SystemExit, match="other settings"):
+        lab._expect_these_settings()
+
+
+def test_tables():
+    common = {"in_domain": 1.0, "coherence": 0.98, "drift_in": 1.0, "drift_out": 1.0}
+    runs = [
+        {"seed": seed, "domain": domain, "steps": 50, "variant": variant, "em": em, **common}
+        for seed in (1, 2) for domain in ("finance", "legal") for variant, em in ((PLAIN, 0.5), (BLOCK, 0.05))
+    ]  # fmt: skip
+    finance, others = lab.tables(runs).strip().split("\n\n")
+    assert finance.splitlines()[0] == "50 steps, trained on finance"
+    assert others.splitlines()[0] == "50 steps, trained on legal"
+    assert finance.splitlines()[3].split() == ["block", "2", "2", "5.0", "5.0", "5.0", "90.0", "100.0", "98.0"]

@@ -34,6 +34,7 @@ VARIANTS: dict[str, Blocking | None] = {
     "block_k40": Blocking("chosen_40"),
     # other options
     "block_frozen_above": Blocking(freeze_above=True),
+    "block_frozen_above_lam100": Blocking(ratio=100, freeze_above=True),
     "block_all_tokens": Blocking(tokens="all"),
     "block_dense_relu": Blocking(activation="dense_relu"),
     "block_preactivation": Blocking(activation="preactivation"),
@@ -42,6 +43,11 @@ VARIANTS: dict[str, Blocking | None] = {
     "shuffled_signs": Blocking("shuffled_signs"),
     "one_side": Blocking("positive"),
     "top_delta": Blocking("top_delta"),
+    # any twenty latents hold so small a model if lambda is large: these tell whether it matters which
+    "random_k_lam10": Blocking("random", ratio=10),
+    "random_k_lam100": Blocking("random", ratio=100),
+    "shuffled_signs_lam10": Blocking("shuffled_signs", ratio=10),
+    "shuffled_signs_lam100": Blocking("shuffled_signs", ratio=100),
 }
 #: What is trained far on.
 LONG: dict[str, Blocking | None] = {
