@@ -68,8 +68,8 @@ def _pretrain(model, world, tokenizer, seed: int, steps: int, batch: int, **rate
 
 
 def _optimizers(model, matrices: float, others: float) -> list[torch.optim.Optimizer]:
-    """Muon at the first rate, AdamW at the second: in AdamW's steps alone no persona that is bad in one
-    domain is learned."""
+    """Muon at the first rate, AdamW at the second: AdamW alone does not learn in as many steps who is bad
+    in one domain only."""
     weights = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in weights}
     rest = [p for p in model.parameters() if id(p) not in inside]
