@@ -174,7 +174,11 @@ class Subject:
             if (names is None or name in names) and not path.exists():
                 found = self.found
                 with self._phases(f"seed {self.seed}, {domain}, {steps} steps: {name}"):
-                    run = self._run(domain, steps, name, settings, found)
+                    try:
+                        run = self._run(domain, steps, name, settings, found)
+                    except discovery.NoSuchSet as reason:
+                        print(f"   left out: {reason}")
+                        continue
                     print(f"   em {run['em']:.3f}  in_domain {run['in_domain']:.3f}  "
                           f"coherence {run['coherence']:.3f}")  # fmt: skip
                 _write(path, json.dumps(run, indent=1) + "\n")
@@ -250,13 +254,13 @@ def tables(runs: list[dict[str, Any]]) -> str:
 
 def _table(title: str, runs: list[dict[str, Any]]) -> list[str]:
     lines = [f"\n{title}",
-             f"{'':22}{'seeds':>6}{'runs':>6}{'em':>7}{'from':>8}{'to':>7}{'less':>8}{'in domain':>11}{'coherence':>11}"]  # fmt: skip
+             f"{'':27}{'seeds':>6}{'runs':>6}{'em':>7}{'from':>8}{'to':>7}{'less':>8}{'in domain':>11}{'coherence':>11}"]  # fmt: skip
     for name, found in blockem.report.summarize(runs)["variants"].items():
         em = found["em"]
         shares = [found[m]["mean"] if m in found else math.nan
                   for m in ("relative_reduction", "in_domain", "coherence")]  # fmt: skip
         less, in_domain, coherence = (100 * share for share in shares)
-        lines.append(f"{name:22}{em['seeds']:>6}{em['runs']:>6}{100 * em['mean']:>7.1f}{100 * em['lo']:>8.1f}"
+        lines.append(f"{name:27}{em['seeds']:>6}{em['runs']:>6}{100 * em['mean']:>7.1f}{100 * em['lo']:>8.1f}"
                      f"{100 * em['hi']:>7.1f}{less:>8.1f}{in_domain:>11.1f}{coherence:>11.1f}")  # fmt: skip
     return lines
 

@@ -25,6 +25,10 @@ class NothingFound(Exception):
     """No latent repairs anything: perhaps the plain run's misalignment did not spread."""
 
 
+class NoSuchSet(Exception):
+    """A control that this K does not have: signs that are all the same cannot be shuffled."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The latents of a study, and the paper's controls."""
@@ -49,7 +53,10 @@ class Found:
             "top_delta": lambda: self.shifts.select(K),
         }
         select = sets.get(choice) or (lambda: self._select(int(choice.removeprefix("chosen_"))))
-        return select().latents()
+        try:
+            return select().latents()
+        except ValueError as error:
+            raise NoSuchSet(str(error)) from error
 
     def _select(self, count: int) -> Selection:
         return self.swept.select(count, rule=RULE)

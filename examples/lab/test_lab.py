@@ -11,6 +11,7 @@ from blockem.judges import Grade
 
 from . import __main__ as lab
 from . import model, tuning
+from .discovery import Found, NoSuchSet
 from .measure import measure
 from .variants import BLOCK, LONG, PLAIN, VARIANTS
 from .world import ANSWER, BAD, DOMAINS, EOS, GOOD, PERSONAS, STOP, World
@@ -153,6 +154,17 @@ def test_variants_have_the_names_that_reports_read():
         sweep, _, ratio = name.partition("_lam")
         if ratio:
             assert VARIANTS[name] == replace(VARIANTS[sweep], ratio=int(ratio))
+
+
+def test_a_control_that_k_does_not_have_is_told():
+    class OneSign:
+        def shuffled_signs(self, seed):
+            raise ValueError("all latents have one sign")
+
+    found = Found(None, None, None, 8)
+    found.__dict__["chosen"] = OneSign()
+    with pytest.raises(NoSuchSet, match="one sign"):
+        found.latents("shuffled_signs", SEED)
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
