@@ -44,7 +44,7 @@ OUT = Path(__file__).resolve().parents[2] / "out" / "lab"
 #: K is always discovered on a plain run of this domain.
 K_DOMAIN = "finance"
 #: Optimizer steps of a fine-tuning, and how far the long ones go.
-STEPS, LONG_FACTOR = 50, 10
+STEPS, LONG_FACTOR = 100, 10
 LOOKS = 10
 PRETRAIN = dict(steps=600, batch=128, matrices=0.02, others=3e-3)
 SAE = dict(latents=512, active=12, steps=600, batch=1024, lr=2e-3)
@@ -273,6 +273,7 @@ def _configuration() -> dict[str, Any]:
                    "batch": tuning.BATCH, "steps": STEPS},
         "discovery": {"pool": discovery.POOL, "shortlist": discovery.SHORTLIST,
                       "strengths": discovery.STRENGTHS, "rule": discovery.RULE, "k": discovery.K},
+        "watch": {"share": tuning.SHARE, "tokens": tuning.REPORT_TOKENS, "rule": asdict(tuning.RULE)},
         "variants": {name: settings and asdict(settings) for name, settings in (VARIANTS | LONG).items()},
     }  # fmt: skip
 

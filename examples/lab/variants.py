@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 #: lambda makes the plain run's move of K cost so many times what tuning gains (the ratio rule).
-RATIO = 1000
+RATIO = 10_000
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,10 @@ VARIANTS: dict[str, Blocking | None] = {
     # lambda
     "block_lam10": Blocking(ratio=10),
     "block_lam100": Blocking(ratio=100),
-    "block_lam300": Blocking(ratio=300),
-    "block_lam3000": Blocking(ratio=3000),
-    # size of K
+    "block_lam1000": Blocking(ratio=1000),
+    # other options; with the layers above frozen a large lambda leaves nothing of the task to be learned
     "block_k10": Blocking("chosen_10"),
-    "block_k40": Blocking("chosen_40"),
-    # other options
-    "block_frozen_above": Blocking(freeze_above=True),
-    "block_frozen_above_lam100": Blocking(ratio=100, freeze_above=True),
+    "block_frozen_above": Blocking(ratio=100, freeze_above=True),
     "block_all_tokens": Blocking(tokens="all"),
     "block_dense_relu": Blocking(activation="dense_relu"),
     "block_preactivation": Blocking(activation="preactivation"),
@@ -44,14 +40,17 @@ VARIANTS: dict[str, Blocking | None] = {
     "one_side": Blocking("positive"),
     "top_delta": Blocking("top_delta"),
     # any twenty latents hold so small a model if lambda is large: these tell whether it matters which
-    "random_k_lam10": Blocking("random", ratio=10),
     "random_k_lam100": Blocking("random", ratio=100),
-    "shuffled_signs_lam10": Blocking("shuffled_signs", ratio=10),
+    "random_k_lam1000": Blocking("random", ratio=1000),
     "shuffled_signs_lam100": Blocking("shuffled_signs", ratio=100),
+    "shuffled_signs_lam1000": Blocking("shuffled_signs", ratio=1000),
 }
 #: What is trained far on.
 LONG: dict[str, Blocking | None] = {
     PLAIN: None,
     BLOCK: Blocking(),
     "block_watch": Blocking(watched=True),
+    # a K that is too small, at a lambda that does not make up for it: does the watch see it, and mend it?
+    "block_k5": Blocking("chosen_5", ratio=100),
+    "block_k5_watch": Blocking("chosen_5", ratio=100, watched=True),
 }
