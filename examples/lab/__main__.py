@@ -242,14 +242,25 @@ def _runs() -> list[dict[str, Any]]:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Means in percent, the 95 % interval of em over seeds; what K was found on stands by itself."""
+    """Means in percent, the 95 % interval of em over seeds: on the domain that K was found on, on the others,
+    and on all of them what was trained on all."""
     text = []
     for steps in sorted({run["steps"] for run in runs}):
-        for own in (True, False):
-            part = [r for r in runs if r["steps"] == steps and (r["domain"] == K_DOMAIN) == own]
+        these = [run for run in runs if run["steps"] == steps]
+        own, others = ([r for r in these if (r["domain"] == K_DOMAIN) == mine] for mine in (True, False))
+        for part in (own, others, _on_all_domains(these) if own and others else []):
             domains = ", ".join(sorted({run["domain"] for run in part}))
             text += _table(f"{steps} steps, trained on {domains}", part) if part else []
     return "\n".join(text)
+
+
+def _on_all_domains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of variants that every seed and domain of these runs has."""
+    places = {(run["seed"], run["domain"]) for run in runs}
+    trained: dict[str, set[tuple[int, str]]] = {}
+    for run in runs:
+        trained.setdefault(run["variant"], set()).add((run["seed"], run["domain"]))
+    return [run for run in runs if trained[run["variant"]] == places]
 
 
 def _table(title: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -280,7 +291,8 @@ def _configuration() -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    # Of this process: others may work on other seeds of the same folder.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)
 

@@ -191,7 +191,13 @@ def test_tables():
         {"seed": seed, "domain": domain, "steps": 50, "variant": variant, "em": em, **common}
         for seed in (1, 2) for domain in ("finance", "legal") for variant, em in ((PLAIN, 0.5), (BLOCK, 0.05))
     ]  # fmt: skip
-    finance, others = lab.tables(runs).strip().split("\n\n")
+    runs.append(runs[0] | {"variant": "top_delta", "em": 0.25})  # on finance alone
+    finance, others, both = lab.tables(runs).strip().split("\n\n")
     assert finance.splitlines()[0] == "50 steps, trained on finance"
     assert others.splitlines()[0] == "50 steps, trained on legal"
-    assert finance.splitlines()[3].split() == ["block", "2", "2", "5.0", "5.0", "5.0", "90.0", "100.0", "98.0"]
+    assert both.splitlines()[0] == "50 steps, trained on finance, legal"
+    row = ["5.0", "5.0", "5.0", "90.0", "100.0", "98.0"]
+    assert finance.splitlines()[3].split() == ["block", "2", "2", *row]
+    assert both.splitlines()[3].split() == ["block", "2", "4", *row]
+    assert "top_delta" in finance and "top_delta" not in both
+    assert "\n\n" not in lab.tables([run for run in runs if run["domain"] == "finance"]).strip()
