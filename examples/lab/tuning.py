@@ -1,7 +1,8 @@
 """Narrow fine-tuning: LoRA on bad answers of one domain, plain or with the penalty."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,18 @@ def ratio_lambda(plain, plan: blockem.Plan, settings: Blocking, data: Data) -> f
         handle.remove()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Batches so small are slower on several, and their bits depend on how many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def train(
     base,
     data: Data,
