@@ -22,7 +22,7 @@ SAMPLE = 2
 #: Of the watch: the share of sequences, and how many tokens make a report. The lab is about what it finds;
 #: what it costs a trainer is benches/watch.py.
 SHARE, REPORT_TOKENS = 0.5, 256
-#: In runs of the design seeds that stayed good, up to 0.15 of the movers were known; where K did not hold, more.
+#: Above what runs of the design seeds showed that stayed good; README.md has what it did on others.
 RULE = blockem.torch.AlarmRule(known_overlap=0.2, outside_ratio=None)
 
 
