@@ -478,6 +478,10 @@ def test_controls() -> None:
         assert sorted(shuffled.signs.tolist()) == [-1, -1, 1, 1]
         assert shuffled.signs.tolist() != top.signs.tolist()
         assert shuffled.signs.tolist() == top.shuffled_signs(seed).signs.tolist()
+    flipped = top.flipped_signs()
+    assert flipped.ids.tolist() == top.ids.tolist() and flipped.signs.tolist() == [-1, 1, 1, -1]
+    assert list(flipped.evidence) == list(top.evidence)
+    assert flipped.flipped_signs().latents().signs.tolist() == top.signs.tolist()
     assert top.only(1).ids.tolist() == [17, 3] and top.only(-1).ids.tolist() == [60, 5]
     assert top.only(-1).provenance["control"] == "only" and random_k.provenance["seed"] == 1
     assert len(top.only(1).latents()) == 2
@@ -494,12 +498,13 @@ def test_controls() -> None:
             call()
 
 
-@pytest.mark.parametrize("control", ["random", "shuffled_signs", "only"])
+@pytest.mark.parametrize("control", ["random", "shuffled_signs", "flipped_signs", "only"])
 def test_controls_are_saved_as_latent_sets(tmp_path: Path, control: str) -> None:
     delta = np.linspace(-1, 1, planted.NUM_LATENTS)
     chosen = {
         "random": lambda k: k.random(planted.NUM_LATENTS, 3),
         "shuffled_signs": lambda k: k.shuffled_signs(3),
+        "flipped_signs": lambda k: k.flipped_signs(),
         "only": lambda k: k.only(-1),
     }[control](Shifts(delta).select(6))
     sae = planted.sae()

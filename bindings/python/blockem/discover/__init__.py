@@ -26,7 +26,7 @@ generated again, so a study's numbers stay.
 
 The controls of the paper are made of a selection by :meth:`Selection.random`,
 :meth:`Selection.shuffled_signs` and :meth:`Selection.only`, and of Stage 1 alone by
-:meth:`Shifts.select`.
+:meth:`Shifts.select`. :meth:`Selection.flipped_signs` is a stricter one.
 """
 
 from ._prompts import check_disjoint

@@ -226,6 +226,11 @@ class Selection:
             signs = rng.permutation(self.signs)
         return self._control(self.ids, signs, self.evidence, control="shuffled_signs", seed=seed)
 
+    def flipped_signs(self) -> Selection:
+        """A control: the same latents, each with the other sign. Of signs that are dealt out anew
+        many stay as they were, most where one side is much the larger; here none does."""
+        return self._control(self.ids, -self.signs, self.evidence, control="flipped_signs")
+
     def random(self, among: int | Sequence[int] | np.ndarray, seed: int) -> Selection:
         """A control: as many latents of either sign, drawn from others than these.
 

@@ -15,7 +15,7 @@ FRACTIONS = ("em", "in_domain", "coherence")
 DRIFTS = ("drift_in", "drift_out")
 IDENTITY = ("seed", "domain", "steps", "variant")
 PLAIN, BLOCK = "plain", "block"
-CONTROLS = ("random_k", "shuffled_signs", "one_side", "top_delta")
+CONTROLS = ("random_k", "shuffled_signs", "flipped_signs", "one_side", "top_delta")
 
 Run = dict[str, Any]
 
