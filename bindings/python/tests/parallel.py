@@ -8,10 +8,11 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import tiny
 import torch
 import transformers
@@ -393,6 +394,14 @@ def of_report(watch: Watch) -> dict:
             for name in ("tokens", "delta", "rise", "fall", "sums")}
 
 
+def moved_by(watch: Watch, batches: Iterable[dict]) -> np.ndarray:
+    """By how much the model has moved each latent, as Handle.movers tells it."""
+    found = watch._handle.movers(batches, watch.stats)
+    delta = np.zeros(watch.stats.d_sae)
+    delta[found.ids] = found.deltas
+    return delta
+
+
 def watch_rows(rank: int, ranks: int) -> dict:
     """Ranks with different rows; then all of them swap, with a cache that they share."""
     net, mine = model(), shards(ranks)[rank]
@@ -442,7 +451,9 @@ def watch_together(placement: object, *, as_dtensor: bool, given: bool = False) 
                 return DICTIONARY.plan.encode(tiny.hidden_states(whole, batch))
 
         more = group | ({"reference": z, "tolerance": 1e-3} if given else {})
-        return of_report(watched(step_of(2), net, 0.5, local=local, **more))
+        watch = watched(step_of(2), net, 0.5, local=local, **more)
+        moved = {} if given else {"moved": moved_by(watch, map(local, step_of(2)))}
+        return moved | of_report(watch)
 
     return case
 

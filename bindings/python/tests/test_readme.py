@@ -48,7 +48,7 @@ def test_examples_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     hidden, base_hidden, mask = torch.randn(2, 9, 32), torch.randn(2, 9, 32), torch.ones(2, 9)
     names = {
         "h": h, "h_base": torch.randn(2, 9, 32), "labels": torch.randint(-1, 1, (2, 9)) * 100,
-        "task_loss": h.sum(), "lam": 1e4, "model": model, "loader": loader, "batch": loader[0],
+        "task_loss": h.sum(), "lam": 1e4, "model": model, "unblocked": planted.model().bfloat16().train(), "loader": loader, "batch": loader[0],
         "hidden": hidden, "base_hidden": base_hidden, "mask": mask,
         "batches": [(hidden, base_hidden, mask)],
         # The latents to be found stay where they were planted.

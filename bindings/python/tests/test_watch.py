@@ -19,10 +19,11 @@ from tiny import Dictionary
 
 import blockem
 from blockem.torch import Adaptive, AlarmRule, DualAscent, Watch, attach, freeze_above
+from blockem.torch._rewind import Past
 
 DICTIONARY = Dictionary()
 F = 12
-QUIET = AlarmRule(outside_ratio=None, known_overlap=None)
+QUIET = AlarmRule(outside_ratio=None, known_overlap=None, way=None)
 SGD = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
 
 
@@ -337,6 +338,72 @@ def test_alarm_on_growth() -> None:
     assert quiet.watch.last.outside > 3 * quiet.watch._baseline and not quiet.alarms
 
 
+def test_alarm_on_the_way_of_an_unblocked_run() -> None:
+    """The latents 0 and 1 are blocked, so that their part of the way counts for nothing."""
+    known = blockem.Movers(np.array([0, 5, 6, 7]), np.array([1, 1, 1, -1], np.int8),
+                           np.array([50.0, 4.0, 2.0, -2.0]))
+    rule = AlarmRule(outside_ratio=None, known_overlap=None, way=0.5, patience=2)
+    planted = Planted(known=known, rule=rule)
+    for moves, want in (
+        ({}, 0.0), ({0: 50.0, 1: 9.0}, 0.0), ({20: 9.0, 21: -9.0}, 0.0), ({5: 1.0}, 4 / 24),
+        ({5: 4.0, 6: 2.0, 7: -2.0}, 1.0), ({5: -4.0, 6: 2.0}, -0.5), ({6: 2.0, 7: -2.0}, 8 / 24),
+    ):
+        found = planted.step(moves)
+        assert found["blockem/watch/retraced"] == pytest.approx(want, abs=1e-5)
+        assert planted.watch.last.retraced == found["blockem/watch/retraced"]
+    assert not planted.alarms
+    for _ in range(2):
+        planted.step({5: 3.0, 20: 7.0})
+    alarm, = planted.alarms
+    assert alarm.reasons == ("outside K the model has gone 0.50 of the known movers' way; 0.5 of it "
+                             "is an alarm",)
+    # Ids and signs are no way, and what K holds is not outside.
+    for known in (None, KNOWN, blockem.Movers(np.array([0]), np.array([1], np.int8), np.ones(1))):
+        without = Planted(known=known)
+        assert "blockem/watch/retraced" not in without.step({5: 9.0})
+        assert without.watch.last.retraced is None
+
+
+def test_movers_of_an_unblocked_run() -> None:
+    """A dense encode of the counted tokens of all batches; the watch of the same model has gone
+    their whole way."""
+    net, data = model(), tiny.batches(3, size=4)
+    handle = attach(net, DICTIONARY.plan, lam=1.0)
+    mine = stats()
+    found = handle.movers(data, mine, 4)
+    assert mine.token_count == 0 and not handle.steps
+    moves = []
+    net.eval()
+    for batch in data:
+        with torch.no_grad():
+            move = dense(tiny.hidden_states(net, batch))
+            with net.disable_adapter():
+                move -= dense(tiny.hidden_states(net, batch))
+        moves.append(move[batch["labels"] != -100])
+    net.train()
+    delta = torch.cat(moves).mean(0).numpy()
+    want = blockem.movers(delta, 4)
+    assert found.ids.tolist() == want.ids.tolist() and found.signs.tolist() == want.signs.tolist()
+    assert found.deltas == pytest.approx(want.deltas, rel=1e-4, abs=1e-6)
+    watch = Watch(handle, stats(), share=1.0, min_tokens=1, rule=QUIET,
+                  known=handle.movers(data, stats()))
+    step_of(handle, net, data)
+    assert handle.metrics()["blockem/watch/retraced"] == pytest.approx(1, rel=1e-5)
+    assert watch.last.delta == pytest.approx(delta, rel=1e-4, abs=1e-6)
+
+    with pytest.raises(ValueError, match="every label is -100"):
+        handle.movers([], stats())
+    with pytest.raises(ValueError, match="of decoder block 2, the plan of 1"):
+        handle.movers(data, blockem.Stats(Dictionary(layer=2).sae))
+    handle.remove()
+    copied = attach(model(0.0), DICTIONARY.plan, lam=1.0, reference=tiny.llama())
+    assert len(copied.movers(data, stats())) == 0
+    copied.remove()
+    given = attach(net, DICTIONARY.plan, lam=1.0, reference=lambda batch: None)
+    with pytest.raises(ValueError, match="z of K alone"):
+        given.movers(data, stats())
+
+
 def test_what_is_not_finite_is_told() -> None:
     planted = Planted()
     with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not.*.32 latents"):
@@ -622,10 +689,99 @@ def test_rediscovery_by_a_callable() -> None:
     for text, arguments in [
         ("rediscover is 'all'", {"rediscover": "all"}), ("top is 0", {"top": 0}),
         ("conflicts is 'x'", {"conflicts": "x"}), ("cooldown is -1", {"cooldown": -1}),
+        ("rewind is -1", {"rewind": -1}),
         ("an iterator", {"batches": iter([])}),
     ]:
         with pytest.raises(ValueError, match=text):
             Adaptive(planted.handle, planted.watch, **arguments)
+
+
+def test_what_is_trained_goes_back() -> None:
+    """To the older of two copies, with the optimizer's state; what follows is what followed then."""
+    torch.manual_seed(2)
+    weight = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    past, values = Past(optimizer, 3), [weight.detach().clone()]
+
+    def step() -> None:
+        ((weight - 1) ** 4).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    past.keep(0)
+    for n in range(1, 9):
+        step()
+        values.append(weight.detach().clone())
+        past.keep(n)
+    assert [moment.step for moment in past._kept] == [3, 6]
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert past.back(8) == 3 and torch.equal(weight, values[3])
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    optimizer.param_groups[0]["lr"] = 0.1
+    step()
+    assert torch.equal(weight, values[4])
+    # What was put back can be put back again; the newer copy is gone.
+    assert past.back(8) == 3 and torch.equal(weight, values[3])
+    # The newest that is old enough; where none is, the oldest.
+    past.keep(8)
+    assert past.back(11) == 8 and past.back(9) == 3
+    fresh = Past(optimizer, 50)
+    fresh.keep(8)
+    assert fresh.back(9) == 8
+
+
+def test_an_answer_goes_back() -> None:
+    planted = Planted(known=KNOWN, top=1, rule=AlarmRule(outside_ratio=None, patience=2))
+    planted.watch.memory = 1.0
+    parameters = trained(planted.net)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    adaptive = Adaptive(planted.handle, planted.watch, top=2, rewind=2, optimizer=optimizer)
+    assert adaptive.optimizer is optimizer
+
+    def step(moves: dict[int, float]) -> list[torch.Tensor]:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        planted.step(moves)
+        return [parameter.detach().clone() for parameter in parameters]
+
+    start = [parameter.detach().clone() for parameter in parameters]
+    seen = [start, *(step({20: 1.0}) for _ in range(4))]
+    assert not any(torch.equal(one, two) for one, two in zip(seen[2], seen[4]))
+    step({5: 90.0})
+    assert not adaptive.swaps
+    now = step({5: 90.0})
+    swap, = adaptive.swaps
+    # Copies at the quiet steps 2 and 4; the alarm came at 6.
+    assert (swap.step, swap.rewound_to, swap.ids) == (6, 4, (5, 20))
+    assert all(torch.equal(one, two) for one, two in zip(now, seen[4], strict=True))
+    assert planted.handle.steps == 6 and planted.handle.plans[0].num_latents == 4
+    # Of the abandoned steps the watch knows nothing.
+    tokens = planted.watch.last.tokens
+    step({})
+    assert planted.watch.last.tokens == tokens / 6 and not planted.watch.last.reasons
+    state = json.loads(json.dumps(adaptive.state_dict()))
+    again = Adaptive(planted.handle, [])
+    again.load_state_dict(state)
+    assert again.swaps == adaptive.swaps
+
+    # An alarm at once goes back to where the run began.
+    early = Planted(known=KNOWN, top=1, rule=AlarmRule(outside_ratio=None, patience=1))
+    weights = trained(early.net)
+    before = [weight.detach().clone() for weight in weights]
+    late = Adaptive(early.handle, early.watch, rewind=50)
+    assert late.optimizer is None
+    with pytest.raises(ValueError, match="rewind needs the optimizer"):
+        early.step({})
+    late.optimizer = torch.optim.SGD(weights, lr=1.0)
+    with torch.no_grad():
+        for weight in weights:
+            weight += 1e-3
+    early.step({5: 9.0})
+    assert late.swaps[0].rewound_to == 1
+    assert all(torch.equal(one, two) for one, two in zip(before, weights, strict=True))
+    with pytest.raises(TypeError, match="optimizer"):
+        late.optimizer = weights
 
 
 def test_layers_and_caches_of_their_own(tmp_path: Path) -> None:
@@ -691,6 +847,7 @@ def test_arguments() -> None:
             handle, blockem.Stats(Dictionary(layer=2).sae))),
         ("known has latent 12", lambda: Watch(handle, stats(), known=blockem.Latents([12], [1]))),
         ("outside_ratio is 1", lambda: AlarmRule(outside_ratio=1.0)),
+        ("way is 0", lambda: AlarmRule(way=0)),
         ("patience is 0", lambda: AlarmRule(patience=0)),
     ]:
         with pytest.raises(ValueError, match=text):
@@ -805,6 +962,10 @@ def test_ranks_with_different_rows_report_as_one(ranks: dict) -> None:
 def test_ranks_that_share_rows_report_as_one(case: str, ranks: dict) -> None:
     local = lambda batch: parallel.padded(batch, 2)
     one = parallel.watched(parallel.step_of(2), parallel.model(), 0.5, local=local)
+    if "given" not in case:
+        want = parallel.moved_by(one, map(local, parallel.step_of(2)))
+        assert ranks[case]["moved"] == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert np.abs(want).max() > 1e-2
     same_report(ranks[case], parallel.of_report(one))
 
 
@@ -826,13 +987,13 @@ def test_ranks_swap_with_a_cache_that_they_share(ranks: dict) -> None:
 def test_a_trainer_watches_swaps_and_resumes(tmp_path: Path) -> None:
     known = blockem.Latents([1, 2, 4, 6, 8, 9, 10], [1, 1, 1, 1, 1, 1, 1])
 
-    def make() -> torch.nn.Module:
+    def make(rewind: int = 0) -> torch.nn.Module:
         return test_trainer.trainer(
             test_trainer.BlockedTrainer, tmp_path,
             penalty=dict(plan=DICTIONARY.plan, lam=DualAscent(1e-4, rate=20.0, initial=0.01)),
             watch=dict(stats=stats(), share=0.5, together=1, min_tokens=1, known=known,
                        rule=AlarmRule(outside_ratio=None, known_overlap=0.2, least=0, patience=1)),
-            adaptive=dict(top=1, cooldown=2),
+            adaptive=dict(top=1, cooldown=2, rewind=rewind),
             args={"save_strategy": "steps", "save_steps": 3, "max_steps": 7})
 
     whole = make()
@@ -852,3 +1013,9 @@ def test_a_trainer_watches_swaps_and_resumes(tmp_path: Path) -> None:
     (folder / "blockem_watch.pt").unlink()
     with pytest.raises(FileNotFoundError, match="blockem_watch.pt"):
         make().train(resume_from_checkpoint=str(folder))
+    back = make(rewind=1)
+    assert back.adaptive.optimizer is None
+    back.train()
+    swap = back.adaptive.swaps[0]
+    assert swap.rewound_to is not None and swap.rewound_to <= swap.step - 1
+    assert isinstance(back.adaptive.optimizer, torch.optim.Optimizer)

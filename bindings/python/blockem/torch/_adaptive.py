@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from .. import _ffi
 from .._cache import Cache
 from .._core import Latents, expect
 from .._library import fail
 from .._stats import Movers
 from ._attach import Handle
+from ._rewind import Past
 from ._watch import Alarm, Watch
 
 __all__ = ["Adaptive", "Swap"]
@@ -34,14 +37,16 @@ class Swap:
     latents: int
     #: the alarm's
     reasons: tuple[str, ...]
+    #: the step that the weights went back to, or None
+    rewound_to: int | None = None
 
 
 class Adaptive:
-    """Answers the alarms of watches: finds latents again, blocks the union of the old set and the
-    new, fills caches, goes on.
+    """Answers the alarms of watches: finds latents again, goes back if asked to, blocks the union
+    of the old set and the new, fills caches, goes on.
 
-        watch = blockem.torch.Watch(handle, stats, known=pool)
-        adaptive = blockem.torch.Adaptive(handle, watch, top=20)
+        watch = blockem.torch.Watch(handle, stats, known=known)
+        adaptive = blockem.torch.Adaptive(handle, watch, top=20, rewind=50, optimizer=optimizer)
 
     The answer comes within the report that gives the alarm (:meth:`Handle.metrics`,
     :meth:`Watch.report`), which must stand between two steps. Each layer has its own watch, K and
@@ -58,6 +63,14 @@ class Adaptive:
     max_latents: K of a layer grows no further; of more that were found, the first are taken.
     cooldown: optimizer steps after a swap in which the layer's alarms are not answered: the penalty
         needs steps to pull the new latents back.
+    rewind: an answer first puts what is trained back to where it was at least so many optimizer
+        steps before, at a report without a reason for an alarm (or to the start, if it is not so long
+        ago); the data and the schedule go on. 0: never. Without it the penalty starts on latents
+        that have moved: a jump of the loss, whose gradients carry them beyond the base model's
+        values, where a one-sided penalty does not hold them, and cost coherence. Two copies of the
+        trained parameters and of the optimizer's state are kept, on their device.
+    optimizer: a torch.optim.Optimizer of all that is trained, for rewind; or set the attribute
+        ``optimizer`` before the first report. From then on copies are kept.
     conflicts: a callable found a latent of K with the opposite sign: "keep" the old sign, or
         "error".
     caches: what ``reference`` reads, for the layers that have one: filled for the new latents, as
@@ -81,6 +94,8 @@ class Adaptive:
         known_only: bool = False,
         max_latents: int = 200,
         cooldown: int = 50,
+        rewind: int = 0,
+        optimizer: torch.optim.Optimizer | None = None,
         conflicts: str = "keep",
         caches: Sequence[Cache] = (),
         batches: Iterable[Any] | None = None,
@@ -100,7 +115,8 @@ class Adaptive:
             _refuse(f"rediscover is {rediscover!r}; expected 'movers' or a callable")
         for name, value, least in (
             ("top", top, 1), ("max_latents", max_latents, 1), ("cooldown", cooldown, 0),
-        ):
+            ("rewind", rewind, 0),
+        ):  # fmt: skip
             if value < least:
                 _refuse(f"{name} is {value}; expected at least {least}")
         if conflicts not in ("keep", "error"):
@@ -113,9 +129,25 @@ class Adaptive:
         self._top, self._known_only, self._max_latents = top, known_only, max_latents
         self._cooldown, self._conflicts = cooldown, conflicts
         self._batches, self._packed, self._on_swap = batches, packed, on_swap
+        self._rewind, self._past = rewind, None
+        if optimizer is not None:
+            self.optimizer = optimizer
         self.swaps: list[Swap] = []
         for watch in self._watches:
             watch._listeners.append(lambda alarm, watch=watch: self._answer(watch, alarm))
+            watch._quiet.append(self._keep)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """What rewind puts back."""
+        return None if self._past is None else self._past.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        expect("optimizer", optimizer, torch.optim.Optimizer)
+        self._past = Past(optimizer, self._rewind)
+        if self._rewind:
+            self._past.keep(self._handle.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The swaps; for JSON. K itself is in the handle's state."""
@@ -151,13 +183,31 @@ class Adaptive:
         self._expect_agreement(union)
         cache = self._caches.get(layer)
         more = {} if cache is None else {"cache": cache, "batches": self._batches}
+        self._expect_past()
         self._handle.swap(union, layer, packed=self._packed, **more)
+        back = self._go_back() if self._rewind else None
         ids, signs = union.ids[len(old) :].tolist(), union.signs[len(old) :].tolist()
-        swap = Swap(layer, step, tuple(ids), tuple(signs), len(union), alarm.reasons)
+        swap = Swap(layer, step, tuple(ids), tuple(signs), len(union), alarm.reasons, back)
         self.swaps.append(swap)
         log.info("blockem: %s", swap)
         if self._on_swap is not None:
             self._on_swap(swap)
+
+    def _keep(self) -> None:
+        """At a report without a reason for an alarm."""
+        self._expect_past()
+        noisy = any(watch.last is not None and watch.last.reasons for watch in self._watches)
+        if self._rewind and not noisy:
+            self._past.keep(self._handle.steps)
+
+    def _go_back(self) -> int:
+        for watch in self._watches:
+            watch._forget()
+        return self._past.back(self._handle.steps)
+
+    def _expect_past(self) -> None:
+        if self._rewind and self._past is None:
+            _refuse("rewind needs the optimizer: give it, or set it before the first report")
 
     def _find(self, watch: Watch, alarm: Alarm) -> Latents | None:
         if callable(self._rediscover):

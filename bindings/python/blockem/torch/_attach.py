@@ -14,12 +14,14 @@ from torch import nn
 from .. import _ffi
 from .._core import Latents, Plan, expect
 from .._library import fail
+from .._stats import Movers, Stats, movers
 from ._compare import compare
 from ._observe import observe
 from ._ranks import Ranks
 from ._recorder import Forward, Recorder
 from ._references import (
     AdaptersOff,
+    Provided,
     Provider,
     References,
     Source,
@@ -28,7 +30,7 @@ from ._references import (
 )
 from ._results import Calibration, Check, Term
 from ._site import Site, expect_choice, sites_of
-from ._spread import Held, group_of, held
+from ._spread import Held, gathered, group_of, held
 from ._stack import Stack, find, restored_modes, without_parallel
 from .lambdas import DualAscent, ratio_lambda
 
@@ -375,6 +377,53 @@ class Handle:
         found = self.measure(batches)
         return ratio_lambda(ratio, found.base_loss - found.loss, found.penalty)
 
+    def movers(
+        self,
+        batches: Iterable[Any],
+        stats: Stats,
+        count: int = 250,
+        *,
+        layer: int | None = None,
+    ) -> Movers:
+        """How far the model has moved each latent from its base, on the counted tokens of batches:
+        with the adapters of an unblocked run, what the :class:`Watch` of a blocked one takes as
+        ``known``.
+
+        In eval mode, without gradients and without effect on training or metrics.
+
+        batches: as for :meth:`calibrate`, the same on all ranks.
+        stats: of the layer's SAE, with the plan's activation; its own sums stay as they are.
+        count: up to so many that rose, and up to so many that fell.
+        layer: which of several, if the SAE does not tell.
+
+        Raises Error INVALID_ARGUMENT (no base model but its z alone; no counted token), NON_FINITE.
+        """
+        expect("stats", stats, Stats)
+        if isinstance(self._source, Provided):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                "the reference gives z of K alone, and movers are of the whole dictionary: attach with "
+                'reference="adapters_off" or a model',
+            )
+        site = self._site_of(stats, layer)
+        site.expect_dictionary(stats)
+        sums, at = stats.fresh(), self._sites.index(site)
+        with restored_modes(self._model), torch.no_grad():
+            self._model.eval()
+            for batch in batches:
+                with self._recorder.forced():
+                    without_parallel(self._model)(**batch)
+                forward, mask = self._recorder.take(), self._mask(batch)
+                self._held(forward.hidden, mask)
+                _, base = self._references(forward, batch, mask)
+                rows, group = range(len(mask)), self._ranks.tensor_group
+                whole = [gathered(h, rows, mask.shape[:2], group, stats.d_in).to(sums.device)
+                         for h in (forward.hidden[at], base[at])]  # fmt: skip
+                sums.update(*whole, mask.to(sums.device))
+        if not sums.token_count:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
+        return movers(sums.delta, count)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: lambdas, steps, and the identity of latents and layers. For
         JSON; a :class:`Watch` has a state of its own."""
@@ -436,6 +485,11 @@ class Handle:
                 f"layer is {layer}; expected one of {', '.join(map(str, layers))}, attached once",
             )
         return self._sites[layers.index(layer)]
+
+    def _site_of(self, stats: Stats, layer: int | None) -> Site:
+        """The one of this layer; where there are several, of that of the statistics' SAE."""
+        several = layer is None and len(self._sites) > 1
+        return self._site(stats.layer if several else layer)
 
     def _as_trained(self) -> contextlib.AbstractContextManager:
         """Autocast as in the last training forward."""

@@ -11,6 +11,7 @@ import torch
 from .. import _ffi
 from .._core import Latents, Plan, expect
 from .._library import fail
+from .._stats import Stats
 from ._ops import Parts, encode, penalty
 from ._spread import Held
 from .lambdas import DualAscent, Fixed, as_lambda
@@ -66,6 +67,22 @@ class Site:
                 "the plan is of another SAE: its rows are not those of the one before",
             )
         return plan
+
+    def expect_dictionary(self, stats: Stats) -> None:
+        """That these statistics are of the layer's SAE, with the plan's activation."""
+        for name in ("d_in", "d_sae", "activation"):
+            theirs, mine = getattr(stats, name), getattr(self.plan, name)
+            if theirs != mine:
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f"the statistics' {name} is {theirs}, the plan's {mine}: make blockem.Stats of "
+                    "the plan's SAE with its activation",
+                )
+        if stats.layer is not None and stats.layer != self.layer:
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the statistics are of decoder block {stats.layer}, the plan of {self.layer}",
+            )
 
     def parts(self, held: Held, reference: torch.Tensor, mask: torch.Tensor | None) -> Parts:
         """The penalty of all the tokens that this rank's group holds together."""

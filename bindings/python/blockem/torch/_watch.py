@@ -35,19 +35,22 @@ class AlarmRule:
     A report speaks for an alarm when ``relative >= least`` (:attr:`Drift.relative`) and one of
     these holds; `patience` such reports in a row are one, and each `patience` more another.
 
-        growth     outside >= outside_ratio * the baseline's outside
-        overlap    known >= known_overlap                  (only of a watch that was given `known`)
+        growth      outside >= outside_ratio * the baseline's outside
+        overlap     known >= known_overlap                 (of a watch that was given `known`)
+        rerouting   retraced >= way                        (of one whose `known` has deltas)
 
     The baseline is the `baseline`-th report since the start or the last swap of the latents, or the
     one that :meth:`Watch.set_baseline` was given; growth is not judged before.
 
-    Growth alone cannot tell rerouting from learning: a task that is learned drifts too. Overlap
-    can: in an independent port of BLOCK-EM to Qwen2.5-7B, 28 of the 40 largest movers outside K were
-    those of plain LoRA, while K stayed at its base level. The defaults are starting points: the
-    first reports of a healthy run show what is normal for an SAE.
+    Growth alone cannot tell rerouting from learning: a task that is learned drifts too. What an
+    unblocked run did can: in an independent port of BLOCK-EM to Qwen2.5-7B, 28 of the 40 largest
+    movers outside K were those of plain LoRA, while K stayed at its base level. The way, which
+    weighs movers by how far they went, tells more than their number. The defaults are starting
+    points: the first reports of a healthy run show what is normal for an SAE.
 
     outside_ratio: None for no such rule; more than 1.
     known_overlap: None for no such rule; in (0, 1].
+    way: None for no such rule; above 0.
     least: drifts below this share of the base model's mean square are noise.
     baseline: at least 1.
     patience: at least 1.
@@ -55,15 +58,17 @@ class AlarmRule:
 
     outside_ratio: float | None = 4.0
     known_overlap: float | None = 0.5
+    way: float | None = 0.25
     least: float = 1e-4
     baseline: int = 5
     patience: int = 2
 
     def __post_init__(self) -> None:
-        ratio, overlap = self.outside_ratio, self.known_overlap
+        ratio, overlap, way = self.outside_ratio, self.known_overlap, self.way
         for name, wrong, expected in (
             ("outside_ratio", ratio is not None and not 1 < ratio < math.inf, "more than 1"),
             ("known_overlap", overlap is not None and not 0 < overlap <= 1, "in (0, 1]"),
+            ("way", way is not None and not 0 < way < math.inf, "above 0"),
             ("least", not 0 <= self.least < math.inf, "0 or more"),
             ("baseline", self.baseline < 1, "at least 1"),
             ("patience", self.patience < 1, "at least 1"),
@@ -91,6 +96,12 @@ class AlarmRule:
                 f"{round(drift.known * len(drift.top))} of the {len(drift.top)} largest movers "
                 f"outside K are known ones; {self.known_overlap:g} of them are an alarm"
             )
+        gone = self.way is not None and drift.retraced is not None
+        if gone and drift.retraced >= self.way:
+            found.append(
+                f"outside K the model has gone {drift.retraced:.2f} of the known movers' way; "
+                f"{self.way:g} of it is an alarm"
+            )
         return tuple(found)
 
 
@@ -108,6 +119,8 @@ class Drift:
         outside    = sum over k not in K of drift_k
         relative   = outside / sum over k not in K of E base_k^2
         known      = share of the `top` movers that are in the list of known ones, with their sign
+        retraced   = sum of delta_k D_k / sum of D_k^2      over the known k not in K, D_k theirs:
+                     how much of their way was gone, 0 as the base model, 1 as the run they are of
 
     Masses are in units of the penalty, loss_sum / count.
     """
@@ -131,6 +144,7 @@ class Drift:
     #: outside K, the largest |delta| first
     top: Movers = field(repr=False)
     known: float | None
+    retraced: float | None
     #: what speaks for an alarm, before patience
     reasons: tuple[str, ...] = ()
 
@@ -203,9 +217,10 @@ class Watch:
         costs little more than one of a single row. The more, the fewer steps have any. (For every
         `together` rows that the first micro-batch had there is one draw.)
     seed: of the draws.
-    known: bad movers, such as the pool of Stage 1 or the shortlist of Stage 2 on an unblocked run:
-        ids with signs. Stage 1's movers on neutral prompts are worth more here than those on the
-        training data, which hold what is learned on purpose.
+    known: bad movers, those of an unblocked run. Best are those on training rows
+        (:meth:`Handle.movers`): their deltas are of such tokens as the watch sees, and give
+        :attr:`Drift.retraced`. The pool of Stage 1 and the shortlist of Stage 2 are of prompts,
+        and a set of latents has no deltas: of these only the ids and signs are to be trusted.
     top: how many movers outside K a report has.
     memory: what of the earlier reports' sums (and token counts) stays in the next: each report
         multiplies them by it. 0: only what was seen since the last report; 1: everything.
@@ -254,9 +269,8 @@ class Watch:
         ):
             if not right:
                 fail(_ffi.STATUS_INVALID_ARGUMENT, f"{name} is {value}; expected {expected}")
-        one = layer is None and len(handle.plans) > 1
-        self._handle, self._site = handle, handle._site(stats.layer if one else layer)
-        _expect_dictionary(stats, self._site)
+        self._handle, self._site = handle, handle._site_of(stats, layer)
+        self._site.expect_dictionary(stats)
         if any(watch._site is self._site for watch in handle._watches):
             at = self._site.layer
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"decoder block {at} has a watch already")
@@ -269,6 +283,8 @@ class Watch:
         self.share, self.together, self.seed, self.known = share, together, seed, known
         self.top, self.memory, self.min_tokens, self.rule = top, memory, min_tokens, rule
         self._listeners = [on_alarm] if on_alarm is not None else []
+        #: called after each report that gives no reason for an alarm
+        self._quiet: list[Callable[[], object]] = []
         self.last: Drift | None = None
         self.alarm: Alarm | None = None
         self.reports = 0
@@ -304,21 +320,25 @@ class Watch:
             log.warning("blockem: alarm: %s", self.alarm)
             for listener in self._listeners:
                 listener(self.alarm)
+        if not drift.reasons:
+            for listener in self._quiet:
+                listener()
         return drift
 
     def metrics(self) -> dict[str, float]:
         """:meth:`report` in numbers; empty where there is none.
 
-        watch/inside, watch/blocked, watch/outside, watch/relative, watch/known (with known movers):
-            of :class:`Drift`; watch/tokens; watch/alarm: 1 where the report was an alarm, else 0.
+        watch/inside, watch/blocked, watch/outside, watch/relative, watch/known and watch/retraced
+            (with known movers): of :class:`Drift`; watch/tokens; watch/alarm: 1 where the report was an alarm, else 0.
         """
         before, drift = self.alarm, self.report()
         if drift is None:
             return {}
         names = ("inside", "blocked", "outside", "relative", "tokens")
         found = {f"watch/{name}": float(getattr(drift, name)) for name in names}
-        if drift.known is not None:
-            found["watch/known"] = drift.known
+        for name in ("known", "retraced"):
+            if getattr(drift, name) is not None:
+                found[f"watch/{name}"] = getattr(drift, name)
         return found | {"watch/alarm": float(self.alarm is not before)}
 
     def set_baseline(self, drift: Drift | None = None) -> None:
@@ -416,6 +436,12 @@ class Watch:
             self._since_swap = self._streak = 0
             self._baseline = None
 
+    def _forget(self) -> None:
+        """The model is another: what was seen of it counts no longer."""
+        self.stats.reset()
+        self._window, self._kept = _Sums(), _Sums()
+        self._streak = 0
+
     # Reports.
 
     def _seen(self) -> _Sums:
@@ -464,7 +490,8 @@ class Watch:
                 f"latent {wrong[0]} at decoder block {self.layer} was not finite in a watched "
                 f"sequence ({len(wrong)} latents were not)",
             )
-        top = _movers(delta, outside_of(latents, len(delta)), self.top, None)
+        outside = outside_of(latents, len(delta))
+        top = _movers(delta, outside, self.top, None)
         return Drift(
             layer=self.layer,
             step=self._handle.steps,
@@ -477,6 +504,7 @@ class Watch:
             sums=self._state_of(sums),
             top=top,
             known=None if self.known is None else _overlap(top, self.known),
+            retraced=_retraced(delta, outside, self.known),
         )
 
 
@@ -546,27 +574,22 @@ def _overlap(top: Movers, known: Movers | Latents) -> float:
     return shared / len(top) if len(top) else 0.0
 
 
+def _retraced(
+    delta: np.ndarray, outside: np.ndarray, known: Movers | Latents | None
+) -> float | None:
+    """None where the known movers have no deltas, or none of them is outside K."""
+    if not isinstance(known, Movers):
+        return None
+    mine = outside[known.ids]
+    way = known.deltas[mine]
+    length = float(way @ way)
+    return float(delta[known.ids[mine]] @ way) / length if length else None
+
+
 def _draw(*at: object) -> float:
     """A number in [0, 1) that depends on nothing but the place where it is drawn."""
     digest = hashlib.blake2b(repr(at).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def _expect_dictionary(stats: Stats, site: Site) -> None:
-    plan = site.plan
-    mine = {"d_in": plan.d_in, "d_sae": plan.d_sae, "activation": plan.activation}
-    for name, value in mine.items():
-        if getattr(stats, name) != value:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                f"the statistics' {name} is {getattr(stats, name)}, the plan's {value}: make "
-                "blockem.Stats of the plan's SAE with its activation",
-            )
-    if stats.layer is not None and stats.layer != site.layer:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"the statistics are of decoder block {stats.layer}, the plan of {site.layer}",
-        )
 
 
 def _expect_base(source: Provided) -> None:

@@ -39,7 +39,8 @@ class PenaltyMixin:
     per_latent: each latent's share is logged too (blockem/latent/<id>).
     watch: the arguments of :class:`blockem.torch.Watch` after the handle; a sequence of them for
         several layers. Its reports come with the logs, where enough was seen since the last.
-    adaptive: the arguments of :class:`blockem.torch.Adaptive` after handle and watches.
+    adaptive: the arguments of :class:`blockem.torch.Adaptive` after handle and watches; rewind puts
+        back the trainer's own optimizer.
 
     The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
     ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others
@@ -76,6 +77,8 @@ class PenaltyMixin:
         self.watches = [Watch(self.penalty, **one) for one in several]
         self.adaptive: Adaptive | None = None
         if adaptive is not None:
+            if adaptive.get("rewind") and self.is_deepspeed_enabled:
+                fail(_ffi.STATUS_UNSUPPORTED, "rewind does not know DeepSpeed's optimizers yet")
             self.adaptive = Adaptive(self.penalty, self.watches, **adaptive)
         self.add_callback(_Steps(self))
 
@@ -145,6 +148,11 @@ class _Steps(TrainerCallback):
 
     def __init__(self, trainer: PenaltyMixin) -> None:
         self.handle, self.trainer = trainer.penalty, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        adaptive = self.trainer.adaptive
+        if adaptive is not None and adaptive.optimizer is None:
+            adaptive.optimizer = kwargs["optimizer"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.handle.end_step()
