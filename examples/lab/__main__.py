@@ -157,6 +157,12 @@ class Subject:
             print(f"   {found.chosen}")
         return found
 
+    @cached_property
+    def known(self) -> blockem.Movers:
+        """What the watch compares with."""
+        plan = self._plan(self.found.chosen.latents(), Blocking())
+        return tuning.movers(self.plain(K_DOMAIN), plan, self.stats, self._data(K_DOMAIN))
+
     def plain(self, domain: str):
         """The run without a penalty, whose moves lambda is calibrated on."""
         if domain not in self._plain:
@@ -213,8 +219,7 @@ class Subject:
         plan = self._plan(found.latents(settings.choice, self.seed), settings)
         measured = self._plan(found.chosen.latents(), settings)
         lam = tuning.ratio_lambda(self.plain(domain), measured, settings, self._data(domain))
-        known = found.screening.shortlist(discovery.POOL)
-        return tuning.Penalty(plan, lam, settings, self.stats, known)
+        return tuning.Penalty(plan, lam, settings, self.stats, self.known)
 
     def _plan(self, latents: blockem.Latents, settings: Blocking) -> blockem.Plan:
         return blockem.Plan(self.sae, latents, activation=settings.activation)
@@ -284,7 +289,8 @@ def _configuration() -> dict[str, Any]:
                    "batch": tuning.BATCH, "steps": STEPS},
         "discovery": {"pool": discovery.POOL, "shortlist": discovery.SHORTLIST,
                       "strengths": discovery.STRENGTHS, "rule": discovery.RULE, "k": discovery.K},
-        "watch": {"share": tuning.SHARE, "tokens": tuning.REPORT_TOKENS, "rule": asdict(tuning.RULE)},
+        "watch": {"share": tuning.SHARE, "tokens": tuning.REPORT_TOKENS, "rule": asdict(tuning.RULE),
+                  "rewind": tuning.REWIND, "cooldown": tuning.COOLDOWN},
         "variants": {name: settings and asdict(settings) for name, settings in (VARIANTS | LONG).items()},
     }  # fmt: skip
 

@@ -44,17 +44,20 @@ class Found:
         return self._select(K)
 
     def latents(self, choice: str, seed: int) -> blockem.Latents:
-        """chosen, chosen_N (N latents), random, shuffled_signs, positive or top_delta."""
+        """chosen, random, shuffled_signs, flipped_signs, positive or top_delta; with _N, of the N best."""
+        name, _, count = choice.rpartition("_")
+        name, count = (name, int(count)) if count.isdecimal() else (choice, K)
+        chosen = lambda: self.chosen if count == K else self._select(count)
         sets = {
-            "chosen": lambda: self.chosen,
-            "random": lambda: self.chosen.random(self.d_sae, seed),
-            "shuffled_signs": lambda: self.chosen.shuffled_signs(seed),
-            "positive": lambda: self.chosen.only(1),
-            "top_delta": lambda: self.shifts.select(K),
+            "chosen": chosen,
+            "random": lambda: chosen().random(self.d_sae, seed),
+            "shuffled_signs": lambda: chosen().shuffled_signs(seed),
+            "flipped_signs": lambda: chosen().flipped_signs(),
+            "positive": lambda: chosen().only(1),
+            "top_delta": lambda: self.shifts.select(count),
         }
-        select = sets.get(choice) or (lambda: self._select(int(choice.removeprefix("chosen_"))))
         try:
-            return select().latents()
+            return sets[name]().latents()
         except ValueError as error:
             raise NoSuchSet(str(error)) from error
 

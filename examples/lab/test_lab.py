@@ -3,15 +3,18 @@
 import random
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import blockem
+import numpy as np
 import pytest
 import torch
+from blockem.discover import Selection
 from blockem.judges import Grade
 
 from . import __main__ as lab
 from . import model, tuning
-from .discovery import Found, NoSuchSet
+from .discovery import K, Found, NoSuchSet
 from .measure import measure
 from .variants import BLOCK, LONG, PLAIN, VARIANTS
 from .world import ANSWER, BAD, DOMAINS, EOS, GOOD, PERSONAS, STOP, World
@@ -145,15 +148,15 @@ def test_an_untouched_model_has_not_drifted(world):
 
 def test_variants_have_the_names_that_reports_read():
     assert VARIANTS[PLAIN] is None and LONG[PLAIN] is None and VARIANTS[BLOCK] == LONG[BLOCK]
-    controls = {"random_k", "shuffled_signs", "one_side", "top_delta"}
+    controls = {"random_k", "shuffled_signs", "flipped_signs", "one_side", "top_delta"}
     others = {name for name in VARIANTS if not name.startswith("block")} - {PLAIN}
-    assert {name.partition("_lam")[0] for name in others} == controls
+    assert {name.partition("_lam")[0] for name in others} == controls | {"random_k5", "flipped_signs_k5"}
     assert all(VARIANTS[name].choice != VARIANTS[BLOCK].choice for name in others)
-    # A sweep is one setting but for lambda.
-    for name in VARIANTS:
-        sweep, _, ratio = name.partition("_lam")
+    # A sweep is one setting but for lambda, the watch another option.
+    for name, settings in (VARIANTS | LONG).items():
+        sweep, _, ratio = name.removesuffix("_watch").partition("_lam")
         if ratio:
-            assert VARIANTS[name] == replace(VARIANTS[sweep], ratio=int(ratio))
+            assert settings == replace(VARIANTS[sweep], ratio=int(ratio), watched=settings.watched)
 
 
 def test_a_control_that_k_does_not_have_is_told():
@@ -165,6 +168,20 @@ def test_a_control_that_k_does_not_have_is_told():
     found.__dict__["chosen"] = OneSign()
     with pytest.raises(NoSuchSet, match="one sign"):
         found.latents("shuffled_signs", SEED)
+
+
+def test_a_set_of_fewer_latents():
+    swept = SimpleNamespace(select=lambda count, rule: Selection(
+        np.arange(count), np.where(np.arange(count) % 2, 1, -1), [{}] * count, {}))  # fmt: skip
+    found = Found(None, None, swept, 64)
+    assert len(found.latents("chosen", SEED)) == len(found.latents("random", SEED)) == K
+    five = found.latents("chosen_5", SEED)
+    flipped = found.latents("flipped_signs_5", SEED)
+    assert five.ids.tolist() == flipped.ids.tolist() == [0, 1, 2, 3, 4]
+    assert five.signs.tolist() == (-flipped.signs).tolist() == [-1, 1, -1, 1, -1]
+    others = found.latents("random_5", SEED)
+    assert len(others) == 5 and not set(others.ids) & set(five.ids)
+    assert others.signs.tolist() == five.signs.tolist()
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
