@@ -16,6 +16,7 @@ from tiny import Dictionary
 
 import blockem
 from blockem.torch import DualAscent, attach, ratio_lambda
+from blockem.torch._stack import adapters_off
 
 DICTIONARY = Dictionary()
 LAM = 0.05
@@ -357,6 +358,52 @@ def test_the_base_pass_leaves_no_trace() -> None:
     with torch.no_grad():
         handle._references(forward, batch, batch["labels"] != -100)
     assert torch.equal(torch.rand(1), one)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved", "tokens", "bias", "ia3", "norms", "two"])
+def test_adapters_off_is_peft_s_own(kind: str) -> None:
+    """The same hidden states, and every flag back, also where some adapters were off before."""
+    lora = lambda **more: peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **more)
+    config = {
+        "lora": lora, "two": lora, "dora": lambda: lora(use_dora=True),
+        "saved": lambda: lora(modules_to_save=["lm_head"]), "bias": lambda: lora(bias="lora_only"),
+        "tokens": lambda: lora(trainable_token_indices=[1, 5]),
+        "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"],
+                                      feedforward_modules=["down_proj"]),
+        "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    }[kind]()
+    model = moved(peft.get_peft_model(tiny.llama(), config)).train()
+    batch, = tiny.batches(1)
+    logits = lambda: model(**batch).logits
+    with torch.no_grad(), adapters_off(model):
+        logits()
+    if kind == "two":
+        # One more, in layers that had none.
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+        model.set_adapter("other")
+        moved(model)
+    flags = lambda: ([p.requires_grad for p in model.parameters()],
+                     [getattr(m, "disable_adapters", None) for m in model.modules()])
+    before, trained = flags(), logits()
+    with torch.no_grad():
+        with model.disable_adapter():
+            want = logits()
+        with adapters_off(model):
+            assert torch.equal(logits(), want) and not torch.equal(want, trained)
+        assert flags() == before and torch.equal(logits(), trained)
+        with pytest.raises(ZeroDivisionError), adapters_off(model):
+            1 / 0
+        assert flags() == before
+        if kind in ("tokens", "bias", "norms"):
+            return  # By peft's own context, which turns all of them on.
+        with model.disable_adapter(), adapters_off(model):
+            assert torch.equal(logits(), want)
+        first = next(m for m in model.modules() if getattr(m, "disable_adapters", None) is False)
+        first.enable_adapters(False)
+        some = flags()
+        with adapters_off(model):
+            assert torch.equal(logits(), want)
+        assert flags() == some != before
 
 
 def test_an_error_in_the_base_pass_restores_the_model() -> None:

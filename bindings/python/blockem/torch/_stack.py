@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,12 +141,12 @@ def peft_of(model: nn.Module) -> nn.Module | None:
 @contextlib.contextmanager
 def restored_modes(module: nn.Module) -> Iterator[None]:
     """Each submodule has its own training flag again afterwards."""
-    flags = [(m, m.training) for m in module.modules()]
+    flags = [(m, m.training) for m in _modules_of(module)]
     try:
         yield
     finally:
         for m, training in flags:
-            m.training = training
+            _set_training(m, training)
 
 
 @contextlib.contextmanager
@@ -154,15 +155,87 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
     The flags are set without `train()`, whose overrides merge weights and the like.
     """
-    with restored_modes(module):
-        for m in module.modules():
-            m.training = False
+    training = [m for m in _modules_of(module) if m.training]
+    try:
+        for m in training:
+            _set_training(m, False)
         yield
+    finally:
+        for m in training:
+            _set_training(m, True)
+
+
+def _modules_of(module: nn.Module) -> list[nn.Module]:
+    """The module and all below it, each once. modules() takes several times as long, and large models
+    have thousands."""
+    seen: set[int] = set()
+    found, left = [], [module]
+    while left:
+        m = left.pop()
+        if m is not None and id(m) not in seen:
+            seen.add(id(m))
+            found.append(m)
+            left.extend(m._modules.values())
+    return found
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    # nn.Module looks for a parameter of that name first, which takes much longer.
+    object.__setattr__(module, "training", training)
 
 
 @contextlib.contextmanager
 def adapters_off(peft: nn.Module) -> Iterator[None]:
     """A PeftModel without its adapters for a while."""
+    switches = _switches_of(peft)
+    if switches is None:
+        with _disabled_by_peft(peft):
+            yield
+        return
+    on = [module for module in switches if not module.disable_adapters]
+    try:
+        for module in on:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module in on:
+            module._disable_adapters = False
+
+
+#: Of a PeftModel: the names of its adapters when it was looked through, and what was found.
+_looked_through: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def _switches_of(peft: nn.Module) -> list[nn.Module] | None:
+    """The modules whose flag is all that turns the adapters off; None where it takes more.
+
+    peft's disable_adapter asks every adapter in every layer for its state and goes through all
+    parameters: in a model of 32 layers that keeps the processor longer than launching the pass.
+    """
+    names = tuple(peft.peft_config)
+    if _looked_through.get(peft, (None,))[0] != names:
+        _looked_through[peft] = names, _find_switches(peft)
+    return _looked_through[peft][1]
+
+
+def _find_switches(peft: nn.Module) -> list[nn.Module] | None:
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    plain = {BaseTunerLayer.enable_adapters, ModulesToSaveWrapper.enable_adapters}
+    off = getattr(type(peft.base_model), "disable_adapter_layers", None)
+    biases = any(getattr(config, "bias", "none") != "none" for config in peft.peft_config.values())
+    if off is not BaseTuner.disable_adapter_layers or biases:
+        return None
+    found = [m for m in _modules_of(peft) if isinstance(getattr(m, "disable_adapters", None), bool)]
+    for module in found:
+        if type(module).enable_adapters not in plain or not hasattr(module, "_disable_adapters"):
+            return None
+    return found
+
+
+@contextlib.contextmanager
+def _disabled_by_peft(peft: nn.Module) -> Iterator[None]:
     # peft trains every parameter of the active adapters when it turns them on again.
     frozen = [p for p in peft.parameters() if not p.requires_grad]
     try:
