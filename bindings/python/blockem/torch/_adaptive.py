@@ -79,7 +79,8 @@ class Adaptive:
         :meth:`Cache.reference`.
     on_swap: called with each :class:`Swap`, on every rank.
 
-    Attribute ``swaps``: all of them. New latents have weight 1 unless the callable says else.
+    Attributes ``swaps``: all of them; ``rewind``; ``optimizer``. New latents have weight 1 unless the
+    callable says else.
 
     Raises Error INVALID_ARGUMENT.
     """
@@ -129,7 +130,7 @@ class Adaptive:
         self._top, self._known_only, self._max_latents = top, known_only, max_latents
         self._cooldown, self._conflicts = cooldown, conflicts
         self._batches, self._packed, self._on_swap = batches, packed, on_swap
-        self._rewind, self._past = rewind, None
+        self.rewind, self._past = rewind, None
         if optimizer is not None:
             self.optimizer = optimizer
         self.swaps: list[Swap] = []
@@ -145,8 +146,8 @@ class Adaptive:
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         expect("optimizer", optimizer, torch.optim.Optimizer)
-        self._past = Past(optimizer, self._rewind)
-        if self._rewind:
+        self._past = Past(optimizer, self.rewind)
+        if self.rewind:
             self._past.keep(self._handle.steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class Adaptive:
         more = {} if cache is None else {"cache": cache, "batches": self._batches}
         self._expect_past()
         self._handle.swap(union, layer, packed=self._packed, **more)
-        back = self._go_back() if self._rewind else None
+        back = self._go_back() if self.rewind else None
         ids, signs = union.ids[len(old) :].tolist(), union.signs[len(old) :].tolist()
         swap = Swap(layer, step, tuple(ids), tuple(signs), len(union), alarm.reasons, back)
         self.swaps.append(swap)
@@ -197,7 +198,7 @@ class Adaptive:
         """At a report without a reason for an alarm."""
         self._expect_past()
         noisy = any(watch.last is not None and watch.last.reasons for watch in self._watches)
-        if self._rewind and not noisy:
+        if self.rewind and not noisy:
             self._past.keep(self._handle.steps)
 
     def _go_back(self) -> int:
@@ -206,7 +207,7 @@ class Adaptive:
         return self._past.back(self._handle.steps)
 
     def _expect_past(self) -> None:
-        if self._rewind and self._past is None:
+        if self.rewind and self._past is None:
             _refuse("rewind needs the optimizer: give it, or set it before the first report")
 
     def _find(self, watch: Watch, alarm: Alarm) -> Latents | None:

@@ -329,7 +329,8 @@ class Watch:
         """:meth:`report` in numbers; empty where there is none.
 
         watch/inside, watch/blocked, watch/outside, watch/relative, watch/known and watch/retraced
-            (with known movers): of :class:`Drift`; watch/tokens; watch/alarm: 1 where the report was an alarm, else 0.
+            (with known movers): of :class:`Drift`; watch/tokens; watch/alarm: 1 where the report
+            was an alarm, else 0.
         """
         before, drift = self.alarm, self.report()
         if drift is None:

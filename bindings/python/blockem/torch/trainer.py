@@ -151,7 +151,7 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         adaptive = self.trainer.adaptive
-        if adaptive is not None and adaptive.optimizer is None:
+        if adaptive is not None and adaptive.rewind and adaptive.optimizer is None:
             adaptive.optimizer = kwargs["optimizer"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
