@@ -150,7 +150,8 @@ def test_variants_have_the_names_that_reports_read():
     assert VARIANTS[PLAIN] is None and LONG[PLAIN] is None and VARIANTS[BLOCK] == LONG[BLOCK]
     controls = {"random_k", "shuffled_signs", "flipped_signs", "one_side", "top_delta"}
     others = {name for name in VARIANTS if not name.startswith("block")} - {PLAIN}
-    assert {name.partition("_lam")[0] for name in others} == controls | {"random_k5", "flipped_signs_k5"}
+    assert {name.partition("_lam")[0] for name in others} == controls | {
+        f"{name}_k5" for name in ("random", "shuffled_signs", "flipped_signs")}
     assert all(VARIANTS[name].choice != VARIANTS[BLOCK].choice for name in others)
     # A sweep is one setting but for lambda, the watch another option.
     for name, settings in (VARIANTS | LONG).items():

@@ -46,6 +46,7 @@ VARIANTS: dict[str, Blocking | None] = {
     "shuffled_signs_lam100": Blocking("shuffled_signs", ratio=100),
     "flipped_signs_lam100": Blocking("flipped_signs", ratio=100),
     "random_k5": Blocking("random_5"),
+    "shuffled_signs_k5": Blocking("shuffled_signs_5"),
     "flipped_signs_k5": Blocking("flipped_signs_5"),
 }
 #: What is trained far on.
