@@ -39,8 +39,8 @@ lab: $(VENV)/package ## what blocking does: SEEDS="11 12" DOMAIN="legal" STEPS="
 	$(PY) -m examples.lab --seeds $(SEEDS) --domains $(DOMAIN) --steps $(STEPS) \
 	  $(if $(VARIANTS),--variants $(VARIANTS))
 
-lab-full: $(VENV)/package ## five seeds, each of the six domains; hours, resumable
-	$(PY) -m examples.lab --seeds 41 42 43 44 45 \
+lab-full: $(VENV)/package ## ten seeds, each of the six domains; many hours, resumable
+	$(PY) -m examples.lab --seeds 31 32 33 34 35 41 42 43 44 45 \
 	  --domains finance health legal education career automotive --steps 1x 10x
 
 test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-install test-languages \

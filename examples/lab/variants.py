@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 #: lambda makes the plain run's move of K cost so many times what tuning gains (the ratio rule).
-RATIO = 1000
+RATIO = 10_000
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ VARIANTS: dict[str, Blocking | None] = {
     # lambda
     "block_lam10": Blocking(ratio=10),
     "block_lam100": Blocking(ratio=100),
-    "block_lam10000": Blocking(ratio=10_000),
+    "block_lam1000": Blocking(ratio=1000),
     # other options; with the layers above frozen a large lambda leaves nothing of the task to be learned
-    "block_k5": Blocking("chosen_5"),
     "block_k10": Blocking("chosen_10"),
     "block_frozen_above": Blocking(ratio=100, freeze_above=True),
     "block_all_tokens": Blocking(tokens="all"),
@@ -45,16 +44,22 @@ VARIANTS: dict[str, Blocking | None] = {
     "random_k_lam100": Blocking("random", ratio=100),
     "shuffled_signs_lam100": Blocking("shuffled_signs", ratio=100),
     "flipped_signs_lam100": Blocking("flipped_signs", ratio=100),
-    "random_k5": Blocking("random_5"),
-    "shuffled_signs_k5": Blocking("shuffled_signs_5"),
-    "flipped_signs_k5": Blocking("flipped_signs_5"),
+    "random_k_lam1000": Blocking("random", ratio=1000),
+    "shuffled_signs_lam1000": Blocking("shuffled_signs", ratio=1000),
+    "flipped_signs_lam1000": Blocking("flipped_signs", ratio=1000),
+    "block_k5_lam1000": Blocking("chosen_5", ratio=1000),
+    "random_k5_lam1000": Blocking("random_5", ratio=1000),
+    "shuffled_signs_k5_lam1000": Blocking("shuffled_signs_5", ratio=1000),
+    "flipped_signs_k5_lam1000": Blocking("flipped_signs_5", ratio=1000),
 }
 #: What is trained far on.
 LONG: dict[str, Blocking | None] = {
     PLAIN: None,
     BLOCK: Blocking(),
     "block_watch": Blocking(watched=True),
-    # a K that is too small, at a lambda that does not make up for it: does the watch see it, and mend it?
+    # less of lambda, and a K that is too small for it: does the watch see it, and mend it?
+    "block_lam1000": Blocking(ratio=1000),
+    "block_lam1000_watch": Blocking(ratio=1000, watched=True),
     "block_k5_lam100": Blocking("chosen_5", ratio=100),
     "block_k5_lam100_watch": Blocking("chosen_5", ratio=100, watched=True),
 }
