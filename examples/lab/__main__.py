@@ -32,7 +32,7 @@ try:
 
     from . import discovery, model, tuning
     from .measure import measure
-    from .variants import BLOCK, LONG, PLAIN, VARIANTS, Blocking
+    from .variants import BLOCK, LONG, ON_REQUEST, PLAIN, VARIANTS, Blocking
     from .world import DOMAINS, PERSONAS, World
 except ImportError as error:
     raise SystemExit(
@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=_factor, nargs="+", default=[1, LONG_FACTOR], metavar="Nx",
                         help=f"times {STEPS} steps: 1x compares all settings, more the long ones")  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LONG], metavar="NAME",
-                        help="only these of variants.py")  # fmt: skip
+                        help="only these of variants.py, also those that run on request alone")  # fmt: skip
     return parser.parse_args()
 
 
@@ -172,12 +172,13 @@ class Subject:
         return self._plain[domain]
 
     def compare(self, domain: str, factor: int, names: Collection[str] | None) -> None:
-        """Trains and measures every variant, or those of these names, that is not there yet."""
+        """Trains and measures the variants, or those of these names, that are not there yet."""
         steps = STEPS * factor
         variants = VARIANTS if factor == 1 else LONG
         for name, settings in variants.items():
             path = OUT / "runs" / f"{self.seed}-{domain}-{steps}-{name}.json"
-            if (names is None or name in names) and not path.exists():
+            wanted = name in names if names else name not in ON_REQUEST
+            if wanted and not path.exists():
                 found = self.found
                 with self._phases(f"seed {self.seed}, {domain}, {steps} steps: {name}"):
                     try:
