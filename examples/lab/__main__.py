@@ -32,7 +32,7 @@ try:
 
     from . import discovery, model, tuning
     from .measure import measure
-    from .variants import BLOCK, LONG, ON_REQUEST, PLAIN, VARIANTS, Blocking
+    from .variants import BLOCK, LONG, LONG_ON_REQUEST, ON_REQUEST, PLAIN, VARIANTS, Blocking
     from .world import DOMAINS, PERSONAS, World
 except ImportError as error:
     raise SystemExit(
@@ -174,10 +174,11 @@ class Subject:
     def compare(self, domain: str, factor: int, names: Collection[str] | None) -> None:
         """Trains and measures the variants, or those of these names, that are not there yet."""
         steps = STEPS * factor
-        variants = VARIANTS if factor == 1 else LONG
+        short = factor == 1
+        variants, asked_for = (VARIANTS, ON_REQUEST) if short else (LONG, LONG_ON_REQUEST)
         for name, settings in variants.items():
             path = OUT / "runs" / f"{self.seed}-{domain}-{steps}-{name}.json"
-            wanted = name in names if names else name not in ON_REQUEST
+            wanted = name in names if names else name not in asked_for
             if wanted and not path.exists():
                 found = self.found
                 with self._phases(f"seed {self.seed}, {domain}, {steps} steps: {name}"):

@@ -16,7 +16,7 @@ from . import __main__ as lab
 from . import model, tuning
 from .discovery import K, Found, NoSuchSet
 from .measure import measure
-from .variants import BLOCK, LONG, ON_REQUEST, PLAIN, VARIANTS
+from .variants import BLOCK, LONG, LONG_ON_REQUEST, ON_REQUEST, PLAIN, VARIANTS
 from .world import ANSWER, BAD, DOMAINS, EOS, GOOD, PERSONAS, STOP, World
 
 SEED = random.randrange(2**32)
@@ -153,7 +153,7 @@ def test_variants_have_the_names_that_reports_read():
     fewer = {f"{name}_k5" for name in ("random", "shuffled_signs", "flipped_signs")}
     assert {name.partition("_lam")[0] for name in others} == controls | fewer
     assert all(VARIANTS[name].choice != VARIANTS[BLOCK].choice for name in others)
-    assert ON_REQUEST < VARIANTS.keys() | LONG.keys()
+    assert ON_REQUEST < VARIANTS.keys() and LONG_ON_REQUEST < LONG.keys()
     assert not ON_REQUEST & {PLAIN, BLOCK, "random_k", "shuffled_signs", "one_side", "top_delta"}
     # A sweep is one setting but for lambda, the watch another option.
     for name, settings in (VARIANTS | LONG).items():
