@@ -360,12 +360,13 @@ def test_the_base_pass_leaves_no_trace() -> None:
     assert torch.equal(torch.rand(1), one)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "saved", "tokens", "bias", "ia3", "norms", "two"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved", "tokens", "bias", "ia3", "norms", "two",
+                                  "again"])
 def test_adapters_off_is_peft_s_own(kind: str) -> None:
     """The same hidden states, and every flag back, also where some adapters were off before."""
     lora = lambda **more: peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **more)
     config = {
-        "lora": lora, "two": lora, "dora": lambda: lora(use_dora=True),
+        "lora": lora, "two": lora, "again": lora, "dora": lambda: lora(use_dora=True),
         "saved": lambda: lora(modules_to_save=["lm_head"]), "bias": lambda: lora(bias="lora_only"),
         "tokens": lambda: lora(trainable_token_indices=[1, 5]),
         "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"],
@@ -381,6 +382,15 @@ def test_adapters_off_is_peft_s_own(kind: str) -> None:
         # One more, in layers that had none.
         model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
         model.set_adapter("other")
+        moved(model)
+    if kind == "again":
+        # Another of the same name, in layers that had none.
+        model.add_adapter("other", lora())
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.add_adapter("default", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+        model.set_adapter("default")
+        model.delete_adapter("other")
         moved(model)
     flags = lambda: ([p.requires_grad for p in model.parameters()],
                      [getattr(m, "disable_adapters", None) for m in model.modules()])

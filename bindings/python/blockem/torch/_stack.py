@@ -202,7 +202,7 @@ def adapters_off(peft: nn.Module) -> Iterator[None]:
             module._disable_adapters = False
 
 
-#: Of a PeftModel: the names of its adapters when it was looked through, and what was found.
+#: Of a PeftModel: its adapters' configurations when it was looked through, and what was found.
 _looked_through: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
@@ -212,10 +212,13 @@ def _switches_of(peft: nn.Module) -> list[nn.Module] | None:
     peft's disable_adapter asks every adapter in every layer for its state and goes through all
     parameters: in a model of 32 layers that keeps the processor longer than launching the pass.
     """
-    names = tuple(peft.peft_config)
-    if _looked_through.get(peft, (None,))[0] != names:
-        _looked_through[peft] = names, _find_switches(peft)
-    return _looked_through[peft][1]
+    configs = list(peft.peft_config.values())
+    seen, found = _looked_through.get(peft, ([], None))
+    # By identity: another adapter may have the name of one that was deleted.
+    if list(map(id, seen)) != list(map(id, configs)):
+        found = _find_switches(peft)
+        _looked_through[peft] = configs, found
+    return found
 
 
 def _find_switches(peft: nn.Module) -> list[nn.Module] | None:
