@@ -118,7 +118,8 @@ class HttpJudge:
         processes may share it; None keeps none.
     api_key: sent as bearer token.
 
-    Raises JudgeError that names the endpoint and what went wrong.
+    Raises JudgeError that names the endpoint, what went wrong, and prompt and answer by their
+    beginnings.
     """
 
     def __init__(
@@ -209,13 +210,18 @@ class HttpJudge:
         for attempt in range(self.retries + 1):
             try:
                 return read_grade(self._reply(body))
+            except _Refused as fault:
+                raise self._error(str(fault), prompt, answer) from fault
             except _Again as fault:
                 if attempt == self.retries:
                     tries = f"{attempt + 1} tries" if attempt else "1 try"
-                    raise JudgeError(f"{self.url}: {fault} ({tries})") from fault
+                    raise self._error(f"{fault} ({tries})", prompt, answer) from fault
                 wait = self.backoff * 2**attempt * (1 + random.random() / 4)
                 time.sleep(min(60.0, wait if fault.wait is None else fault.wait))
         raise AssertionError("the last attempt returns or raises")
+
+    def _error(self, fault: str, prompt: str, answer: str) -> JudgeError:
+        return JudgeError(f"{self.url}: {fault}; prompt {_start(prompt)}, answer {_start(answer)}")
 
     def _reply(self, body: bytes) -> str:
         """The text that the model wrote."""
@@ -231,7 +237,7 @@ class HttpJudge:
             fault = f"HTTP {error.code} {error.reason}: {text}"
             if error.code in (408, 409, 429) or error.code >= 500:
                 raise _Again(fault, _retry_after(error.headers.get("Retry-After"))) from error
-            raise JudgeError(f"{self.url}: {fault}") from error
+            raise _Refused(fault) from error
         except (OSError, http.client.HTTPException) as error:
             raise _Again(f"{type(error).__name__}: {error}") from error
         try:
@@ -292,6 +298,15 @@ class _Again(Exception):
     def __init__(self, fault: str, wait: float | None = None) -> None:
         super().__init__(fault)
         self.wait = wait
+
+
+class _Refused(Exception):
+    """The endpoint will say no the next time, too."""
+
+
+def _start(text: str) -> str:
+    """Enough to find it by."""
+    return repr(text if len(text) <= 80 else text[:80] + "...")
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -342,6 +342,19 @@ def refused(rank: int, ranks: int) -> list[str]:
     return said
 
 
+def checks(rank: int, ranks: int) -> list:
+    """Whether each rank has made the self-check, after micro-batches of which none, the first rank's
+    and all have tokens."""
+    handle, batch = attach(net := model(), DICTIONARY.plan, lam=1.0), tiny.batches(1)[0]
+    empty = dict(batch, labels=torch.full_like(batch["labels"], -100))
+    mine, made = [empty, empty if rank else batch, batch], []
+    handle.begin_step(mine)
+    for micro in mine:
+        net(**micro), handle.penalty(micro)
+        made.append(handle.last_check)
+    return distributed_list([id(check) == id(made[-1]) for check in made])
+
+
 #: Those that compute rows together take the micro-batches of two ranks, however many they are.
 CASES: dict[str, Callable] = {
     "ddp": ddp,
@@ -360,6 +373,7 @@ CASES: dict[str, Callable] = {
     "context, sum": context_parallel("sum"),
     "columns": columns_of_hidden,
     "refused": refused,
+    "checks": checks,
 }
 
 

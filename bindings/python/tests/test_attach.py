@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import accelerate
 import peft
 import pytest
 import tiny
@@ -122,6 +124,21 @@ def test_given_references() -> None:
     handle.remove()
     handle = attach(model, DICTIONARY.plan, lam=1.0, reference=lambda b: wrong, tolerance=0.011)
     one_loss(handle, model, batch)
+
+
+def test_the_self_check_waits_for_a_token() -> None:
+    """A micro-batch without one shows nothing, whatever the references are."""
+    model = tiny.with_lora(tiny.llama()).train()
+    batch, = tiny.batches(1)
+    empty = dict(batch, labels=torch.full_like(batch["labels"], -100))
+    wrong = torch.full((*batch["labels"].shape, 5), 3.0)
+    handle = attach(model, DICTIONARY.plan, lam=1.0, reference=lambda batch: wrong)
+    handle.begin_step([empty, batch])
+    model(**empty), handle.penalty(empty)
+    assert handle.last_check is None
+    model(**batch)
+    with pytest.raises(ValueError, match="self-check failed"):
+        handle.penalty(batch)
 
 
 # The hook.
@@ -455,6 +472,13 @@ def test_check_before_and_after_training() -> None:
     moved(model)
     found = handle.check(batch)
     assert (found.compared, found.difference, found.penalty) == ("adapters off", 0, 0)
+    # Full fine-tuning has nothing that could stand in for the weights that were trained.
+    full = tiny.llama().train()
+    handle = attach(full, DICTIONARY.plan, lam=1.0, reference="frozen_copy")
+    one_loss(handle, full, batch)
+    moved(full)
+    found = handle.check(batch)
+    assert found.compared == "tuned" and found.difference > 0 and found is handle.last_check
     # A copy with other weights is found out.
     handle = attach(tiny.llama(), DICTIONARY.plan, lam=1.0, reference=tiny.llama(seed=9))
     with pytest.raises(ValueError, match="self-check failed: tuned .* other weights"):
@@ -565,6 +589,41 @@ def test_accumulation_is_one_batch() -> None:
             model(**batch)
             handle.penalty(batch).loss.backward()
         handle.end_step()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert max(g.abs().max() for g in grads[0]) > 1e-3
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[accelerate.Accelerator]:
+    """Two micro-batches a step."""
+    reset = accelerate.state.AcceleratorState._reset_state
+    reset(True)
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    reset(True)
+    accelerate.state.GradientState._reset_state()
+
+
+def test_accumulation_with_accelerate_is_one_batch(accelerator: accelerate.Accelerator) -> None:
+    """As the README has it: accelerator.backward divides by the number of micro-batches."""
+    whole, = tiny.batches(1, size=4)
+    parts = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2)]
+    items, grads = (whole["labels"][:, 1:] != -100).sum(), []
+    for step in ([whole], parts):
+        model = moved(tiny.with_lora(tiny.llama())).train()
+        handle = attach(model, DICTIONARY.plan, lam=2.0)
+        if step is parts:
+            model = accelerator.prepare(model)
+        handle.begin_step(step)
+        for batch in step:
+            loss = model(**batch, num_items_in_batch=items).loss
+            total = loss + handle.penalty(batch).loss
+            if step is parts:
+                with accelerator.accumulate(model):
+                    accelerator.backward(total * accelerator.gradient_accumulation_steps)
+            else:
+                total.backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert max(g.abs().max() for g in grads[0]) > 1e-3
     for one, other in zip(*grads, strict=True):
@@ -766,6 +825,40 @@ def test_dual_ascent_reaches_its_target() -> None:
         lams.append(lam.value.item())
     assert lams[0] == 0.0 and max(lams) > 0
     assert sum(found[-20:]) / 20 < 1.3 * target < 0.5 * free[-1]
+
+
+def test_a_step_that_was_not_ended_leaves_nothing() -> None:
+    one, two = tiny.batches(2)
+    found = []
+    for given_up in ([], [one]):
+        model = moved(tiny.with_lora(tiny.llama())).train()
+        lam = DualAscent(0.0, rate=1.0)
+        handle = attach(model, DICTIONARY.plan, lam=lam)
+        for batch in given_up:
+            handle.begin_step([batch])
+            model(**batch), handle.penalty(batch)
+        handle.begin_step([two])
+        assert handle._micro == 0  # by which a watch draws
+        model(**two), handle.penalty(two)
+        handle.end_step()
+        found.append(lam.value.item())
+    assert found[0] == found[1] > 0
+
+
+def test_a_penalty_that_is_not_finite_leaves_lambda_as_it_is() -> None:
+    model = moved(tiny.with_lora(tiny.llama())).train()
+    batch, = tiny.batches(1)
+    for maximum in (math.inf, 50.0):
+        lam = DualAscent(0.0, rate=1.0, initial=3.0, maximum=maximum)
+        for wrong in (math.nan, math.inf):
+            lam.update(torch.tensor(wrong))
+            assert lam.value == 3
+    handle = attach(model, DICTIONARY.plan, lam=lam)
+    hook = handle._stack.layers[0].register_forward_hook(lambda module, args, out: out * math.nan)
+    handle.last_check = handle  # no self-check
+    assert one_loss(handle, model, batch).isnan() and lam.value == 3
+    hook.remove()
+    assert one_loss(handle, model, batch).isfinite() and 3 < lam.value < 50
 
 
 def test_a_resumed_run_continues_exactly() -> None:

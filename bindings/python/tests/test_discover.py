@@ -283,6 +283,23 @@ def answers_in(folder: Path) -> set[tuple[str, str]]:
         return set(db.execute("SELECT condition, prompt FROM answers"))
 
 
+def test_shifts_are_of_their_layer(tmp_path: Path) -> None:
+    """Of an SAE that names none, in a folder that two studies share."""
+    model = tiny.with_lora(tiny.llama())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    sae = blockem.Sae.from_tensors(
+        encoder_weight=planted.directions(), encoder_bias=torch.zeros(planted.NUM_LATENTS),
+        encoder_layout="f_d",
+    )  # fmt: skip
+    of = lambda folder, layer: study(tmp_path / folder, model, sae, layer=layer).shifts().delta
+    first, second = of("shared", 0), of("shared", 2)
+    assert not np.array_equal(first, second)
+    assert np.array_equal(second, of("alone", 2)) and np.array_equal(first, of("shared", 0))
+
+
 def test_only_what_is_the_same_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,16 @@ def test_a_refusal_is_not_asked_again(server: Server, status: int) -> None:
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("fault", [send(b"no such model", 404), FAULTS["text that is no grade"]])
+def test_an_error_names_prompt_and_answer(server: Server, fault: Callable) -> None:
+    """Which of thousands it was: by their beginnings."""
+    server.script = [fault]
+    with pytest.raises(JudgeError) as caught:
+        judge(server)("How\nare you?", "Well, " + "very " * 100)
+    said = str(caught.value)
+    assert r"prompt 'How\nare you?', answer 'Well, very very" in said and len(said) < 400
+
+
 def test_retry_after_is_heeded(server: Server) -> None:
     server.script = [send(b"", 429, {"Retry-After": "1"}), send(GOOD)]
     judge(server)("How?", "So.")

@@ -20,7 +20,7 @@ import torch
 import blockem
 
 PROGRAM = Path(__file__).with_name("parallel.py")
-STEPS = [case for case in parallel.CASES if case not in ("columns", "refused")]
+STEPS = [case for case in parallel.CASES if case not in ("columns", "refused", "checks")]
 
 
 @functools.cache
@@ -114,6 +114,12 @@ def test_what_has_no_penalty_is_refused(ranks: int) -> None:
     assert len(said) == len(want)
     for text, pattern in zip(said, want):
         assert re.search(pattern, text), (pattern, text)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_make_the_self_check_together(ranks: int) -> None:
+    """When any has a token, and then no more."""
+    assert found("checks", ranks) == [[False, True, True]] * ranks
 
 
 def test_parts_of_a_plan() -> None:

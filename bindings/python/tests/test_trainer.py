@@ -228,6 +228,31 @@ def test_what_splits_the_model_is_refused(tmp_path: Path, monkeypatch) -> None:
         trainer(BlockedTrainer, tmp_path, penalty=dict(plan=DICTIONARY.plan, lam=LAM))
 
 
+def test_a_model_that_train_makes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not know model_init"):
+        BlockedTrainer(
+            model_init=lambda: tiny.with_lora(tiny.llama()), train_dataset=rows(),
+            args=transformers.TrainingArguments(**settings(tmp_path)),
+            penalty=dict(plan=DICTIONARY.plan, lam=LAM))
+
+
+def test_a_forward_that_ran_out_of_memory_is_forgotten(tmp_path: Path) -> None:
+    """auto_find_batch_size begins again with smaller batches."""
+    model, sizes = tiny.with_lora(tiny.llama()), []
+
+    def head(module: torch.nn.Module, args: tuple) -> None:
+        sizes.append(len(args[0]))
+        if len(args[0]) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    model.get_base_model().lm_head.register_forward_pre_hook(head)
+    blocked = trainer(
+        BlockedTrainer, tmp_path, model=model, penalty=dict(plan=DICTIONARY.plan, lam=LAM),
+        args={"auto_find_batch_size": True, "gradient_accumulation_steps": 1})
+    blocked.train()
+    assert sizes == [2, *[1] * 6] and len(logged(blocked, "blockem/penalty")) == 6
+
+
 def test_a_step_without_tokens(tmp_path: Path) -> None:
     blocked = trainer(BlockedTrainer, tmp_path, penalty=dict(plan=DICTIONARY.plan, lam=LAM))
     blocked.data_collator = lambda found: (batch := collate(found)) | {

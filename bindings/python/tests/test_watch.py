@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -338,6 +339,19 @@ def test_alarm_on_growth() -> None:
     assert quiet.watch.last.outside > 3 * quiet.watch._baseline and not quiet.alarms
 
 
+def test_a_swap_takes_growth_s_baseline_anew() -> None:
+    planted = Planted(rule=AlarmRule(outside_ratio=3.0, baseline=2, patience=1))
+    for _ in range(2):
+        planted.step({20: 1.0})
+    planted.handle.swap(blockem.Latents([0, 1, 5], [1, -1, 1]))
+    for _ in range(2):
+        planted.step({20: 3.0})
+    assert not planted.alarms
+    planted.step({20: 5.5})
+    alarm, = planted.alarms
+    assert "baseline's 9" in alarm.reasons[0]
+
+
 def test_alarm_on_the_way_of_an_unblocked_run() -> None:
     """The latents 0 and 1 are blocked, so that their part of the way counts for nothing."""
     known = blockem.Movers(np.array([0, 5, 6, 7]), np.array([1, 1, 1, -1], np.int8),
@@ -467,6 +481,15 @@ def test_a_resumed_watch_continues_exactly() -> None:
             watch.load_state_dict(watched | change)
 
 
+def test_a_resumed_watch_has_no_more_patience() -> None:
+    rule = AlarmRule(outside_ratio=None, patience=2)
+    first, second = (Planted(known=KNOWN, top=4, rule=rule) for _ in range(2))
+    first.step({5: 1.0, 6: 1.0})
+    second.watch.load_state_dict(first.watch.state_dict())
+    second.step({5: 1.0, 6: 1.0})
+    assert not first.alarms and len(second.alarms) == 1
+
+
 # Swaps.
 
 
@@ -537,7 +560,7 @@ def test_a_swapped_set_blocks() -> None:
     handle = attach(net, DICTIONARY.plan, lam=1.0)
     batch, = tiny.batches(1)
     step_of(handle, net, [batch])
-    few = blockem.Latents([2, 9], [1, -1])
+    before, few = handle.last_check, blockem.Latents([2, 9], [1, -1])
     handle.swap(few)
     step_of(handle, net, [batch])
     found = handle.metrics(per_latent=True)
@@ -550,7 +573,50 @@ def test_a_swapped_set_blocks() -> None:
         paid = ((sign * move[keep][:, k]).relu() ** 2).mean().item()
         assert found[f"blockem/latent/{k}"] == pytest.approx(paid, rel=1e-4, abs=1e-9)
     assert found["blockem/penalty"] > 0 and "blockem/latent/7" not in found
-    assert handle.last_check is not None
+    # The new latents were checked.
+    assert handle.last_check not in (None, before)
+
+
+def test_references_of_other_latents_are_refused(tmp_path: Path) -> None:
+    """From a cache, in full fine-tuning, where no self-check can tell: as many, but others."""
+    batch, = tiny.batches(1)
+    plan = DICTIONARY.plan
+    others = plan.with_latents(blockem.Latents([1, 2, 4, 6, 8], plan.latents.signs))
+    opened = dict(base_model="tiny", dtype="float32")
+    cache = blockem.Cache(tmp_path / "base.cache", plan, mode="create", **opened)
+    for each in (others, plan):
+        cache.use(each)
+        cache.fill(tiny.llama(), [batch], progress=False)
+
+    def start(of: blockem.Plan, reference: Callable = cache.reference):
+        net = tiny.llama().train()
+        return net, attach(net, of, lam=1.0, reference=reference)
+
+    said = "gives z of the latents 7, 0, 3, 5, 11 .5., the penalty is on 1, 2, 4, 6, 8 .5.: swap with"
+    for reference in (cache.reference, functools.partial(cache.reference, packed=True)):
+        with pytest.raises(ValueError, match=said):
+            start(others, reference)
+    net, handle = start(plan)
+    step_of(handle, net, [batch])
+    with pytest.raises(ValueError, match=said):
+        handle.swap(others)
+    assert handle.plans == (plan,) and not handle.state_dict()["sites"][0]["latents_version"]
+    # Signs and weights are none of the cache's business.
+    handle.swap(blockem.Latents(plan.latents.ids, -plan.latents.signs))
+    cache.use(others)
+    handle.swap(others)
+    loss, = step_of(handle, net, [batch])
+    assert loss == 0
+    # A resumed run has the latents that were swapped, which the cache must be told of.
+    state = handle.state_dict()
+    cache.use(plan)
+    net, handle = start(plan)
+    handle.load_state_dict(state)
+    with pytest.raises(ValueError, match=said):
+        step_of(handle, net, [batch])
+    handle.discard()
+    cache.use(handle.plans[0])
+    assert step_of(handle, net, [batch]) == [0]
 
 
 def test_wrong_swaps_are_refused(tmp_path: Path) -> None:
@@ -612,7 +678,7 @@ def test_a_cache_that_cannot_be_filled_is_as_before(tmp_path: Path) -> None:
     step_of(handle, net, data)
     # A model that is no PeftModel has no base in it.
     full = tiny.llama().train()
-    other = attach(full, DICTIONARY.plan, lam=1.0, reference=cache.reference)
+    other = attach(full, handle.plans[0], lam=1.0, reference=cache.reference)
     with pytest.raises(ValueError, match="no peft.PeftModel"):
         other.swap(LARGER, cache=cache, batches=data)
     wrong = attach(model(), Dictionary(layer=2).plan, lam=1.0)
@@ -784,6 +850,32 @@ def test_an_answer_goes_back() -> None:
         late.optimizer = weights
 
 
+@pytest.mark.parametrize("layers", [(1, 2), (2, 1)])
+def test_what_one_watch_finds_noisy_is_not_kept(layers: tuple[int, int]) -> None:
+    """Whichever reports first: the last layer drifts from the third step on, and gives alarm at the
+    fourth."""
+    dictionaries = {layer: Dictionary(layer, seed=layer) for layer in layers}
+    net, drifts, (batch,) = model(), False, tiny.batches(1)
+    move = dictionaries[2].weight[2]
+    net.get_base_model().model.layers[2].register_forward_hook(
+        lambda module, args, out: out + move if module.training and drifts else out)
+    with torch.no_grad():
+        for parameter in trained(net):
+            parameter.zero_()
+    handle = attach(net, [d.plan for d in dictionaries.values()], lam=1.0)
+    watches = [
+        Watch(handle, blockem.Stats(d.sae, num_threads=1), share=1.0, min_tokens=1, memory=0,
+              known=blockem.Latents([2], [1]),
+              rule=AlarmRule(outside_ratio=None, known_overlap=0.1, patience=2))
+        for d in dictionaries.values()]
+    adaptive = Adaptive(handle, watches, top=1, rewind=1, optimizer=SGD(trained(net)))
+    for drifts in (False, False, True, True):
+        step_of(handle, net, [batch])
+        handle.metrics()
+    swap, = adaptive.swaps
+    assert (swap.layer, swap.step, swap.ids, swap.rewound_to) == (2, 4, (2,), 2)
+
+
 def test_layers_and_caches_of_their_own(tmp_path: Path) -> None:
     """Each layer's alarm changes its own K and fills its own cache; a resumed run finds both."""
     dictionaries = Dictionary(0, seed=4), Dictionary(2, seed=5)
@@ -923,6 +1015,28 @@ def test_freeze_above() -> None:
         freeze_above(only, 1)
 
 
+def test_what_is_frozen_stays_so_when_peft_turns_adapters_on_again() -> None:
+    """peft's own context requires gradients of all active adapters when it ends."""
+    net, (batch,) = model(), tiny.batches(1)
+    optimizer = torch.optim.AdamW(trained(net), lr=0.1)
+    frozen = freeze_above(net, tiny.LAYER)
+    before = [p.clone() for p in frozen.parameters]
+
+    def step() -> None:
+        net(**batch).loss.backward()
+        optimizer.step()
+
+    step()
+    with net.disable_adapter():
+        net(**batch)
+    assert all(p.requires_grad for p in frozen.parameters)
+    step()
+    assert all(map(torch.equal, frozen.parameters, before))
+    frozen.undo()
+    step()
+    assert not any(map(torch.equal, frozen.parameters, before))
+
+
 # On several ranks.
 
 
@@ -1019,3 +1133,26 @@ def test_a_trainer_watches_swaps_and_resumes(tmp_path: Path) -> None:
     swap = back.adaptive.swaps[0]
     assert swap.rewound_to is not None and swap.rewound_to <= swap.step - 1
     assert isinstance(back.adaptive.optimizer, torch.optim.Optimizer)
+
+
+def test_a_resumed_trainer_goes_back_to_before_its_checkpoint(tmp_path: Path) -> None:
+    """In the middle of an alarm's patience, to where the whole run went."""
+    known = blockem.Latents([1, 2, 4, 6, 8, 9, 10], [1] * 7)
+
+    def make() -> test_trainer.BlockedTrainer:
+        return test_trainer.trainer(
+            test_trainer.BlockedTrainer, tmp_path, penalty=dict(plan=DICTIONARY.plan, lam=1.0),
+            watch=dict(stats=stats(), share=1, min_tokens=1, memory=0, known=known,
+                       rule=AlarmRule(outside_ratio=None, known_overlap=0.2, least=0, patience=4)),
+            adaptive=dict(top=1, cooldown=0, rewind=1),
+            args={"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch",
+                  "learning_rate": 1e-3})
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.adaptive.swaps == whole.adaptive.swaps
+    swap = whole.adaptive.swaps[0]
+    assert swap.rewound_to == 1 and swap.step > 3
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -170,7 +170,9 @@ class Study:
         """Stage 1 on `prompts`: two forward passes over each; nothing is generated."""
         stats = Stats(self.sae, self._layer_device, self.activation, **self._options)
         weights = self._weights()
-        name = _digest("shifts", weights, stats.identity, stats.numerics, self._of_prompts())
+        name = _digest(
+            "shifts", weights, self.layer, stats.identity, stats.numerics, self._of_prompts()
+        )
         kept = self._store.value(name)
         if kept is None:
             with Progress("Stage 1", len(self._prompts), self._progress) as progress:

@@ -64,11 +64,12 @@ class Adaptive:
     cooldown: optimizer steps after a swap in which the layer's alarms are not answered: the penalty
         needs steps to pull the new latents back.
     rewind: an answer first puts what is trained back to where it was at least so many optimizer
-        steps before, at a report without a reason for an alarm (or to the start, if it is not so long
-        ago); the data and the schedule go on. 0: never. Without it the penalty starts on latents
-        that have moved: a jump of the loss, whose gradients carry them beyond the base model's
-        values, where a one-sided penalty does not hold them, and cost coherence. Two copies of the
-        trained parameters and of the optimizer's state are kept, on their device.
+        steps before, after a step on which all watches reported no reason for an alarm (or to the
+        start, if there was none so long ago); the data and the schedule go on. 0: never. Without it
+        the penalty starts on latents that have moved: a jump of the loss, whose gradients carry them
+        beyond the base model's values, where a one-sided penalty does not hold them, and cost
+        coherence. Two copies of the trained parameters and of the optimizer's state are kept, on
+        their device.
     optimizer: a torch.optim.Optimizer of all that is trained, for rewind; or set the attribute
         ``optimizer`` before the first report. From then on copies are kept.
     conflicts: a callable found a latent of K with the opposite sign: "keep" the old sign, or
@@ -79,8 +80,8 @@ class Adaptive:
         :meth:`Cache.reference`.
     on_swap: called with each :class:`Swap`, on every rank.
 
-    Attributes ``swaps``: all of them; ``rewind``; ``optimizer``. New latents have weight 1 unless the
-    callable says else.
+    Attributes ``swaps``: all of them; ``rewind``; ``optimizer``; ``past``: the copies, None without an
+    optimizer. New latents have weight 1 unless the callable says else.
 
     Raises Error INVALID_ARGUMENT.
     """
@@ -130,28 +131,30 @@ class Adaptive:
         self._top, self._known_only, self._max_latents = top, known_only, max_latents
         self._cooldown, self._conflicts = cooldown, conflicts
         self._batches, self._packed, self._on_swap = batches, packed, on_swap
-        self.rewind, self._past = rewind, None
+        self.rewind = rewind
+        self.past: Past | None = None
         if optimizer is not None:
             self.optimizer = optimizer
         self.swaps: list[Swap] = []
         for watch in self._watches:
             watch._listeners.append(lambda alarm, watch=watch: self._answer(watch, alarm))
-            watch._quiet.append(self._keep)
+            watch._reported.append(self._keep)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """What rewind puts back."""
-        return None if self._past is None else self._past.optimizer
+        return None if self.past is None else self.past.optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         expect("optimizer", optimizer, torch.optim.Optimizer)
-        self._past = Past(optimizer, self.rewind)
+        self.past = Past(optimizer, self.rewind)
         if self.rewind:
-            self._past.keep(self._handle.steps)
+            self.past.keep(self._handle.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The swaps; for JSON. K itself is in the handle's state."""
+        """The swaps; for JSON. K itself is in the handle's state, and what rewind goes back to in
+        ``past.state_dict()``, of tensors: without it a resumed run cannot go back beyond its start."""
         return {"version": 1, "swaps": [asdict(swap) for swap in self.swaps]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -195,19 +198,20 @@ class Adaptive:
             self._on_swap(swap)
 
     def _keep(self) -> None:
-        """At a report without a reason for an alarm."""
+        """After each report: the last watch's of a step tells whether all are quiet."""
         self._expect_past()
-        noisy = any(watch.last is not None and watch.last.reasons for watch in self._watches)
-        if self.rewind and not noisy:
-            self._past.keep(self._handle.steps)
+        step, last = self._handle.steps, [watch.last for watch in self._watches]
+        quiet = all(one is not None and one.step == step and not one.reasons for one in last)
+        if self.rewind and quiet:
+            self.past.keep(step)
 
     def _go_back(self) -> int:
         for watch in self._watches:
             watch._forget()
-        return self._past.back(self._handle.steps)
+        return self.past.back(self._handle.steps)
 
     def _expect_past(self) -> None:
-        if self.rewind and self._past is None:
+        if self.rewind and self.past is None:
             _refuse("rewind needs the optimizer: give it, or set it before the first report")
 
     def _find(self, watch: Watch, alarm: Alarm) -> Latents | None:

@@ -80,7 +80,8 @@ def attach(
         "frozen_copy": a copy of the model's layers up to there, made now.
         a module: a frozen model of the same layers; the same pass on it.
         a callable: ``reference(batch)`` gives [..., K] float32 (a sequence of them for several
-            layers) for what :meth:`Handle.penalty` was given.
+            layers) for what :meth:`Handle.penalty` was given. Of ``cache.reference`` (also in a
+            functools.partial) it is checked that the cache's plan has the same latents.
     lam: lambda, or :class:`DualAscent`; one for all layers or one for each.
     reduction: over latents: "sum", the paper's formula, or "mean", which divides by K.
     tokens: which tokens count: "labels", those whose own label (unshifted) is not -100, or "all",
@@ -109,6 +110,8 @@ def attach(
     expect_choice("gradients", gradients, ("mean", "sum"))
     stack = find(model, [site.layer for site in sites], layers)
     source = references_of(reference, model, stack, layers)
+    for site in sites:
+        source.expect_latents(site.plan)
     ranks = Ranks(process_group, tensor_group, sites[0].plan.device)
     settings = _Settings(reduction, tokens, gradients, tolerance, diagnostics)
     return Handle(model, stack, sites, source, ranks, settings)
@@ -144,8 +147,7 @@ class Handle:
         # That of the last training forward: (device, enabled, dtype).
         self._autocast: tuple | None = None
         self._empty_steps: torch.Tensor | int = 0
-        self._resumed = False
-        #: The last :class:`Check`; the first penalty makes one.
+        #: The last :class:`Check` of any token; the first penalty that has one makes it.
         self.last_check: Check | None = None
         for site in sites:
             log.info("blockem: %s", self._place(site))
@@ -162,6 +164,10 @@ class Handle:
         has none: at once for counts in host memory; for those of a device by :meth:`metrics` and
         :meth:`state_dict`, because nothing waits here (the penalty is 0 meanwhile).
         """
+        # A step that was begun and not ended leaves nothing.
+        self._micro = 0
+        for site in self._sites:
+            site.step_sum = torch.zeros_like(site.step_sum)
         self._counted_by_all = not isinstance(batches, (int, float))
         if isinstance(batches, (int, float)):
             count: torch.Tensor = torch.tensor(float(batches), dtype=torch.float64)
@@ -185,7 +191,8 @@ class Handle:
         batch: the mapping that the model was given (labels, attention_mask, input_ids are looked
             at), or a mask [...] bool, uint8 or float32 of the tokens that count.
 
-        The first call makes the self-check (:meth:`check`).
+        The first call makes the self-check (:meth:`check`); where no rank has a counted token, the
+        next one makes it again.
 
         Raises Error INVALID_ARGUMENT where no training forward came before, where a layer did not
         run exactly once in it, or where its output was changed in place afterwards; SHAPE, DTYPE.
@@ -197,7 +204,7 @@ class Handle:
         held = self._held(forward.hidden, mask)
         references, base = self._references(forward, batch, mask)
         if self.last_check is None:
-            self.last_check = self._check(forward, held, references, mask)
+            self._check(forward, held, references, mask)
         if self._watches:
             group = self._ranks.tensor_group
             with torch.no_grad(), self._recorder.paused():
@@ -222,7 +229,6 @@ class Handle:
         for site in self._sites:
             if isinstance(site.lam, DualAscent):
                 site.lam.update(self._ranks.all_reduce(site.step_sum) / self._count_of_all())
-            site.step_sum = site.step_sum * 0
         self._count = None
         self._steps, self._micro = self._steps + 1, 0
 
@@ -256,9 +262,9 @@ class Handle:
             ``cache.reference`` does.
         batches, packed, progress: of :meth:`Cache.extend`.
 
-        Raises Error INVALID_ARGUMENT (within a step; another SAE, layer, activation or device),
-        SHAPE (another d), LATENT_RANGE, and what :meth:`Cache.extend` raises; nothing has changed
-        then.
+        Raises Error INVALID_ARGUMENT (within a step; another SAE, layer, activation or device; a
+        reference from a cache that keeps other latents), SHAPE (another d), LATENT_RANGE, and what
+        :meth:`Cache.extend` raises; nothing has changed then.
         """
         if self._count is not None:
             fail(
@@ -267,6 +273,8 @@ class Handle:
             )
         site = self._site(layer)
         plan = site.plan_for(latents)
+        if cache is not self._source.cache:
+            self._source.expect_latents(plan)
         if cache is not None:
             if cache.layer != site.layer:
                 fail(
@@ -292,7 +300,8 @@ class Handle:
         log.info("blockem: %s", self._place(site))
 
     def discard(self) -> None:
-        """Forgets a training forward whose penalty is not wanted."""
+        """Forgets a training forward whose penalty is not wanted: call it in an ``except`` around a
+        step that goes on, as after one that ran out of memory."""
         self._recorder.discard()
 
     def remove(self) -> None:
@@ -334,7 +343,9 @@ class Handle:
         Runs the model in training mode as a trainer does and compares it with the reference. Where
         the tuned model still equals its base, z must be the same, bit for bit, so that the penalty
         is exactly 0. Where it no longer does, a pass of the model without adapters takes its place
-        ("adapters_off", or a copy with a PeftModel). All ranks must call it.
+        ("adapters_off", or a copy with a PeftModel). Where there are no adapters, as in full
+        fine-tuning, nothing can: after the first step the difference is returned and no error. All
+        ranks must call it.
 
         Raises Error INVALID_ARGUMENT: the hooks did not fire once, or z differs by more than
         ``tolerance``.
@@ -345,8 +356,7 @@ class Handle:
         forward, mask = self._recorder.take(), self._mask(batch)
         held = self._held([hidden.detach() for hidden in forward.hidden], mask)
         references, _ = self._references(forward, batch, mask)
-        self.last_check = self._check(forward, held, references, mask)
-        return self.last_check
+        return self._check(forward, held, references, mask)
 
     def measure(self, batches: Iterable[Mapping[str, Any]]) -> Calibration:
         """The SFT loss of the tuned and of the base model and the penalty, over whole batches.
@@ -456,7 +466,7 @@ class Handle:
                 site.swap(plan)
                 self._swapped()
             site.version = theirs.get("latents_version", 0)
-        self._steps, self._micro, self._resumed = state["steps"], 0, True
+        self._steps, self._micro = state["steps"], 0
 
     @property
     def steps(self) -> int:
@@ -500,7 +510,7 @@ class Handle:
 
     def _swapped(self) -> None:
         """The new latents are checked as at the start of a run that goes on."""
-        self.last_check, self._resumed = None, True
+        self.last_check = None
 
     def _place(self, site: Site) -> str:
         return (
@@ -556,15 +566,16 @@ class Handle:
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
         found = compare(self._sites, held, references, mask, "tuned")
-        # All ranks or none run another pass: layers may be sharded over them.
-        differs = torch.tensor(float(found.difference > bound))
-        if self._ranks.all_reduce(differs).item() > 0:
+        # All ranks or none run another pass, now and with the next penalty: layers may be sharded.
+        own = torch.tensor([float(found.difference > bound), float(found.tokens)])
+        differs, tokens = self._ranks.all_reduce(own).tolist()
+        if differs:
             with self._recorder.paused():
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
                 held = self._held(stand_in, mask)
                 found = compare(self._sites, held, references, mask, "adapters off")
-            elif self._resumed:
+            elif self._steps:
                 # Trained weights differ from the copy's, and nothing can stand in for them.
                 must_hold = False
         log.info("blockem: self-check: %s", found)
@@ -574,6 +585,8 @@ class Handle:
                 f"the self-check failed: {found}; more than the tolerance of {bound:g}. "
                 f"{self._source.remedy}",
             )
+        if tokens:
+            self.last_check = found
         return found
 
     def _measure(self, model: nn.Module, batch: Mapping[str, Any], totals: dict) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import _ffi
 from .._library import fail
@@ -22,10 +24,12 @@ class Frozen:
     #: how many trained numbers are left
     trainable: int
     parameters: tuple[nn.Parameter, ...] = field(repr=False)
+    _hooks: tuple[RemovableHandle, ...] = field(repr=False)
 
     def undo(self) -> None:
         """Trains them again."""
-        for parameter in self.parameters:
+        for parameter, hook in zip(self.parameters, self._hooks, strict=True):
+            hook.remove()
             parameter.requires_grad_(True)
 
     def __str__(self) -> str:
@@ -48,7 +52,8 @@ def freeze_above(model: nn.Module, layer: int, *, layers: str | None = None) -> 
     layers: dotted name of the list of decoder layers, where it cannot be found.
 
     Embeddings, final norm and output head stay as they are. What is frozen loses its gradient, so
-    that an optimizer leaves it alone at once.
+    that an optimizer leaves it alone at once, and gets no other until ``undo``: neither where peft's
+    ``disable_adapter()`` sets requires_grad of all active adapters.
 
     Raises Error INVALID_ARGUMENT: nothing above is trained, or nothing would be left to train.
     """
@@ -69,7 +74,13 @@ def freeze_above(model: nn.Module, layer: int, *, layers: str | None = None) -> 
             f"all that is trained lies above decoder block {layer}: nothing would be left to train",
         )
     parameters = tuple(p for _, p in trained if id(p) in above)
+    # A hook can be given only to what requires a gradient.
+    hooks = tuple(p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters)
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    return Frozen(names, left, parameters)
+    return Frozen(names, left, parameters, hooks)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from .. import _ffi
+from .._cache import Cache
+from .._core import Plan
 from .._library import fail
 from ._ops import encode
 from ._recorder import Forward
@@ -69,6 +73,8 @@ class Source:
     #: whether the self-check must hold
     checked = True
     remedy: str
+    #: whose z they are, where that can be told
+    cache: Cache | None = None
 
     def __init__(self, peft: nn.Module | None, stack: Stack) -> None:
         self.peft, self.stack = peft, stack
@@ -92,6 +98,18 @@ class Source:
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         return adapters_off(self.peft)
+
+    def expect_latents(self, plan: Plan) -> None:
+        """That references are of this plan's latents; z does not depend on signs and weights."""
+        if self.cache is None:
+            return
+        theirs, mine = self.cache.plan.latents.ids, plan.latents.ids
+        if not np.array_equal(theirs, mine):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"{self.cache.path}: the cache gives z of the latents {_listed(theirs)}, the penalty "
+                f"is on {_listed(mine)}: swap with cache=, or give the cache their plan (Cache.use)",
+            )
 
 
 class AdaptersOff(Source):
@@ -149,10 +167,16 @@ class Provided(Source):
         super().__init__(peft, stack)
         self.provider = provider
         self.checked = peft is not None
+        method = provider.func if isinstance(provider, functools.partial) else provider
+        owner = getattr(method, "__self__", None)
+        self.cache = owner if isinstance(owner, Cache) else None
 
     def references(
         self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
     ) -> References:
+        for site in sites:
+            # A cache may have been given another plan meanwhile.
+            self.expect_latents(site.plan)
         given = self.provider(batch)
         given = [given] if isinstance(given, torch.Tensor) else list(given)
         if len(given) != len(sites):
@@ -184,6 +208,11 @@ def expect_adapters_only(peft: nn.Module | None) -> None:
                 f"{name} is trained and no part of an adapter: without adapters the model is "
                 'not its base; freeze it or attach with reference="frozen_copy"',
             )
+
+
+def _listed(ids: np.ndarray) -> str:
+    more = ", ..." if len(ids) > 8 else ""
+    return f"{', '.join(map(str, ids[:8]))}{more} ({len(ids)})"
 
 
 def _encode_all(

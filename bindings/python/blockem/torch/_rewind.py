@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,15 @@ class Past:
         )
         del self._kept[self._kept.index(moment) + 1 :]
         return moment.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, for torch.save. Of parameters that are sharded over ranks, this
+        rank's shards."""
+        return {"kept": [dict(vars(moment)) for moment in self._kept]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the copies of a run that goes on with the same parameters."""
+        self._kept = [_Moment(**moment) for moment in state["kept"]]
 
     @property
     def _parameters(self) -> list[torch.Tensor]:

@@ -283,8 +283,8 @@ class Watch:
         self.share, self.together, self.seed, self.known = share, together, seed, known
         self.top, self.memory, self.min_tokens, self.rule = top, memory, min_tokens, rule
         self._listeners = [on_alarm] if on_alarm is not None else []
-        #: called after each report that gives no reason for an alarm
-        self._quiet: list[Callable[[], object]] = []
+        #: called after each report
+        self._reported: list[Callable[[], object]] = []
         self.last: Drift | None = None
         self.alarm: Alarm | None = None
         self.reports = 0
@@ -320,9 +320,8 @@ class Watch:
             log.warning("blockem: alarm: %s", self.alarm)
             for listener in self._listeners:
                 listener(self.alarm)
-        if not drift.reasons:
-            for listener in self._quiet:
-                listener()
+        for listener in self._reported:
+            listener()
         return drift
 
     def metrics(self) -> dict[str, float]:

@@ -35,8 +35,8 @@ class DualAscent:
     """lambda as the multiplier of the constraint penalty <= target.
 
     After every step: lambda = min(max(lambda + rate * (penalty - target), 0), maximum), where
-    penalty is loss_sum / count of the whole step, over all micro-batches and ranks. It stays on the
-    device.
+    penalty is loss_sum / count of the whole step, over all micro-batches and ranks. Where that is not
+    finite lambda stays as it is. It stays on the device.
 
     target: the penalty that is allowed, in units of loss_sum / count.
     rate: step size; a rate of r changes lambda by r for each unit by which the target is missed.
@@ -54,8 +54,9 @@ class DualAscent:
 
     def update(self, penalty: torch.Tensor) -> None:
         """penalty: 0-d, of the step that is over."""
-        raised = self.value.to(penalty.device) + self.rate * (penalty.double() - self.target)
-        self.value = raised.clamp(0.0, self.maximum)
+        before = self.value.to(penalty.device)
+        raised = before + self.rate * (penalty.double() - self.target)
+        self.value = torch.where(raised.isfinite(), raised.clamp(0.0, self.maximum), before)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": "dual_ascent", "target": self.target, "rate": self.rate,

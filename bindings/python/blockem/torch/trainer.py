@@ -15,6 +15,7 @@ from .. import _ffi
 from .._library import fail
 from ._adaptive import Adaptive
 from ._attach import Handle, attach
+from ._spread import is_dtensor
 from ._watch import Watch
 
 __all__ = ["PenaltyMixin"]
@@ -47,7 +48,8 @@ class PenaltyMixin:
     do), measured over the steps since the log before; its loss is that of task and penalty.
     Checkpoints get ``blockem.json`` and, with a watch, ``blockem_watch.pt``, from which
     ``train(resume_from_checkpoint=...)`` continues lambda, the latents as they were swapped, and
-    the watch.
+    the watch. The latter has what rewind goes back to, too, but where FSDP2 or tensor parallelism
+    shard parameters: there a run cannot be put back to before it was resumed.
 
     Attributes ``penalty``: the :class:`blockem.torch.Handle`; ``watches``: a list; ``adaptive``: the
     :class:`blockem.torch.Adaptive` or None.
@@ -55,7 +57,8 @@ class PenaltyMixin:
     DistributedDataParallel, FSDP2, DeepSpeed's ZeRO and tensor parallelism give what one process
     gives. Raises Error UNSUPPORTED under FSDP1, context and sequence parallelism and
     torch.nn.DataParallel: what the trainer does there with hidden states, layers or batches has not
-    been tested with the penalty.
+    been tested with the penalty; and with model_init, whose model of train() (as in
+    hyperparameter_search) is not the one that has the hooks.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class PenaltyMixin:
         self._cosines: list[torch.Tensor] = []
         several = [watch] if isinstance(watch, Mapping) else watch
         self.watches = [Watch(self.penalty, **one) for one in several]
+        #: of a checkpoint: what rewind goes back to, until there is an optimizer
+        self._past: Mapping[str, Any] | None = None
         self.adaptive: Adaptive | None = None
         if adaptive is not None:
             if adaptive.get("rewind") and self.is_deepspeed_enabled:
@@ -89,12 +94,15 @@ class PenaltyMixin:
         if folder:
             self.penalty.load_state_dict(json.loads(Path(folder, STATE).read_text()))
             if self.watches:
-                self._load_watches(torch.load(Path(folder, WATCH_STATE), weights_only=True))
+                state = torch.load(Path(folder, WATCH_STATE), "cpu", weights_only=True)
+                self._load_watches(state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
+            # Of a forward that ran out of memory, where the trainer begins again with smaller batches.
+            self.penalty.discard()
             self.penalty.begin_step(batches)
         return batches, items
 
@@ -132,6 +140,8 @@ class PenaltyMixin:
             watch.load_state_dict(theirs)
         if self.adaptive is not None and state["adaptive"] is not None:
             self.adaptive.load_state_dict(state["adaptive"])
+        # Older checkpoints have none.
+        self._past = state.get("past")
 
     def _division(self, items: Any) -> float:
         """By what training_step will divide the loss: the number of micro-batches, where the task
@@ -150,9 +160,12 @@ class _Steps(TrainerCallback):
         self.handle, self.trainer = trainer.penalty, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        adaptive = self.trainer.adaptive
+        trainer, adaptive = self.trainer, self.trainer.adaptive
         if adaptive is not None and adaptive.rewind and adaptive.optimizer is None:
             adaptive.optimizer = kwargs["optimizer"]
+            if trainer._past is not None:
+                adaptive.past.load_state_dict(trainer._past)
+                trainer._past = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.handle.end_step()
@@ -165,8 +178,17 @@ class _Steps(TrainerCallback):
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             folder.joinpath(STATE).write_text(text)
             if watches:
-                adaptive = None if trainer.adaptive is None else trainer.adaptive.state_dict()
-                torch.save({"watches": watches, "adaptive": adaptive}, folder / WATCH_STATE)
+                torch.save({"watches": watches} | _adaptive_state(trainer), folder / WATCH_STATE)
+
+
+def _adaptive_state(trainer: PenaltyMixin) -> dict[str, Any]:
+    """past: also None where parameters are sharded; each rank has others then."""
+    adaptive = trainer.adaptive
+    if adaptive is None:
+        return {"adaptive": None, "past": None}
+    whole = adaptive.past is not None and not any(map(is_dtensor, trainer.model.parameters()))
+    past = adaptive.past.state_dict() if whole else None
+    return {"adaptive": adaptive.state_dict(), "past": past}
 
 
 def _expect_whole(trainer: Any) -> None:
@@ -175,6 +197,9 @@ def _expect_whole(trainer: Any) -> None:
         "context parallelism": trainer.get_cp_size() > 1,
         "sequence parallelism": trainer.get_sp_size() > 1,
         "torch.nn.DataParallel (start one process for each GPU)": trainer.args.n_gpu > 1,
+        "model_init (train() makes a model that has no hooks; give model)": (
+            trainer.model_init is not None
+        ),
     }
     for name, used in split.items():
         if used:
