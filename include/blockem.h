@@ -1562,7 +1562,7 @@ blockem_status blockem_raw_penalty_backward(const struct blockem_raw_penalty_arg
 
 /**
  * Writes the bytes of workspace that a raw call needs for T = tokens, K = num_latents, d = d_in
- * and its num_threads and backend; AUTO means the CPU's here.
+ * and its num_threads and backend; of AUTO what either device needs.
  * Errors: NULL_POINTER, INVALID_ARGUMENT. Thread-safe.
  */
 BLOCKEM_API
@@ -1647,7 +1647,8 @@ blockem_status blockem_latents_open(const char *path,
 /**
  * Writes K0.json, whole or not at all, with the keys that the set was read with. The file, and
  * whoever reads it, has K_pos before K_neg, each in this set's order.
- * options: NULL or what to record about the plan that the set is used with.
+ * options: NULL or what to record about the plan that the set is used with, which must be of its
+ * latents in their order.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, IO. Thread-safe.
  */
 BLOCKEM_API
@@ -1936,12 +1937,12 @@ BLOCKEM_API void *blockem_xla_penalty_backward_cuda(void *frame);
 /**
  * Brings every latent of an SAE to a device. Reads the whole encoder once, and keeps it: 4 bytes for
  * each weight on the CPU (8 where it has bf16 dot products, see blockem_stats_info.numerics), 6 on
- * CUDA. The SAE may be freed.
+ * CUDA; a GLU encoder has two matrices of weights. The SAE may be freed.
  * options: as of blockem_plan_create; NULL for the defaults (CPU, native activation, all cores).
  * out: a new handle, to be freed with blockem_stats_free; untouched on error.
- * Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, and for the
- * native activation of a TOPK SAE that selects over a BATCH, GLU encoders, and options.part other
- * than BLOCKEM_PART_WHOLE.
+ * Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, the native
+ * activation of a TOPK SAE that selects over a BATCH, and options.part other than
+ * BLOCKEM_PART_WHOLE.
  */
 BLOCKEM_API
 blockem_status blockem_stats_create(const struct blockem_sae *sae,

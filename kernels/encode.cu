@@ -288,12 +288,14 @@ template <typename H, typename S>
 DEVICE void write_latents(const EncodeParams &p, const Dots<H, S> &dots, uint64_t token,
                           uint32_t latent) {
     float scale[S::TILES_M][2];
+    bool counts[S::TILES_M][2];
     UNROLL
     for (int m = 0; m < S::TILES_M; m++) {
         UNROLL
         for (int half = 0; half < 2; half++) {
             const uint64_t t = token + 16 * m + 8 * half;
-            scale[m][half] = t < p.tokens ? scale_of(p, t) : 0.0f;
+            counts[m][half] = t < p.tokens && mask_of(p.mask, t) != 0.0f;
+            scale[m][half] = counts[m][half] ? scale_of(p, t) : 0.0f;
         }
     }
     UNROLL
@@ -312,7 +314,9 @@ DEVICE void write_latents(const EncodeParams &p, const Dots<H, S> &dots, uint64_
                     if (t >= p.tokens) continue;
                     const float dot = mul_rn(dots.total[m][n][2 * half + i], scale[m][half]);
                     const float pre = add_rn(mul_rn(dot, own.scale), own.bias);
-                    p.latents[t * p.latents_stride + k] = own.off(p, t, dot, pre) ? 0.0f : pre;
+                    // A token that does not count has no threshold.
+                    const bool on = counts[m][half] && !own.off(p, t, dot, pre);
+                    p.latents[t * p.latents_stride + k] = on ? pre : 0.0f;
                 }
             }
         }

@@ -38,7 +38,7 @@ DEVICE double latents(const GluLatentsParams &params, uint64_t first_token, uint
     NO_UNROLL
     for (uint64_t t = first_token; t < first_token + TOKENS / WARPS; t++) {
         if (t >= p.tokens) break;
-        const float mask = p.latents ? 1.0f : mask_of(p.mask, t);
+        const float mask = mask_of(p.mask, t);
         float coef = 0.0f;
         if (mask != 0.0f) {
             const float *dots = p.dots + t * p.dots_stride;
@@ -56,6 +56,7 @@ DEVICE double latents(const GluLatentsParams &params, uint64_t first_token, uint
             loss = add_rn(loss, share.loss);
         }
         if (p.coef) p.coef[t * p.coef_stride + k] = coef;
+        if (p.latents) p.latents[t * p.latents_stride + k] = 0.0f;
     }
     return loss;
 }

@@ -52,22 +52,17 @@ DEVICE double square_of_rise(float above, float below) {
     return mul_rn(r, r);
 }
 
-DEVICE void count_tokens(const StatsParams &p) {
-    double count = p.accumulate ? *p.token_count : 0.0;
-    for (uint64_t t = 0; t < p.tokens; t++) count = add_rn(count, (double)mask_of(p.mask, t));
-    *p.token_count = count;
-}
-
 } // namespace
 
 KERNEL(blockem_stats, StatsParams, THREADS, 1) {
     const uint32_t k = block_index() * THREADS + thread_index();
-    if (k == 0 && p.token_count) count_tokens(p);
     if (k >= p.count) return;
     double *state = p.state + k;
     Sums own, base;
     own.load(state, p.state_stride, p.accumulate);
     double rise = 0.0, fall = 0.0;
+    const bool counts = k == 0 && p.token_count;
+    double count = counts && p.accumulate ? *p.token_count : 0.0;
     if (p.base) {
         base.load(state + 4 * p.state_stride, p.state_stride, p.accumulate);
         rise = p.accumulate ? state[8 * p.state_stride] : 0.0;
@@ -85,6 +80,7 @@ KERNEL(blockem_stats, StatsParams, THREADS, 1) {
         UNROLL
         for (uint32_t i = 0; i < AHEAD; i++) {
             if (share[i] == 0.0f) continue;
+            if (counts) count = add_rn(count, (double)share[i]);
             own.add(share[i], z[i]);
             if (!p.base) continue;
             base.add(share[i], before[i]);
@@ -93,6 +89,7 @@ KERNEL(blockem_stats, StatsParams, THREADS, 1) {
         }
     }
     own.store(state, p.state_stride);
+    if (counts) *p.token_count = count;
     if (!p.base) return;
     base.store(state + 4 * p.state_stride, p.state_stride);
     state[8 * p.state_stride] = rise;

@@ -40,8 +40,15 @@ pub struct Provenance {
 }
 
 impl Provenance {
-    /// What a plan knows about itself. A part of a plan has another d and identity: refused.
-    pub fn of(plan: &Plan) -> Result<Provenance> {
+    /// Of a set, from a plan of it. A part of a plan has another d and identity: refused.
+    pub fn of(latents: &Latents, plan: &Plan) -> Result<Provenance> {
+        if plan.latent_ids() != latents.ids() || plan.signs() != latents.signs() {
+            bail!(
+                InvalidArgument,
+                "the plan is of other latents than the set, or has them in another order: save a set \
+                 with a plan of its own"
+            );
+        }
         if plan.part() != Part::Whole {
             bail!(
                 InvalidArgument,

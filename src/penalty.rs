@@ -342,7 +342,7 @@ pub fn raw_backward(
     }
 }
 
-/// Bytes of scratch that the raw calls need.
+/// Bytes of scratch that the raw calls need; AUTO may turn out to be either device's.
 pub fn raw_workspace_size(
     num_latents: usize,
     d_in: usize,
@@ -350,12 +350,13 @@ pub fn raw_workspace_size(
     backend: BackendKind,
     num_threads: usize,
 ) -> usize {
+    let cpu = || Cpu::raw_workspace_size(num_latents, d_in, tokens, num_threads);
+    let cuda = || cuda::raw_workspace_size(num_latents, d_in, tokens);
     match backend {
         BackendKind::Reference => 0,
-        BackendKind::Cuda => cuda::raw_workspace_size(num_latents, d_in, tokens),
-        BackendKind::Auto | BackendKind::Cpu => {
-            Cpu::raw_workspace_size(num_latents, d_in, tokens, num_threads)
-        }
+        BackendKind::Cuda => cuda(),
+        BackendKind::Cpu => cpu(),
+        BackendKind::Auto => cpu().max(cuda()),
     }
 }
 
@@ -492,7 +493,11 @@ fn checked_or_own(given: &Scratch<'_>, own: &mut Vec<u8>, needed: usize) -> Resu
     if given.size > 0 {
         return checked_workspace(given, needed);
     }
-    own.resize(needed + WORKSPACE_ALIGN, 0);
+    let room = needed.saturating_add(WORKSPACE_ALIGN);
+    if own.try_reserve_exact(room).is_err() {
+        bail!(OutOfMemory, "the call needs a workspace of {needed} bytes, which cannot be had");
+    }
+    own.resize(room, 0);
     let skip = own.as_ptr().align_offset(WORKSPACE_ALIGN);
     Ok(Scratch::from(&mut own[skip..]).workspace())
 }

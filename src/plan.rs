@@ -146,7 +146,7 @@ impl Plan {
         };
         let has_topk = contest.is_some();
         if let Some(contest) = contest {
-            columns.recipe.extend(contest.digest());
+            columns.compete(contest);
         }
         let whole = columns.identity(0..latents.len());
         check_provenance(latents, &whole, options.activation)?;
@@ -233,6 +233,11 @@ impl Plan {
         &self.columns.ids
     }
 
+    /// In column order.
+    pub fn signs(&self) -> &[i8] {
+        &self.columns.signs
+    }
+
     /// sha256 of all that z of column k depends on but the numerics: its row, id, recipe,
     /// activation, d, F. Plans that share the latent share the digest.
     pub fn column_digest(&self, k: usize) -> [u8; 32] {
@@ -302,7 +307,8 @@ pub(crate) struct Contest<'a> {
     pub gate: TopK,
     /// Where the rivals of each group begin in the dictionary.
     starts: Vec<usize>,
-    hash: RefCell<Sha256>,
+    /// How many rivals have been seen, and what of each group.
+    seen: RefCell<(usize, Vec<Sha256>)>,
 }
 
 impl Contest<'_> {
@@ -342,8 +348,9 @@ impl Contest<'_> {
             // Comes with the blocked latents' rows.
             gain: None,
         };
-        let starts = groups.into_iter().map(|group| group * size).collect();
-        Ok(Contest { sae, gate, starts, hash: RefCell::default() })
+        let starts: Vec<usize> = groups.into_iter().map(|group| group * size).collect();
+        let seen = RefCell::new((0, vec![Sha256::new(); starts.len()]));
+        Ok(Contest { sae, gate, starts, seen })
     }
 
     /// Rows of rivals, each of which is read once, in order.
@@ -356,20 +363,20 @@ impl Contest<'_> {
         Ok(rows)
     }
 
-    /// Enters rivals into the digest, each once, in order.
+    /// Enters rivals into the digests, each once, in order.
     pub fn seen(&self, rows: &EncoderRows) {
-        let mut hash = self.hash.borrow_mut();
-        (0..rows.bias.len()).for_each(|k| hash.update(row_digest(rows, k)));
+        let (seen, groups) = &mut *self.seen.borrow_mut();
+        for k in 0..rows.bias.len() {
+            groups[*seen / self.gate.group_ends[0]].update(row_digest(rows, k));
+            *seen += 1;
+        }
     }
 
-    /// Of all that decides which latents are on.
-    pub fn digest(self) -> Vec<u8> {
-        let Contest { gate, hash, .. } = self;
-        let mut hash = hash.into_inner();
-        for n in [gate.k, gate.groups(), gate.by_magnitude as usize] {
-            hash.update((n as u64).to_le_bytes());
-        }
-        hash.finalize().to_vec()
+    /// Of all that decides which latents of each group are on.
+    fn digests(self) -> Vec<[u8; 32]> {
+        let rule = [self.gate.k as u64, self.gate.by_magnitude as u64].map(u64::to_le_bytes);
+        let (_, groups) = self.seen.into_inner();
+        groups.into_iter().map(|hash| hash.chain_update(rule.concat()).finalize().into()).collect()
     }
 }
 
@@ -511,6 +518,17 @@ impl Columns {
     pub fn add(&mut self, ids: &[u64], rows: &EncoderRows) {
         self.ids.extend(ids);
         self.rows.extend((0..ids.len()).map(|k| row_digest(rows, k)));
+    }
+
+    /// Enters what decides which of them are on, a latent's own group alone: a set that grows by
+    /// latents of other groups keeps the digests of those that it has.
+    pub fn compete(&mut self, contest: Contest<'_>) {
+        let group_of = contest.gate.group.clone();
+        let groups = contest.digests();
+        for (row, group) in self.rows.iter_mut().zip(group_of) {
+            let hash = Sha256::new().chain_update(*row).chain_update(groups[group as usize]);
+            *row = hash.finalize().into();
+        }
     }
 
     pub fn identity(&self, order: impl IntoIterator<Item = usize>) -> String {

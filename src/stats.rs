@@ -109,12 +109,6 @@ impl Stats {
         if options.part != Part::Whole {
             bail!(Unsupported, "statistics are of whole latents, not of a part of a plan");
         }
-        if recipe.glu {
-            bail!(
-                Unsupported,
-                "statistics do not know GLU encoders yet; plans of chosen latents do"
-            );
-        }
         let (d_in, d_sae) = (recipe.d_in, recipe.d_sae);
         let reader = Reader::new(sae, options.activation)?;
         let read = |range| reader.read(range);
@@ -277,7 +271,7 @@ impl Reader<'_> {
     fn identity(self) -> String {
         let mut columns = self.columns.into_inner();
         if let Some(contest) = self.contest {
-            columns.recipe.extend(contest.digest());
+            columns.compete(contest);
         }
         columns.identity(0..columns.ids.len())
     }

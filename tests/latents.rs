@@ -65,7 +65,7 @@ fn saving_keeps_foreign_keys_and_records_where_the_set_belongs() {
     let set = Latents::open(&source, &sae).unwrap();
     let options = PlanOptions { activation: Activation::DenseRelu, ..PlanOptions::default() };
     let plan = Plan::new(&sae, &set, &options).unwrap();
-    set.save(&saved, Some(&Provenance::of(&plan).unwrap())).unwrap();
+    set.save(&saved, Some(&Provenance::of(&set, &plan).unwrap())).unwrap();
     let text = std::fs::read_to_string(&saved).unwrap();
     assert!(text.contains("selected_latents"), "{text}");
 
@@ -88,6 +88,19 @@ fn saving_keeps_foreign_keys_and_records_where_the_set_belongs() {
 }
 
 #[test]
+fn a_set_is_saved_with_a_plan_of_its_own() {
+    let mut rng = Rng::fresh();
+    let sae = RandomSae::new(&mut rng, Architecture::Standard, 8, 16).open();
+    let set = |ids: &[i64], signs: &[i8]| Latents::new(ids, signs, None).unwrap();
+    let saved = set(&[3, 5], &[1, -1]);
+    for other in [set(&[3, 6], &[1, -1]), set(&[5, 3], &[-1, 1]), set(&[3, 5], &[1, 1])] {
+        let plan = Plan::new(&sae, &other, &PlanOptions::default()).unwrap();
+        let error = Provenance::of(&saved, &plan).unwrap_err();
+        assert_eq!(error.status, Status::InvalidArgument, "{error}");
+    }
+}
+
+#[test]
 fn a_set_of_mixed_signs_belongs_to_its_sae_after_saving() {
     let mut rng = Rng::fresh();
     let sae = RandomSae::new(&mut rng, Architecture::Gated, 8, 16).open();
@@ -95,7 +108,7 @@ fn a_set_of_mixed_signs_belongs_to_its_sae_after_saving() {
     let path = folder.path().join("K0.json");
     let set = Latents::new(&[5, 2, 9, 0], &[-1, 1, -1, 1], Some(&[1.0, 2.0, 3.0, 4.0])).unwrap();
     let plan = Plan::new(&sae, &set, &PlanOptions::default()).unwrap();
-    set.save(&path, Some(&Provenance::of(&plan).unwrap())).unwrap();
+    set.save(&path, Some(&Provenance::of(&set, &plan).unwrap())).unwrap();
     let again = Latents::open(&path, &sae).unwrap();
     assert_eq!(again.ids(), [2, 0, 5, 9]);
     assert_eq!(again.weights(), [2.0, 4.0, 1.0, 3.0]);

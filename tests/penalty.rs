@@ -5,7 +5,7 @@ mod support;
 
 use blockem::error::{Result, Status};
 use blockem::latents::{Latents, Provenance};
-use blockem::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN};
+use blockem::penalty::{EncodeArgs, PenaltyArgs, Scratch, WORKSPACE_ALIGN, raw_workspace_size};
 use blockem::plan::{Activation, BackendKind, Part, Plan, PlanOptions};
 use blockem::sae::{Architecture, Sae, SaeOptions, Selection, TokenNorm};
 use blockem::tensor::{DType, Element, Tensor, TensorMut};
@@ -435,6 +435,54 @@ fn identity_follows_what_z_depends_on() {
     assert_ne!(second, of(&sae, &[1, 4], &[1, 1], Activation::Native), "another row of it");
 }
 
+/// So a reference cache keeps what it has when a set grows by latents of other groups.
+#[test]
+fn a_latent_depends_on_the_rivals_of_its_own_group_alone() {
+    let mut rng = Rng::fresh();
+    let mut sae = RandomSae::new(&mut rng, Architecture::TopK, 12, 10);
+    sae.selection = Selection::Groups; // of two latents each
+    let of = |sae: &RandomSae, ids: &[i64]| {
+        let set = Latents::new(ids, &vec![1; ids.len()], None).unwrap();
+        plan(sae, &set, BackendKind::Cpu, Activation::Native, 1)
+    };
+    let digests = |plan: &Plan| -> Vec<_> {
+        (0..plan.num_latents()).map(|k| plan.column_digest(k)).collect()
+    };
+    let (two, three) = (of(&sae, &[0, 1]), of(&sae, &[0, 1, 4]));
+    assert_eq!(digests(&two), digests(&three)[..2]);
+    sae.encoder[5 * 12] += 0.25;
+    let other = of(&sae, &[0, 1, 4]);
+    assert_eq!(digests(&other)[..2], digests(&two));
+    assert_ne!(digests(&other)[2], digests(&three)[2], "its rival is another");
+    assert_ne!(other.identity(), three.identity());
+    assert_eq!(of(&sae, &[0, 1]).identity(), two.identity());
+}
+
+/// What would overflow is more than any memory; all but thresholds stays bounded on the CPU.
+#[test]
+fn no_workspace_is_too_large_to_be_told() {
+    let mut rng = Rng::fresh();
+    let most = isize::MAX as usize;
+    for rule @ Rule(_, architecture, .., activation) in rules() {
+        let (sae, set) = (rule.sae(&mut rng, 8, 6), latents(&mut rng, 6));
+        let plan = plan(&sae, &set, BackendKind::Cpu, activation, 0);
+        let has_thresholds = (architecture, activation) == (Architecture::TopK, Activation::Native);
+        for tokens in [1 << 60, most / 8, usize::MAX] {
+            let bytes = plan.workspace_size(tokens);
+            assert!(if has_thresholds { bytes == most } else { bytes < 1 << 30 }, "{rule:?}");
+        }
+    }
+    for backend in [BackendKind::Auto, BackendKind::Cpu, BackendKind::Cuda] {
+        for [k, d] in [[1 << 58, 8], [8, 1 << 58]] {
+            assert_eq!(raw_workspace_size(k, d, 16, backend, 0), most, "{backend:?}");
+        }
+    }
+    assert_eq!(raw_workspace_size(8, 8, 1 << 60, BackendKind::Cuda, 0), most);
+    let of = |backend| raw_workspace_size(20, 64, 100, backend, 2);
+    let either = of(BackendKind::Cpu).max(of(BackendKind::Cuda));
+    assert_eq!(of(BackendKind::Auto), either, "whatever it turns out to be");
+}
+
 /// What processes that hold some columns each compute together is what one computes alone.
 fn parts_agree<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
     let (tokens, k, d) = (37, 21, 130);
@@ -559,7 +607,7 @@ fn what_a_part_cannot_do_is_refused() {
         })
         .unwrap_err();
     assert_eq!(error.status, Status::Unsupported, "{error}");
-    assert!(Provenance::of(&columns).is_err());
+    assert!(Provenance::of(&set, &columns).is_err());
     let gate = make(Part::Gate).unwrap();
     let whole = make(Part::Whole).unwrap();
     let other = make(Part::Columns { begin: 0, end: 8 }).unwrap();

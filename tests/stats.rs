@@ -13,20 +13,51 @@ use blockem::tensor::{DType, Device, Element, Tensor, TensorMut};
 use half::{bf16, f16};
 use support::{RandomSae, Rng};
 
-/// Every gate, selection and norm.
-const RULES: [(Architecture, Selection, TokenNorm, Activation); 11] = [
-    (Architecture::Standard, Selection::Largest, TokenNorm::None, Activation::Native),
-    (Architecture::JumpRelu, Selection::Largest, TokenNorm::None, Activation::Native),
-    (Architecture::Gated, Selection::Largest, TokenNorm::None, Activation::Native),
-    (Architecture::Gated, Selection::Largest, TokenNorm::Layer, Activation::DenseRelu),
-    (Architecture::JumpRelu, Selection::Largest, TokenNorm::Constant, Activation::Preactivation),
-    (Architecture::TopK, Selection::Largest, TokenNorm::None, Activation::Native),
-    (Architecture::TopK, Selection::Magnitude, TokenNorm::None, Activation::Native),
-    (Architecture::TopK, Selection::Groups, TokenNorm::None, Activation::Native),
-    (Architecture::TopK, Selection::Largest, TokenNorm::Layer, Activation::Native),
-    (Architecture::TopK, Selection::Groups, TokenNorm::Constant, Activation::Native),
-    (Architecture::TopK, Selection::Largest, TokenNorm::None, Activation::DenseRelu),
-];
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Encoder {
+    Plain,
+    Glu,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rule(Encoder, Architecture, Selection, TokenNorm, Activation);
+
+/// Every gate, selection, norm and encoder.
+const RULES: [Rule; 17] = {
+    use Activation::{DenseRelu, Native, Preactivation};
+    use Architecture::{Gated, JumpRelu, Standard, TopK};
+    use Encoder::{Glu, Plain};
+    use Selection::{Groups, Largest, Magnitude};
+    use TokenNorm::{Constant, Layer, None};
+    [
+        Rule(Plain, Standard, Largest, None, Native),
+        Rule(Plain, JumpRelu, Largest, None, Native),
+        Rule(Plain, Gated, Largest, None, Native),
+        Rule(Plain, Gated, Largest, Layer, DenseRelu),
+        Rule(Plain, JumpRelu, Largest, Constant, Preactivation),
+        Rule(Plain, TopK, Largest, None, Native),
+        Rule(Plain, TopK, Magnitude, None, Native),
+        Rule(Plain, TopK, Groups, None, Native),
+        Rule(Plain, TopK, Largest, Layer, Native),
+        Rule(Plain, TopK, Groups, Constant, Native),
+        Rule(Plain, TopK, Largest, None, DenseRelu),
+        Rule(Glu, Standard, Largest, None, Native),
+        Rule(Glu, JumpRelu, Largest, Layer, Native),
+        Rule(Glu, JumpRelu, Largest, Constant, Preactivation),
+        Rule(Glu, TopK, Largest, None, Native),
+        Rule(Glu, TopK, Groups, Layer, Native),
+        Rule(Glu, TopK, Magnitude, None, DenseRelu),
+    ]
+};
+
+impl Rule {
+    fn sae(self, rng: &mut Rng, d: usize, f: usize) -> Sae {
+        let Rule(encoder, architecture, selection, token_norm, _) = self;
+        let sae = RandomSae::new(rng, architecture, d, f);
+        let sae = if encoder == Encoder::Glu { sae.with_glu(rng) } else { sae };
+        RandomSae { selection, token_norm, ..sae }.open()
+    }
+}
 
 /// Tokens, latents, inputs: odd ones, more than a tile of tokens, more than one task and one read.
 const SHAPES: [[usize; 3]; 5] =
@@ -174,13 +205,11 @@ fn oracle(f: usize, z: &[f32], base: Option<&[f32]>, share: impl Fn(usize) -> f3
 }
 
 fn sums_are_those_of_a_plans_latents<T: Element>(rng: &mut Rng, from: fn(f32) -> T) {
-    for (i, (architecture, selection, token_norm, activation)) in RULES.into_iter().enumerate() {
+    for (i, rule) in RULES.into_iter().enumerate() {
         let [tokens, f, d] = SHAPES[(i + rng.below(5)) % 5];
-        let sae = RandomSae::new(rng, architecture, d, f);
-        let sae = RandomSae { selection, token_norm, ..sae }.open();
-        let of = Dictionary::new(&sae, BackendKind::Cpu, activation, 1 + rng.below(3));
-        let what =
-            format!("{architecture:?} {selection:?} {token_norm:?} {activation:?}, T {tokens}");
+        let sae = rule.sae(rng, d, f);
+        let of = Dictionary::new(&sae, BackendKind::Cpu, rule.4, 1 + rng.below(3));
+        let what = format!("{rule:?}, T {tokens}");
         assert_eq!(of.stats.identity(), of.plan.identity(), "{what}");
         assert_eq!(of.stats.numerics(), of.plan.numerics(), "{what}");
         let mut hidden = || -> Vec<T> { rng.normals(tokens * d).into_iter().map(from).collect() };
@@ -213,10 +242,10 @@ fn sums_are_those_of_a_plans_latents_bit_for_bit() {
 #[test]
 fn the_reference_is_the_formula_and_the_cpu_agrees() {
     let mut rng = Rng::fresh();
-    for (architecture, selection, token_norm, activation) in RULES {
+    for rule in RULES {
+        let Rule(_, architecture, _, _, activation) = rule;
         let (tokens, f, d) = (19, 24, 9);
-        let sae = RandomSae::new(&mut rng, architecture, d, f);
-        let sae = RandomSae { selection, token_norm, ..sae }.open();
+        let sae = rule.sae(&mut rng, d, f);
         let exact = Dictionary::new(&sae, BackendKind::Reference, activation, 1);
         let wide = |x: Vec<f32>| -> Vec<f64> { x.into_iter().map(f64::from).collect() };
         let (tuned, base) = (rng.normals(tokens * d), rng.normals(tokens * d));
@@ -273,10 +302,10 @@ fn the_reference_is_the_formula_and_the_cpu_agrees() {
 #[test]
 fn sums_do_not_depend_on_cuts_or_threads() {
     let mut rng = Rng::fresh();
-    for (architecture, selection, token_norm, activation) in RULES {
+    for rule in RULES {
+        let Rule(.., activation) = rule;
         let (tokens, f, d) = (230, 300, 20);
-        let sae = RandomSae::new(&mut rng, architecture, d, f);
-        let sae = RandomSae { selection, token_norm, ..sae }.open();
+        let sae = rule.sae(&mut rng, d, f);
         let (tuned, base) = (rng.normals(tokens * d), rng.normals(tokens * d));
         let shares: Vec<f32> = (0..tokens).map(|_| [0.0, 1.0, 0.37][rng.below(3)]).collect();
         let whole = Dictionary::new(&sae, BackendKind::Cpu, activation, 1);
@@ -293,7 +322,7 @@ fn sums_do_not_depend_on_cuts_or_threads() {
             state.update(&parts.stats, tuned, Some(base), Some(view), accumulate);
             at = end;
         }
-        assert_eq!(state.bits(), whole.bits(), "{architecture:?} {selection:?} {activation:?}");
+        assert_eq!(state.bits(), whole.bits(), "{rule:?}");
     }
 }
 
@@ -334,18 +363,17 @@ fn rise_and_fall_are_the_penalty_of_each_latent() {
 fn nan_reaches_the_sums_unless_masked() {
     let mut rng = Rng::fresh();
     let (tokens, f, d) = (40, 20, 9);
-    for (architecture, selection, token_norm, activation) in RULES {
+    for rule in RULES {
         for backend in [BackendKind::Cpu, BackendKind::Reference] {
-            let sae = RandomSae::new(&mut rng, architecture, d, f);
-            let sae = RandomSae { selection, token_norm, ..sae }.open();
-            let of = Dictionary::new(&sae, backend, activation, 2);
+            let sae = rule.sae(&mut rng, d, f);
+            let of = Dictionary::new(&sae, backend, rule.4, 2);
             let (clean, base) = (rng.normals(tokens * d), rng.normals(tokens * d));
             let mut dirty = clean.clone();
             dirty[7 * d + 3] = f32::NAN;
             let found = State::of(&of.stats, &dirty, Some(&base), None);
             let is_nan = |row: usize| found.rows[row].iter().all(|x| x.is_nan());
             for row in [rows::SUM, rows::SQUARE_SUM, rows::MAX, rows::RISE_SQUARE_SUM] {
-                assert!(is_nan(row), "row {row} {backend:?} {architecture:?}");
+                assert!(is_nan(row), "row {row} {backend:?} {rule:?}");
             }
             assert!(!found.rows[rows::BASE_SUM].iter().any(|x| x.is_nan()));
             assert!(!found.rows[rows::ACTIVE].iter().any(|x| x.is_nan()));
@@ -391,8 +419,6 @@ fn what_cannot_be_exact_is_refused() {
         refused(&part, activation, "partial");
     }
     refused(&sae.open(), Activation::Native, "batch");
-    let glu = RandomSae::new(&mut rng, Architecture::Standard, 8, 16).with_glu(&mut rng);
-    refused(&glu.open(), Activation::Native, "GLU");
     let options = PlanOptions { part: Part::Gate, ..PlanOptions::default() };
     let error = Stats::new(&sae.open(), &options).err().unwrap();
     assert_eq!(error.status, Status::Unsupported, "{error}");

@@ -117,10 +117,11 @@ class Machine:
             for name, pairs in events.items()
         }
 
-    def host_cost(self, run: Callable[[], object], repeats: int = 1000) -> float:
-        """Seconds of the calling thread per call; the device has nothing else to do."""
+    def host_cost(self, run: Callable[[], object], repeats: int = 50) -> float:
+        """Seconds of the calling thread per call, of so few that the driver's queue never fills: the host
+        would wait for the device."""
         best = float("inf")
-        for _ in range(5):
+        for _ in range(20):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(repeats):

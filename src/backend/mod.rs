@@ -195,6 +195,16 @@ pub(crate) type ReadRivals<'a> = &'a dyn Fn(Range<usize>) -> Result<EncoderRows>
 /// read each.
 pub(crate) const RIVALS_AT_ONCE: usize = 2048;
 
+/// The size of something of about `a` times `b` elements, or more than any memory has where the
+/// arithmetic would overflow.
+pub(crate) fn bounded(a: usize, b: usize, size: impl FnOnce() -> usize) -> usize {
+    const MOST: usize = 1 << 44;
+    match a.max(64).checked_mul(b.max(64)) {
+        Some(product) if product <= MOST => size(),
+        _ => isize::MAX as usize,
+    }
+}
+
 /// Rows of a range of a dictionary's latents. A backend reads each once, in order.
 pub(crate) type ReadRows<'a> = &'a dyn Fn(Range<usize>) -> Result<OwnedRows>;
 
@@ -231,6 +241,15 @@ pub(crate) fn side_by_side(
 }
 
 impl OwnedRows {
+    /// What [`side_by_side`] had: weights of the first rows, and the second ones.
+    pub fn encoders(&self) -> (Vec<f32>, Option<GluRows>) {
+        let Some(bias) = &self.glu_bias else { return (self.weight.clone(), None) };
+        let every_other = |first: usize| {
+            self.weight.chunks_exact(self.d_in).skip(first).step_by(2).flatten().copied().collect()
+        };
+        (every_other(0), Some(GluRows { weight: every_other(1), bias: bias.clone() }))
+    }
+
     pub fn borrow(&self) -> Rows<'_> {
         Rows {
             d_in: self.d_in,

@@ -80,13 +80,17 @@ impl ReferenceStats {
     pub fn new(d_sae: usize, read: ReadRows<'_>) -> Result<ReferenceStats> {
         let rows = read(0..d_sae)?;
         let rivals = match &rows.gate {
-            OwnedGate::TopK(gate) => EncoderRows {
-                d_in: rows.d_in,
-                weight: rows.weight.clone(),
-                bias: rows.bias.clone(),
-                rank_gain: gate.gain.clone(),
-                ..EncoderRows::default()
-            },
+            OwnedGate::TopK(gate) => {
+                let (weight, glu) = rows.encoders();
+                EncoderRows {
+                    d_in: rows.d_in,
+                    weight,
+                    bias: rows.bias.clone(),
+                    rank_gain: gate.gain.clone(),
+                    glu,
+                    ..EncoderRows::default()
+                }
+            }
             _ => EncoderRows::default(),
         };
         Ok(ReferenceStats { rows, rivals })

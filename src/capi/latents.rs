@@ -119,7 +119,8 @@ pub unsafe extern "C" fn blockem_latents_open(
 
 /// Writes K0.json, whole or not at all, with the keys that the set was read with. The file, and
 /// whoever reads it, has K_pos before K_neg, each in this set's order.
-/// options: NULL or what to record about the plan that the set is used with.
+/// options: NULL or what to record about the plan that the set is used with, which must be of its
+/// latents in their order.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, IO. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_latents_save(
@@ -132,7 +133,7 @@ pub unsafe extern "C" fn blockem_latents_save(
         unsafe {
             let (latents, path) = (handle("latents", latents)?, read_path(path)?);
             let provenance = match read_options("options", options)? {
-                Some(options) => read_provenance(&options)?,
+                Some(options) => read_provenance(&latents.0, &options)?,
                 None => None,
             };
             latents.0.save(path, provenance.as_ref())
@@ -227,16 +228,27 @@ pub(super) unsafe fn array<'a, T>(name: &str, data: *const T, n: usize) -> Resul
 
 /// # Safety
 /// Handles must be live or NULL.
-unsafe fn read_provenance(options: &blockem_latents_save_options) -> Result<Option<Provenance>> {
+unsafe fn read_provenance(
+    latents: &Latents,
+    options: &blockem_latents_save_options,
+) -> Result<Option<Provenance>> {
     // SAFETY: the caller's promise.
     let (plan, sae) = unsafe { (options.plan.as_ref(), options.sae.as_ref()) };
     match (plan, sae) {
         (None, None) => Ok(None),
         (None, Some(_)) => bail!(InvalidArgument, "options.sae needs options.plan"),
-        (Some(plan), None) => Provenance::of(&plan.0).map(Some),
+        (Some(plan), None) => Provenance::of(latents, &plan.0).map(Some),
         (Some(plan), Some(sae)) => {
+            let found = Provenance::of(latents, &plan.0)?;
+            let recipe = sae.0.recipe();
+            if [recipe.d_in, recipe.d_sae] != [found.d_in, found.d_sae] {
+                bail!(
+                    InvalidArgument,
+                    "options.sae is not the SAE that options.plan was made from"
+                );
+            }
             let sae_sha256 = Some(sae.0.file_sha256(&mut |_, _| {})?);
-            Ok(Some(Provenance { sae_sha256, ..Provenance::of(&plan.0)? }))
+            Ok(Some(Provenance { sae_sha256, ..found }))
         }
     }
 }

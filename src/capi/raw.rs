@@ -106,7 +106,7 @@ pub unsafe extern "C" fn blockem_raw_penalty_backward(
 }
 
 /// Writes the bytes of workspace that a raw call needs for T = tokens, K = num_latents, d = d_in
-/// and its num_threads and backend; AUTO means the CPU's here.
+/// and its num_threads and backend; of AUTO what either device needs.
 /// Errors: NULL_POINTER, INVALID_ARGUMENT. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_raw_penalty_workspace_size(

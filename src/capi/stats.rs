@@ -106,12 +106,12 @@ versioned!(blockem_stats_args, first_size = 472, last = workspace_size: usize);
 
 /// Brings every latent of an SAE to a device. Reads the whole encoder once, and keeps it: 4 bytes for
 /// each weight on the CPU (8 where it has bf16 dot products, see blockem_stats_info.numerics), 6 on
-/// CUDA. The SAE may be freed.
+/// CUDA; a GLU encoder has two matrices of weights. The SAE may be freed.
 /// options: as of blockem_plan_create; NULL for the defaults (CPU, native activation, all cores).
 /// out: a new handle, to be freed with blockem_stats_free; untouched on error.
-/// Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, and for the
-/// native activation of a TOPK SAE that selects over a BATCH, GLU encoders, and options.part other
-/// than BLOCKEM_PART_WHOLE.
+/// Errors, contexts and threads: as blockem_plan_create. UNSUPPORTED for partial files, the native
+/// activation of a TOPK SAE that selects over a BATCH, and options.part other than
+/// BLOCKEM_PART_WHOLE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_stats_create(
     sae: *const blockem_sae,

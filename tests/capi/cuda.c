@@ -578,9 +578,10 @@ static void capture(void) {
   stub.capture(stream, STUB_CAPTURE_BLOCKING);
   CHECK_STATUS(blockem_encode(plan, &a.encode, NULL), BLOCKEM_STATUS_CAPTURE_UNSAFE);
   blockem_plan_free(second);
+  /* The last one unloads the kernels. */
+  blockem_plan_free(plan);
   stub.capture(stream, STUB_CAPTURE_OFF);
   free_arguments(&a);
-  blockem_plan_free(plan);
   CHECK(stub.alive() == 0);
 }
 
@@ -677,6 +678,9 @@ static void failures(void) {
     stub.fail(creation[i].plan);
     if (!CHECK_STATUS(create_on(0, &plan), creation[i].status)) {
       fprintf(stderr, "  with %s\n", creation[i].plan);
+    }
+    if (creation[i].status == BLOCKEM_STATUS_DRIVER_TOO_OLD) {
+      CHECK(message_has("the driver serves CUDA") && message_has("the kernels are of"));
     }
     stub.fail("");
     CHECK(stub.current() == current);

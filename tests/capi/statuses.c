@@ -375,6 +375,8 @@ static void latents_file_statuses(void) {
   desc.d_sae = SMALL_F - 1;
   CHECK_OK(blockem_sae_from_tensors(&desc, &stranger));
   CHECK_STATUS(blockem_latents_open(saved, stranger, &opened), BLOCKEM_STATUS_PROVENANCE_MISMATCH);
+  record.sae = stranger;
+  CHECK_STATUS(blockem_latents_save(latents, other, &record), BLOCKEM_STATUS_INVALID_ARGUMENT);
   blockem_sae_free(stranger);
 
   CHECK_STATUS(blockem_latents_open(nowhere, sae, &opened), BLOCKEM_STATUS_IO);

@@ -396,6 +396,7 @@ EXPORT CUresult cuModuleLoadData(module **out, const void *image) {
 EXPORT CUresult cuModuleUnload(module *m) {
   BEGIN("cuModuleUnload");
   if (current() != m->owner) return INVALID_CONTEXT;
+  if (unsafe_in_capture() != SUCCESS) return CAPTURE_UNSUPPORTED;
   m->owner = NULL;
   alive--;
   return SUCCESS;

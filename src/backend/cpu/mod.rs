@@ -28,6 +28,7 @@ use self::threads::Threads;
 use self::topk::OwnedRivals;
 use super::{
     Backend, BackwardCall, EncodeCall, Gate, OwnedRows, PenaltyCall, ReadRivals, Rows, Workspace,
+    bounded,
 };
 use crate::error::Result;
 use crate::tensor::{DType, Stream};
@@ -95,9 +96,13 @@ impl Cpu {
         tokens: usize,
         num_threads: usize,
     ) -> usize {
-        let lines = f32_lines(count, d_in) + raw_bf16_lines(Isa::detect(), count, d_in);
+        let panels = bounded(count, d_in, || {
+            let lines = f32_lines(count, d_in) + raw_bf16_lines(Isa::detect(), count, d_in);
+            lines * size_of::<Line>()
+        });
         let threads = Threads::scoped(num_threads).count();
-        lines * size_of::<Line>() + Kernels::workspace_size(Gate::Open, [count, 1], tokens, threads)
+        let work = Kernels::workspace_size(Gate::Open, [count, 1], tokens, threads);
+        panels.saturating_add(work).min(isize::MAX as usize)
     }
 
     /// The penalty of rows that are packed into the call's workspace first.

@@ -13,7 +13,9 @@ use super::norm::TokenScale;
 use super::pack::Panels;
 use super::threads::Threads;
 use super::topk::{Rivals, Space, Tokens};
-use crate::backend::{BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows, Workspace};
+use crate::backend::{
+    BackwardCall, EncodeCall, Gate, Grad, Matrix, PenaltyCall, Rows, Workspace, bounded,
+};
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
 
@@ -189,7 +191,9 @@ impl Kernels<'_> {
             Gate::TopK(gate) => Space::bytes(gate, shape[1], tokens, threads),
             _ => 0,
         };
-        topk + Scratch::bytes(tokens, shape, threads)
+        let scratch =
+            bounded(shape[0], block_count(tokens), || Scratch::bytes(tokens, shape, threads));
+        topk.saturating_add(scratch).min(isize::MAX as usize)
     }
 
     fn cost(&self, tokens: usize) -> usize {

@@ -26,12 +26,17 @@ const _: () = assert!(PART.is_multiple_of(PANEL) && RIVALS_AT_ONCE.is_multiple_o
 /// Numbers from one row of a tile to the next: not a power of two, so that they share no cache set.
 const STRIDE: usize = PART + LANES;
 const TILE: usize = TOKENS * STRIDE;
+/// The same for the two products of each latent of a GLU encoder.
+const PRODUCT_STRIDE: usize = 2 * PART + LANES;
+const PRODUCT_TILE: usize = TOKENS * PRODUCT_STRIDE;
 
 /// All rows of a dictionary, packed, and threads.
 pub(crate) struct CpuStats {
     isa: Isa,
     d_in: usize,
     d_sae: usize,
+    /// Rows of each latent.
+    width: usize,
     /// All but the weights, of [`PART`] latents each.
     parts: Vec<OwnedRows>,
     panels: Vec<Line>,
@@ -45,6 +50,7 @@ pub(crate) struct CpuStats {
 #[derive(Default)]
 struct OwnRivals {
     bias: Vec<f32>,
+    glu_bias: Option<Vec<f32>>,
     gain: Option<Vec<f32>>,
 }
 
@@ -66,12 +72,15 @@ impl CpuStats {
         num_threads: usize,
         isa: Isa,
     ) -> Result<CpuStats> {
+        // Without a row: what all of them have.
+        let width = read(0..0)?.borrow().width();
         let mut stats = CpuStats {
             isa,
             d_in,
             d_sae,
+            width,
             parts: Vec::with_capacity(d_sae.div_ceil(PART)),
-            panels: reserved(f32_lines(d_sae, d_in), d_in, d_sae)?,
+            panels: reserved(f32_lines(d_sae * width, d_in), d_in, d_sae)?,
             bf16_panels: None,
             rivals: None,
             threads: Threads::pool(num_threads),
@@ -87,23 +96,26 @@ impl CpuStats {
     fn add(&mut self, some: &Rows<'_>) -> Result<()> {
         let zero = Line([0.0; LANES]);
         let first = self.panels.len();
-        self.panels.resize(first + f32_lines(some.count(), self.d_in), zero);
+        self.panels.resize(first + f32_lines(some.products(), self.d_in), zero);
         pack_f32(some, &mut self.panels[first..]);
         if let Gate::TopK(gate) = some.gate {
             // A latent must compare with its own value exactly, so rows are kept in one form.
             let rivals = self.rivals.get_or_insert_default();
             rivals.bias.extend(some.bias);
+            if let Some(bias) = some.glu_bias {
+                rivals.glu_bias.get_or_insert_default().extend(bias);
+            }
             if let Some(gain) = &gate.gain {
                 rivals.gain.get_or_insert_default().extend(gain);
             }
         } else if self.isa.has_bf16_dot() {
             if self.bf16_panels.is_none() {
-                let lines = bf16_lines(self.d_sae, self.d_in);
+                let lines = bf16_lines(self.d_sae * self.width, self.d_in);
                 self.bf16_panels = Some(reserved(lines, self.d_in, self.d_sae)?);
             }
             let panels = self.bf16_panels.get_or_insert_default();
             let first = panels.len();
-            panels.resize(first + bf16_lines(some.count(), self.d_in), zero);
+            panels.resize(first + bf16_lines(some.products(), self.d_in), zero);
             pack_bf16(some, &mut panels[first..]);
         }
         for start in (0..some.count()).step_by(PART) {
@@ -115,12 +127,12 @@ impl CpuStats {
 
     /// What computes z of a part's latents.
     fn kernels(&self, part: usize) -> Kernels<'_> {
-        let first = part * PART;
+        let first = part * PART * self.width;
         let panels = Panels::f32(&self.panels, self.d_in);
         let rivals = self.rivals.as_ref().map(|rivals| Rivals {
             panels,
             bias: &rivals.bias,
-            glu_bias: None,
+            glu_bias: rivals.glu_bias.as_deref(),
             gain: rivals.gain.as_deref(),
         });
         let bf16 = self.bf16_panels.as_ref().map(|lines| Panels::bf16(lines, self.d_in));
@@ -136,9 +148,14 @@ impl CpuStats {
     /// Bytes of a workspace that thresholds of one side's tokens take.
     fn threshold_bytes(&self, tokens: usize) -> usize {
         match &self.parts[0].gate {
-            OwnedGate::TopK(gate) => Space::bytes(gate, 1, tokens, self.threads.count()),
+            OwnedGate::TopK(gate) => Space::bytes(gate, self.width, tokens, self.threads.count()),
             _ => 0,
         }
+    }
+
+    /// Numbers of a worker's tiles.
+    fn worker_tiles(&self, sides: usize) -> usize {
+        sides * TILE + if self.width > 1 { PRODUCT_TILE } else { 0 }
     }
 }
 
@@ -166,7 +183,9 @@ impl StatsBackend for CpuStats {
     fn workspace_size(&self, tokens: usize, has_base: bool) -> usize {
         let sides = 1 + has_base as usize;
         let workers = self.threads.count().min(self.parts.len());
-        sides * self.threshold_bytes(tokens) + workers * sides * TILE * size_of::<f32>()
+        let tiles = workers * self.worker_tiles(sides) * size_of::<f32>();
+        let thresholds = self.threshold_bytes(tokens).saturating_mul(sides);
+        thresholds.saturating_add(tiles).min(isize::MAX as usize)
     }
 
     unsafe fn update(&self, call: &StatsCall, _: Stream) -> Result<()> {
@@ -179,13 +198,10 @@ impl StatsBackend for CpuStats {
             space = rest;
             Side { hidden, thresholds }
         };
-        let sides = Sides {
-            tuned: side(call.hidden),
-            base: call.base_hidden.map(side),
-            tiles: space.data.cast(),
-            call: *call,
-        };
-        let cost = call.tokens.saturating_mul(self.d_sae).saturating_mul(self.d_in);
+        let (tuned, base) = (side(call.hidden), call.base_hidden.map(side));
+        let worker_tiles = self.worker_tiles(1 + base.is_some() as usize);
+        let sides = Sides { tuned, base, tiles: space.data.cast(), worker_tiles, call: *call };
+        let cost = call.tokens.saturating_mul(self.d_sae * self.width).saturating_mul(self.d_in);
         self.threads.each(self.parts.len(), cost, |worker, part| {
             let sides = &sides;
             // SAFETY: the caller's promise; every part has columns of the state of its own, every
@@ -215,8 +231,9 @@ struct Side {
 struct Sides {
     tuned: Side,
     base: Option<Side>,
-    /// Each worker's tile of either side.
+    /// Each worker's tile of either side, and of a GLU encoder one of products.
     tiles: *mut f32,
+    worker_tiles: usize,
     call: StatsCall,
 }
 
@@ -261,12 +278,14 @@ impl Sides {
             moves.iter_mut().for_each(Moves::clear);
         }
         let sides = [Some(&self.tuned), self.base.as_ref()];
-        let tile_of = |side: usize| {
-            let tile = worker * (1 + self.base.is_some() as usize) + side;
-            let rows = self.tiles.wrapping_add(tile * TILE);
-            std::array::from_fn::<_, TOKENS, _>(|i| rows.wrapping_add(i * STRIDE))
+        let own = self.tiles.wrapping_add(worker * self.worker_tiles);
+        let tile = |start: usize, stride: usize| {
+            std::array::from_fn::<_, TOKENS, _>(|i| own.wrapping_add(start + i * stride))
         };
-        let tiles = [0, 1].map(tile_of);
+        let tiles = [0, 1].map(|side| tile(side * TILE, STRIDE));
+        // Two products of a latent do not fit where it goes.
+        let products = (kernels.rows.width() > 1)
+            .then(|| tile((1 + self.base.is_some() as usize) * TILE, PRODUCT_STRIDE));
         let mut live = Live { tokens: [0; TOKENS], shares: [0.0; TOKENS], len: 0 };
         for t in 0..self.call.tokens {
             // SAFETY: the caller's promise: the token exists.
@@ -282,9 +301,10 @@ impl Sides {
             for ((side, tile), sums) in sides.iter().zip(&tiles).zip([&mut tuned, &mut base]) {
                 let (Some(side), Some(sums)) = (side, sums) else { continue };
                 let z = &tile[..live.len];
-                // SAFETY: the caller's promise; the tile has rows of PART numbers.
+                let dot = products.as_ref().map_or(z, |products| &products[..live.len]);
+                // SAFETY: the caller's promise; the tiles have rows of PART latents.
                 unsafe {
-                    side.latents(kernels, &live.tokens[..live.len], z);
+                    side.latents(kernels, &live.tokens[..live.len], [dot, z]);
                     let work = AddSums { z, shares, sums };
                     with_lanes!(kernels.isa, L => L::enter(work));
                 }
@@ -304,8 +324,8 @@ impl Sides {
 
 impl Side {
     /// # Safety
-    /// The tokens exist, and each output has room for the kernels' latents.
-    unsafe fn latents(&self, kernels: &Kernels<'_>, tokens: &[usize], z: &[*mut f32]) {
+    /// The tokens exist, and each output has room for the kernels' products, or latents.
+    unsafe fn latents(&self, kernels: &Kernels<'_>, tokens: &[usize], out: [&[*mut f32]; 2]) {
         let mut hidden = [std::ptr::null(); TOKENS];
         for (row, t) in hidden.iter_mut().zip(tokens) {
             // SAFETY: the caller's promise.
@@ -317,7 +337,7 @@ impl Side {
             None => &[][..],
         };
         // SAFETY: the caller's promise.
-        unsafe { kernels.latents(self.hidden.dtype, &hidden[..tokens.len()], [z, z], thresholds) }
+        unsafe { kernels.latents(self.hidden.dtype, &hidden[..tokens.len()], out, thresholds) }
     }
 }
 
@@ -469,6 +489,7 @@ mod tests {
                 by_magnitude: random.below(2) == 0,
                 gain: None,
             };
+            let glu = random.below(3) == 0;
             let gate = match random.below(4) {
                 0 => OwnedGate::Relu,
                 1 => OwnedGate::Threshold(values),
@@ -478,10 +499,10 @@ mod tests {
             Problem {
                 rows: OwnedRows {
                     d_in: d,
-                    weight: random.rows(f, d, d, norm),
+                    weight: random.rows(if glu { 2 * f } else { f }, d, d, norm),
                     bias: random.normals(f).iter().map(|b| 0.1 * b).collect(),
                     scale: None,
-                    glu_bias: None,
+                    glu_bias: glu.then(|| random.normals(f)),
                     norm,
                     gate,
                     sign_weight: vec![1.0; f],
@@ -498,7 +519,8 @@ mod tests {
         fn stats(&self, threads: usize, isa: Isa) -> CpuStats {
             let d = self.rows.d_in;
             let read = |range: std::ops::Range<usize>| {
-                let weight = self.rows.weight[range.start * d..range.end * d].to_vec();
+                let row = d * self.rows.borrow().width();
+                let weight = self.rows.weight[range.start * row..range.end * row].to_vec();
                 Ok(OwnedRows { weight, ..self.rows.borrow().part_without_weight(range) })
             };
             CpuStats::with_isa(d, self.f(), &read, threads, isa).unwrap()

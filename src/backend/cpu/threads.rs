@@ -2,6 +2,7 @@
 //! changes nothing but time.
 
 use std::num::NonZero;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -82,10 +83,13 @@ impl Threads {
     }
 }
 
-/// 0 means one thread for each available core.
+/// 0 means one thread for each core that is available when this is first asked: a workspace and the
+/// call that works in it must agree, and asking costs more than a small call.
 fn resolve(num_threads: usize) -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
     match num_threads {
-        0 => std::thread::available_parallelism().map_or(1, NonZero::get),
+        0 => *CORES.get_or_init(cores),
         n => n,
     }
 }

@@ -16,7 +16,7 @@ use super::slab::Kernels;
 use super::threads::Threads;
 use crate::backend::glu::Glu;
 use crate::backend::{
-    Gate, Mask, Matrix, RIVALS_AT_ONCE, ReadRivals, Rows, TopK, Workspace, kth_largest,
+    Gate, Mask, Matrix, RIVALS_AT_ONCE, ReadRivals, Rows, TopK, Workspace, bounded, kth_largest,
     rank_threshold, side_by_side,
 };
 use crate::error::{Result, bail};
@@ -117,9 +117,11 @@ unsafe impl Sync for Space {}
 impl Space {
     /// Where each rival has so many rows.
     pub fn bytes(gate: &TopK, width: usize, tokens: usize, workers: usize) -> usize {
-        let workers = workers.min(task_count(tokens));
-        Space::threshold_bytes(gate, tokens)
-            + workers * TOKENS * (CHUNK * width + capacity(gate)) * size_of::<f32>()
+        bounded(gate.groups(), tokens, || {
+            let workers = workers.min(task_count(tokens));
+            Space::threshold_bytes(gate, tokens)
+                + workers * TOKENS * (CHUNK * width + capacity(gate)) * size_of::<f32>()
+        })
     }
 
     fn threshold_bytes(gate: &TopK, tokens: usize) -> usize {

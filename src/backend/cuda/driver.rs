@@ -13,6 +13,7 @@ use cudarc::driver::sys::{
 };
 use libloading::Library;
 
+use super::image::MADE_BY;
 use crate::error::{Error, Result, Status, bail};
 
 /// cuCtxGetId and everything else in the table are in every driver from here on.
@@ -173,7 +174,13 @@ impl Driver {
         let name = text(self.functions.error_name).unwrap_or("an unknown result".into());
         let said = text(self.functions.error_string).unwrap_or("no text".into());
         let (status, remedy) = status_of(code);
-        Error::new(status, format!("{call}: {name} ({code}): {said}{remedy}"))
+        let versions = match status {
+            Status::DriverTooOld => {
+                format!("; the driver serves CUDA {}, the kernels are of {MADE_BY}", self.version())
+            }
+            _ => String::new(),
+        };
+        Error::new(status, format!("{call}: {name} ({code}): {said}{versions}{remedy}"))
     }
 
     pub fn device_count(&self) -> Result<i32> {
@@ -445,12 +452,12 @@ impl Context {
     }
 
     /// For destructors: `None` where nothing is left to be freed, or nobody may free it.
-    fn enter_to_free(&self) -> Option<Entered> {
+    fn enter_to_free(&self) -> Option<Freeing> {
         // In a child of fork, and once the driver has shut down at exit, there is nothing to do.
         if !self.driver.in_its_process() {
             return None;
         }
-        Entered::push(self.driver, self.handle).ok()
+        Entered::push(self.driver, self.handle).ok().map(Freeing::new)
     }
 
     /// Whether a stream is one of this context; NULL and its like are streams of each.
@@ -536,6 +543,34 @@ impl Drop for Entered {
     }
 }
 
+/// A context is current in which things may be freed: a capture that another thread makes, in the
+/// global mode, must survive it.
+struct Freeing {
+    entered: Entered,
+    /// The thread's own.
+    mode: CUstreamCaptureMode,
+}
+
+impl Freeing {
+    fn new(entered: Entered) -> Freeing {
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let mut freeing = Freeing { entered, mode };
+        freeing.exchange();
+        freeing
+    }
+
+    fn exchange(&mut self) {
+        // SAFETY: a place for the mode of before.
+        unsafe { (self.entered.driver.functions.exchange_capture_mode)(&mut self.mode) };
+    }
+}
+
+impl Drop for Freeing {
+    fn drop(&mut self) {
+        self.exchange();
+    }
+}
+
 /// Device memory, freed in its own context.
 pub(crate) struct DeviceMemory {
     context: Arc<Context>,
@@ -561,16 +596,9 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        let Some(_entered) = self.context.enter_to_free() else { return };
-        let functions = &self.context.driver.functions;
-        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // A capture that another thread makes must survive a plan that is freed meanwhile.
-        // SAFETY: our own memory; the mode is put back.
-        unsafe {
-            (functions.exchange_capture_mode)(&mut mode);
-            (functions.memory_free)(self.address);
-            (functions.exchange_capture_mode)(&mut mode);
-        }
+        let Some(_freeing) = self.context.enter_to_free() else { return };
+        // SAFETY: our own memory.
+        unsafe { (self.context.driver.functions.memory_free)(self.address) };
     }
 }
 
@@ -627,7 +655,7 @@ impl OwnStream {
 
 impl Drop for OwnStream {
     fn drop(&mut self) {
-        let Some(_entered) = self.context.enter_to_free() else { return };
+        let Some(_freeing) = self.context.enter_to_free() else { return };
         // SAFETY: our own stream; its work is done or is dropped with an error.
         unsafe { (self.context.driver.functions.stream_destroy)(self.handle) };
     }
@@ -679,7 +707,7 @@ impl LoadedImage {
 
 impl Drop for LoadedImage {
     fn drop(&mut self) {
-        let Some(_entered) = self.context.enter_to_free() else { return };
+        let Some(_freeing) = self.context.enter_to_free() else { return };
         // SAFETY: loaded by us; plans that used it are gone.
         unsafe { (self.context.driver.functions.module_unload)(self.handle) };
     }

@@ -11,6 +11,8 @@ use crate::error::{Result, bail};
 // IMAGES: one fatbin for each kernels/*.cu; TOOLKIT: the CUDA version of the nvcc that made them.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
+pub(super) const MADE_BY: Version = Version(TOOLKIT);
+
 /// The driver reads 64-bit fields from an image where it lies.
 #[repr(C, align(16))]
 struct Aligned<Bytes: ?Sized>(Bytes);
@@ -39,6 +41,8 @@ pub(super) struct Module {
     functions: [Function; Kernel::ALL.len()],
     _images: Vec<LoadedImage>,
     pub context: Arc<Context>,
+    /// Of the device: major and minor.
+    capability: [i32; 2],
 }
 
 impl Module {
@@ -100,7 +104,13 @@ impl Module {
         }
         let Ok(functions) = functions.try_into() else { unreachable!("one for each kernel") };
         drop(_entered);
-        Ok(Module { functions, _images: images, context })
+        Ok(Module { functions, _images: images, context, capability: [major, minor] })
+    }
+
+    /// Tensor cores of different generations round the same sums differently.
+    pub fn numerics(&self) -> String {
+        let [major, minor] = self.capability;
+        format!("cuda-1-sm{major}{minor}")
     }
 
     pub fn function(&self, kernel: Kernel) -> Function {

@@ -604,23 +604,24 @@ impl DeviceDictionary {
         }
     }
 
-    /// Bytes of all rows.
-    pub fn packed_bytes(&self) -> usize {
+    /// Bytes of all rows, so many for each latent.
+    pub fn packed_bytes(&self, width: usize) -> usize {
         let DeviceRows { count, d_in, .. } = self.rows;
-        count / self.at_once * packed_bytes(self.at_once, d_in)
-            + packed_bytes(count % self.at_once, d_in)
+        count / self.at_once * packed_bytes(self.at_once * width, d_in)
+            + packed_bytes(count % self.at_once * width, d_in)
     }
 
     /// The latents from a multiple of `at_once` on.
     pub fn part(&self, first: usize) -> DeviceRows {
         let rows = self.rows;
-        let before = first / self.at_once * packed_bytes(self.at_once, rows.d_in);
+        let part = packed_bytes(self.at_once * rows.width(), rows.d_in);
         let of = |start: u64| if start == 0 { 0 } else { start + (first * 4) as u64 };
         DeviceRows {
             count: self.at_once.min(rows.count - first),
-            packed: rows.packed + before as u64,
+            packed: rows.packed + (first / self.at_once * part) as u64,
             bias: of(rows.bias),
             scale: of(rows.scale),
+            glu_bias: of(rows.glu_bias),
             gate_values: of(rows.gate_values),
             sign_weight: of(rows.sign_weight),
             topk: rows.topk.map(|gate| DeviceTopK { group: of(gate.group), ..gate }),
@@ -851,13 +852,16 @@ struct StatsBlock {
     sides: [Option<Work>; 2],
     /// z of one part.
     tiles: [u64; 2],
+    /// Of a GLU encoder, of one part and model after the other.
+    products: u64,
 }
 
 impl StatsBlock {
     fn new(dictionary: &DeviceDictionary, call: &StatsCall, first: usize) -> StatsBlock {
         let rows = dictionary.of_tokens();
         let most = dictionary.tokens_at_once.min(call.tokens);
-        let (own, tile) = (sections(0, &rows, most).1, stats_tile_bytes(dictionary, call.tokens));
+        let own = sections(0, &rows, most).1;
+        let [tile, _] = stats_tile_bytes(dictionary, call.tokens);
         let start = |i: usize| address(call.workspace.data) + (i * (own + tile)) as u64;
         let side = |i: usize, hidden: Matrix| {
             let tokens = Tokens { count: call.tokens, hidden, mask: call.mask };
@@ -868,6 +872,7 @@ impl StatsBlock {
             first,
             sides: [Some(side(0, call.hidden)), call.base_hidden.map(|base| side(1, base))],
             tiles: [0, 1].map(|i| start(i) + own as u64),
+            products: start(1 + call.base_hidden.is_some() as usize),
         }
     }
 
@@ -879,15 +884,20 @@ impl StatsBlock {
         part: usize,
     ) -> impl Iterator<Item = Launch> + use<> {
         let rows = dictionary.part(part);
-        let StatsBlock { first, sides, tiles } = *self;
+        let StatsBlock { first, sides, tiles, products } = *self;
         let encode = move |(side, tile): (Work, u64)| {
             let work = Work { rows, ..side };
             let params = EncodeParams {
                 latents: tile,
-                latents_stride: dictionary_stride(&rows),
+                latents_stride: dictionary_stride(rows.count) as u64,
                 ..work.encode_params()
             };
-            (work.tokens.count > 0).then(|| work.encode_launch(params))
+            let products = Matrix {
+                data: std::ptr::without_provenance_mut(products as usize),
+                dtype: DType::F32,
+                row_stride: dictionary_stride(rows.products()),
+            };
+            work.encode(params, products)
         };
         let [own, _] = sides;
         let tokens = own.map_or(0, |own| own.tokens.count);
@@ -900,7 +910,7 @@ impl StatsBlock {
             params: Params::Stats(StatsParams {
                 latents: tiles[0],
                 base: if sides[1].is_some() { tiles[1] } else { 0 },
-                stride: dictionary_stride(&rows),
+                stride: dictionary_stride(rows.count) as u64,
                 mask: own.map_or(MaskParams::default(), |own| own.tokens.mask_params()),
                 state: address(call.state.data) + (part * 8) as u64,
                 state_stride: call.state.row_stride as u64,
@@ -911,18 +921,23 @@ impl StatsBlock {
             }),
         };
         let sides = sides.into_iter().zip(tiles).filter_map(|(side, tile)| Some((side?, tile)));
-        sides.filter_map(encode).chain(std::iter::once(add))
+        sides.flat_map(encode).chain(std::iter::once(add))
     }
 }
 
-/// Numbers from one token's z to the next.
-fn dictionary_stride(part: &DeviceRows) -> u64 {
-    part.count.next_multiple_of(4) as u64
+/// Numbers from one token's to the next, of so many.
+fn dictionary_stride(count: usize) -> usize {
+    count.next_multiple_of(4)
 }
 
-fn stats_tile_bytes(dictionary: &DeviceDictionary, tokens: usize) -> usize {
-    let latents = dictionary.at_once.min(dictionary.rows.count).next_multiple_of(4);
-    (dictionary.tokens_at_once.min(tokens) * latents * 4).next_multiple_of(SECTION)
+/// Bytes of a part's z of one model, and of a GLU encoder's products.
+fn stats_tile_bytes(dictionary: &DeviceDictionary, tokens: usize) -> [usize; 2] {
+    let latents = dictionary.at_once.min(dictionary.rows.count);
+    let products = if dictionary.rows.is_glu() { 2 * latents } else { 0 };
+    [latents, products].map(|count| {
+        let numbers = dictionary.tokens_at_once.min(tokens) * dictionary_stride(count);
+        (numbers * size_of::<f32>()).next_multiple_of(SECTION)
+    })
 }
 
 /// Bytes of workspace, at a multiple of 64, that [`statistics`] needs.
@@ -932,8 +947,8 @@ pub(super) fn stats_workspace_size(
     has_base: bool,
 ) -> usize {
     let most = dictionary.tokens_at_once.min(tokens);
-    let own = sections(0, &dictionary.of_tokens(), most).1 + stats_tile_bytes(dictionary, tokens);
-    (1 + has_base as usize) * own
+    let [tile, products] = stats_tile_bytes(dictionary, tokens);
+    (1 + has_base as usize) * (sections(0, &dictionary.of_tokens(), most).1 + tile) + products
 }
 
 /// Unit vectors in device memory.

@@ -24,7 +24,7 @@ pub(crate) use self::launch::{DeviceRows, GateKind};
 use super::{
     Backend, BackwardCall, Directions, EncodeCall, Gate, Grad, Matrix, PenaltyCall, RIVALS_AT_ONCE,
     ReadRivals, ReadRows, Rows, StatsBackend, StatsCall, SteerBackend, SteerCall, TokenNormsCall,
-    TopK, Workspace, side_by_side,
+    TopK, Workspace, bounded, side_by_side,
 };
 use crate::error::{Error, Result, Status, bail};
 use crate::penalty::WORKSPACE_ALIGN;
@@ -121,7 +121,7 @@ impl CudaStats {
 
 impl StatsBackend for CudaStats {
     fn numerics(&self) -> String {
-        "cuda-1".into()
+        self.module.numerics()
     }
 
     fn num_threads(&self) -> usize {
@@ -175,7 +175,7 @@ impl SteerBackend for CudaSteering {
 
 impl Backend for Cuda {
     fn numerics(&self) -> String {
-        "cuda-1".into()
+        self.module.numerics()
     }
 
     fn num_threads(&self) -> usize {
@@ -330,10 +330,11 @@ impl Loader<'_> {
         let kind = GateKind::of(&none.gate);
         let mut dictionary = DeviceDictionary::new(none.d_in, d_sae, none.norm, kind);
         let mut parts = Parts::default();
-        let packed = parts.reserve(dictionary.packed_bytes());
+        let packed = parts.reserve(dictionary.packed_bytes(none.width()));
         let mut numbers = || parts.reserve(d_sae * size_of::<f32>());
         let bias = numbers();
         let scale = none.scale.map(|_| numbers());
+        let glu_bias = none.glu_bias.map(|_| numbers());
         let values = gate_values(&none.gate).map(|_| numbers());
         let rivals = (kind == GateKind::TopK).then(|| (numbers(), numbers()));
         let memory = self.memory(parts.bytes).map_err(|error| {
@@ -344,6 +345,7 @@ impl Loader<'_> {
         let rows = &mut dictionary.rows;
         (rows.packed, rows.bias) = (at(packed), at(bias));
         (rows.scale, rows.gate_values) = (scale.map_or(0, at), values.map_or(0, at));
+        rows.glu_bias = glu_bias.map_or(0, at);
         if let (Gate::TopK(gate), Some((group, rival_bias))) = (none.gate, rivals) {
             rows.topk = Some(DeviceTopK {
                 k: gate.k,
@@ -353,14 +355,14 @@ impl Loader<'_> {
                 group: at(group),
                 packed: rows.packed,
                 bias: at(rival_bias),
-                glu_bias: 0,
+                glu_bias: rows.glu_bias,
                 gain: rows.gate_values,
                 at_once: dictionary.at_once,
                 tokens_at_once: dictionary.tokens_at_once,
             });
         }
         let at_once = dictionary.at_once.min(d_sae);
-        let weight = self.memory(at_once * none.d_in * size_of::<f32>())?;
+        let weight = self.memory(at_once * none.width() * none.d_in * size_of::<f32>())?;
         for start in (0..d_sae).step_by(at_once) {
             let some = read(start..d_sae.min(start + at_once))?;
             self.part(&dictionary, start, &some.borrow(), &weight)?;
@@ -379,10 +381,11 @@ impl Loader<'_> {
         let part = dictionary.part(start);
         let mut copies = vec![(part.bias, as_bytes(some.bias))];
         copies.extend(some.scale.map(|scale| (part.scale, as_bytes(scale))));
+        copies.extend(some.glu_bias.map(|bias| (part.glu_bias, as_bytes(bias))));
         copies.extend(gate_values(&some.gate).map(|values| (part.gate_values, as_bytes(values))));
         let mut rival_bias = some.bias.to_vec();
         if let (Gate::TopK(gate), Some(topk)) = (some.gate, part.topk) {
-            if let Some(gain) = &gate.gain {
+            if let (Some(gain), None) = (&gate.gain, some.glu_bias) {
                 rival_bias.iter_mut().zip(gain).for_each(|(bias, gain)| *bias *= gain);
             }
             copies.push((topk.group, as_bytes(&gate.group)));
@@ -521,7 +524,8 @@ pub(crate) struct RawDeviceRows {
 /// Bytes of workspace that the raw calls need, at a multiple of 64.
 pub(crate) fn raw_workspace_size(count: usize, d_in: usize, tokens: usize) -> usize {
     let rows = DeviceRows { d_in, count, ..DeviceRows::default() };
-    packed_part(count, d_in).saturating_add(workspace_size(&rows, tokens))
+    let work = workspace_size(&rows, tokens);
+    packed_part(count, d_in).saturating_add(work).min(isize::MAX as usize)
 }
 
 /// # Safety
@@ -631,16 +635,6 @@ fn packed_part(count: usize, d_in: usize) -> usize {
 
 fn workspace_size(rows: &DeviceRows, tokens: usize) -> usize {
     bounded(rows.count, tokens, || launch::workspace_size(rows, tokens))
-}
-
-/// The size of something of about `a` times `b` elements, or more than any memory has where the
-/// arithmetic would overflow.
-fn bounded(a: usize, b: usize, size: impl FnOnce() -> usize) -> usize {
-    const MOST: usize = 1 << 44;
-    match a.max(64).checked_mul(b.max(64)) {
-        Some(product) if product <= MOST => size(),
-        _ => isize::MAX as usize,
-    }
 }
 
 // ---- Launches and pointers ---------------------------------------------------------------------

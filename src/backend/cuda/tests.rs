@@ -1305,9 +1305,9 @@ impl StatsJob {
         let mut arena = Arena::new();
         let is_topk = p.gate == GateKind::TopK;
         let Dictionary { group_size, groups, k, by_magnitude, .. } = p.dictionary;
-        let (weight, bias) = match is_topk {
-            true => (&p.dictionary.weight, &p.dictionary.bias),
-            false => (&p.weight, &p.bias),
+        let (weight, bias, glu_bias) = match is_topk {
+            true => (&p.dictionary.weight, &p.dictionary.bias, &p.dictionary.glu_bias),
+            false => (&p.weight, &p.bias, &p.glu_bias),
         };
         let gains = p.dictionary.gain.as_deref().filter(|_| is_topk);
         let count = bias.len();
@@ -1317,10 +1317,11 @@ impl StatsJob {
             tokens_at_once: random.pick(&[4096, 33]),
             ..DeviceDictionary::new(p.d_in, count, p.norm, p.gate)
         };
-        let packed = arena.space(dictionary.packed_bytes());
+        let packed = arena.space(dictionary.packed_bytes(p.width()));
         let rows = &mut dictionary.rows;
         (rows.packed, rows.bias) = (packed.address, arena.vector(bias).address);
         rows.scale = p.scale.as_ref().map_or(0, |scale| arena.vector(scale).address);
+        rows.glu_bias = glu_bias.as_ref().map_or(0, |bias| arena.vector(bias).address);
         rows.gate_values = match p.gate {
             GateKind::Open | GateKind::Relu => 0,
             GateKind::TopK => gains.map_or(0, |gains| arena.vector(gains).address),
@@ -1328,7 +1329,8 @@ impl StatsJob {
         };
         if is_topk {
             let group = (0..count).map(|rival| f32::from_bits((rival / group_size) as u32));
-            let gain = |rival: usize| gains.map_or(1.0, |gains| gains[rival]);
+            let scales = gains.filter(|_| glu_bias.is_none());
+            let gain = |rival: usize| scales.map_or(1.0, |gains| gains[rival]);
             let scaled: Vec<f32> = (0..count).map(|rival| bias[rival] * gain(rival)).collect();
             rows.topk = Some(DeviceTopK {
                 k,
@@ -1338,7 +1340,7 @@ impl StatsJob {
                 group: arena.vector(&group.collect::<Vec<f32>>()).address,
                 packed: rows.packed,
                 bias: arena.vector(&scaled).address,
-                glu_bias: 0,
+                glu_bias: rows.glu_bias,
                 gain: rows.gate_values,
                 at_once: dictionary.at_once,
                 tokens_at_once: dictionary.tokens_at_once,
@@ -1346,7 +1348,7 @@ impl StatsJob {
         }
         let weight = arena.filled(DType::F32, p.d_in, weight, Place::default());
         let starts = (0..count).step_by(dictionary.at_once);
-        let from = |start: usize| weight.address + (start * p.d_in * 4) as u64;
+        let from = |start: usize| weight.address + (start * p.width() * p.d_in * 4) as u64;
         let packs = starts.map(|start| pack(from(start), p.d_in, &dictionary.part(start)));
         let hidden = |arena: &mut Arena, p: &Problem| {
             let buffer = arena.filled(p.hidden_dtype, p.d_in, &p.hidden, p.places[0]);
@@ -1488,6 +1490,10 @@ fn statistics_are_sums_of_the_latents() {
         let shape = [[70, 40, 20], [1, 65, 70], [130, 7, 33], [40, 30, 12], [35, 20, 9]][i];
         let p = Problem::of(&mut random, REAL[i % 3], shape, gate, norm);
         check_statistics(&mut random, &p, &harness().join("simt"));
+        if gate != GateKind::Gated {
+            let p = p.with_glu(&mut random);
+            check_statistics(&mut random, &p, &harness().join("simt"));
+        }
     }
 }
 
@@ -2032,9 +2038,9 @@ fn wrong_accesses_and_indices_are_caught() {
 
 #[test]
 fn wrong_statistics_are_caught() {
-    let (gate, norm) = (GateKind::Relu, TokenNorm::None);
+    let (gate, norm) = (GateKind::Open, TokenNorm::None);
     let mut p = Problem::of(&mut Random(0x5eed), DType::F32, [20, 30, 70], gate, norm);
-    // Few tokens count: for some latents those that do not would have the largest z.
+    // Few tokens count: for some latents the 0 of those that do not would be the largest z.
     let shares = (0..p.tokens).map(|t| if t % 10 == 3 { 0.5 } else { 0.0 }).collect();
     p.mask = Some((DType::F32, shares));
     let cases = [
