@@ -64,6 +64,16 @@ impl Provenance {
             sae_sha256: None,
         })
     }
+
+    /// With the sha256 of the SAE's weights file, which is read.
+    pub fn with_file(self, sae: &Sae) -> Result<Provenance> {
+        let recipe = sae.recipe();
+        if [recipe.d_in, recipe.d_sae] != [self.d_in, self.d_sae] {
+            bail!(InvalidArgument, "the SAE is not the one that the plan was made from");
+        }
+        let sae_sha256 = Some(sae.file_sha256(&mut |_, _| {})?);
+        Ok(Provenance { sae_sha256, ..self })
+    }
 }
 
 impl Latents {

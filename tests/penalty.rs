@@ -10,18 +10,7 @@ use blockem::plan::{Activation, BackendKind, Part, Plan, PlanOptions};
 use blockem::sae::{Architecture, Sae, SaeOptions, Selection, TokenNorm};
 use blockem::tensor::{DType, Element, Tensor, TensorMut};
 use half::{bf16, f16};
-use support::{RandomSae, Rng};
-
-/// How a latent comes about.
-#[derive(Clone, Copy, Debug)]
-struct Rule(Encoder, Architecture, Selection, TokenNorm, Activation);
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Encoder {
-    Plain,
-    /// Gated by the sigmoid of a second one.
-    Glu,
-}
+use support::{Encoder, RandomSae, Rng, Rule};
 
 /// Every architecture and activation; the selections and norms of TopK and other SAEs; GLU encoders
 /// with each of them.
@@ -58,15 +47,10 @@ fn rules() -> Vec<Rule> {
     ]
 }
 
-impl Rule {
-    /// An SAE whose first K latents are blocked; TopK ones have as many more.
-    fn sae(self, rng: &mut Rng, d: usize, k: usize) -> RandomSae {
-        let Rule(encoder, architecture, selection, token_norm, _) = self;
-        let f = if architecture == Architecture::TopK { 2 * k } else { k };
-        let sae = RandomSae::new(rng, architecture, d, f);
-        let sae = if encoder == Encoder::Glu { sae.with_glu(rng) } else { sae };
-        RandomSae { selection, token_norm, ..sae }
-    }
+/// An SAE whose first K latents are blocked; TopK ones have as many more.
+fn random_sae(rule: Rule, rng: &mut Rng, d: usize, k: usize) -> RandomSae {
+    let Rule(_, architecture, ..) = rule;
+    rule.sae(rng, d, if architecture == Architecture::TopK { 2 * k } else { k })
 }
 
 fn latents(rng: &mut Rng, k: usize) -> Latents {
@@ -180,7 +164,7 @@ fn parity<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) {
                 // One input has no deviation.
                 continue;
             }
-            let sae = rule.sae(rng, d, k);
+            let sae = random_sae(rule, rng, d, k);
             let set = latents(rng, k);
             let oracle = plan(&sae, &set, BackendKind::Reference, activation, 1);
             let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 2);
@@ -237,7 +221,7 @@ fn the_gradient_is_that_of_the_loss() {
     let mut rng = Rng::fresh();
     let (tokens, k, d) = (5, 6, 9);
     for rule @ Rule(.., activation) in rules() {
-        let sae = rule.sae(&mut rng, d, k);
+        let sae = random_sae(rule, &mut rng, d, k);
         let set = latents(&mut rng, k);
         let oracle = plan(&sae, &set, BackendKind::Reference, activation, 1);
         let hidden: Vec<f64> = rng.normals(tokens * d).iter().map(|x| *x as f64).collect();
@@ -272,7 +256,7 @@ fn hidden_equal_to_base_costs_exactly_nothing() {
     let mut rng = Rng::fresh();
     for rule @ Rule(.., activation) in rules() {
         let (tokens, k, d) = (77, 19, 130);
-        let sae = rule.sae(&mut rng, d, k);
+        let sae = random_sae(rule, &mut rng, d, k);
         let set = latents(&mut rng, k);
         let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 2);
         let hidden: Vec<bf16> = rng.normals(tokens * d).into_iter().map(bf16::from_f32).collect();
@@ -288,7 +272,7 @@ fn split_and_fused_give_the_same_bits() {
     let mut rng = Rng::fresh();
     let (tokens, k, d) = (150, 21, 300);
     for rule @ Rule(.., activation) in rules() {
-        let sae = rule.sae(&mut rng, d, k);
+        let sae = random_sae(rule, &mut rng, d, k);
         let set = latents(&mut rng, k);
         let cpu = plan(&sae, &set, BackendKind::Cpu, activation, 1 + rng.below(2));
         let hidden = rng.normals(tokens * d);
@@ -464,7 +448,7 @@ fn no_workspace_is_too_large_to_be_told() {
     let mut rng = Rng::fresh();
     let most = isize::MAX as usize;
     for rule @ Rule(_, architecture, .., activation) in rules() {
-        let (sae, set) = (rule.sae(&mut rng, 8, 6), latents(&mut rng, 6));
+        let (sae, set) = (random_sae(rule, &mut rng, 8, 6), latents(&mut rng, 6));
         let plan = plan(&sae, &set, BackendKind::Cpu, activation, 0);
         let has_thresholds = (architecture, activation) == (Architecture::TopK, Activation::Native);
         for tokens in [1 << 60, most / 8, usize::MAX] {
@@ -494,7 +478,7 @@ fn parts_agree<T: Element>(rng: &mut Rng, from: fn(f32) -> T, to: fn(T) -> f32) 
             (Encoder::Glu, _) => Some("GLU"),
             _ => native_topk.then_some("topk"),
         };
-        let sae = rule.sae(rng, d, k);
+        let sae = random_sae(rule, rng, d, k);
         let set = latents(rng, k);
         for backend in [BackendKind::Cpu, BackendKind::Reference] {
             let make = |part| part_plan(&sae, &set, backend, activation, part);

@@ -11,16 +11,7 @@ use blockem::sae::{Architecture, Sae, SaeOptions, Selection, TokenNorm};
 use blockem::stats::{Stats, StatsArgs, rows};
 use blockem::tensor::{DType, Device, Element, Tensor, TensorMut};
 use half::{bf16, f16};
-use support::{RandomSae, Rng};
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Encoder {
-    Plain,
-    Glu,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Rule(Encoder, Architecture, Selection, TokenNorm, Activation);
+use support::{Encoder, RandomSae, Rng, Rule};
 
 /// Every gate, selection, norm and encoder.
 const RULES: [Rule; 17] = {
@@ -49,15 +40,6 @@ const RULES: [Rule; 17] = {
         Rule(Glu, TopK, Magnitude, None, DenseRelu),
     ]
 };
-
-impl Rule {
-    fn sae(self, rng: &mut Rng, d: usize, f: usize) -> Sae {
-        let Rule(encoder, architecture, selection, token_norm, _) = self;
-        let sae = RandomSae::new(rng, architecture, d, f);
-        let sae = if encoder == Encoder::Glu { sae.with_glu(rng) } else { sae };
-        RandomSae { selection, token_norm, ..sae }.open()
-    }
-}
 
 /// Tokens, latents, inputs: odd ones, more than a tile of tokens, more than one task and one read.
 const SHAPES: [[usize; 3]; 5] =
@@ -207,7 +189,7 @@ fn oracle(f: usize, z: &[f32], base: Option<&[f32]>, share: impl Fn(usize) -> f3
 fn sums_are_those_of_a_plans_latents<T: Element>(rng: &mut Rng, from: fn(f32) -> T) {
     for (i, rule) in RULES.into_iter().enumerate() {
         let [tokens, f, d] = SHAPES[(i + rng.below(5)) % 5];
-        let sae = rule.sae(rng, d, f);
+        let sae = rule.sae(rng, d, f).open();
         let of = Dictionary::new(&sae, BackendKind::Cpu, rule.4, 1 + rng.below(3));
         let what = format!("{rule:?}, T {tokens}");
         assert_eq!(of.stats.identity(), of.plan.identity(), "{what}");
@@ -245,7 +227,7 @@ fn the_reference_is_the_formula_and_the_cpu_agrees() {
     for rule in RULES {
         let Rule(_, architecture, _, _, activation) = rule;
         let (tokens, f, d) = (19, 24, 9);
-        let sae = rule.sae(&mut rng, d, f);
+        let sae = rule.sae(&mut rng, d, f).open();
         let exact = Dictionary::new(&sae, BackendKind::Reference, activation, 1);
         let wide = |x: Vec<f32>| -> Vec<f64> { x.into_iter().map(f64::from).collect() };
         let (tuned, base) = (rng.normals(tokens * d), rng.normals(tokens * d));
@@ -305,7 +287,7 @@ fn sums_do_not_depend_on_cuts_or_threads() {
     for rule in RULES {
         let Rule(.., activation) = rule;
         let (tokens, f, d) = (230, 300, 20);
-        let sae = rule.sae(&mut rng, d, f);
+        let sae = rule.sae(&mut rng, d, f).open();
         let (tuned, base) = (rng.normals(tokens * d), rng.normals(tokens * d));
         let shares: Vec<f32> = (0..tokens).map(|_| [0.0, 1.0, 0.37][rng.below(3)]).collect();
         let whole = Dictionary::new(&sae, BackendKind::Cpu, activation, 1);
@@ -365,7 +347,7 @@ fn nan_reaches_the_sums_unless_masked() {
     let (tokens, f, d) = (40, 20, 9);
     for rule in RULES {
         for backend in [BackendKind::Cpu, BackendKind::Reference] {
-            let sae = rule.sae(&mut rng, d, f);
+            let sae = rule.sae(&mut rng, d, f).open();
             let of = Dictionary::new(&sae, backend, rule.4, 2);
             let (clean, base) = (rng.normals(tokens * d), rng.normals(tokens * d));
             let mut dirty = clean.clone();

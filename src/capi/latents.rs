@@ -238,17 +238,6 @@ unsafe fn read_provenance(
         (None, None) => Ok(None),
         (None, Some(_)) => bail!(InvalidArgument, "options.sae needs options.plan"),
         (Some(plan), None) => Provenance::of(latents, &plan.0).map(Some),
-        (Some(plan), Some(sae)) => {
-            let found = Provenance::of(latents, &plan.0)?;
-            let recipe = sae.0.recipe();
-            if [recipe.d_in, recipe.d_sae] != [found.d_in, found.d_sae] {
-                bail!(
-                    InvalidArgument,
-                    "options.sae is not the SAE that options.plan was made from"
-                );
-            }
-            let sae_sha256 = Some(sae.0.file_sha256(&mut |_, _| {})?);
-            Ok(Some(Provenance { sae_sha256, ..found }))
-        }
+        (Some(plan), Some(sae)) => Provenance::of(latents, &plan.0)?.with_file(&sae.0).map(Some),
     }
 }

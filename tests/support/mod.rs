@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use blockem::plan::Activation;
 use blockem::sae::{Architecture, Layout, Sae, SaeOptions, SaeTensors, Selection, TokenNorm};
 use blockem::tensor::Tensor;
 use safetensors::tensor::{Dtype, TensorView};
@@ -54,6 +55,26 @@ impl Rng {
 
     pub fn normals(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+/// How a latent comes about.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule(pub Encoder, pub Architecture, pub Selection, pub TokenNorm, pub Activation);
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Encoder {
+    Plain,
+    /// Gated by the sigmoid of a second one.
+    Glu,
+}
+
+impl Rule {
+    pub fn sae(self, rng: &mut Rng, d: usize, f: usize) -> RandomSae {
+        let Rule(encoder, architecture, selection, token_norm, _) = self;
+        let sae = RandomSae::new(rng, architecture, d, f);
+        let sae = if encoder == Encoder::Glu { sae.with_glu(rng) } else { sae };
+        RandomSae { selection, token_norm, ..sae }
     }
 }
 
