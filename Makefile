@@ -48,8 +48,7 @@ test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-insta
 	@echo "make test: all passed"
 
 test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
-	$(CARGO) test --locked
-	$(CARGO) test --locked -p blockem-cxx
+	$(CARGO) test --locked --workspace
 
 test-python: $(VENV)/package $(VENV)/browser ## Python tests
 	$(PY) -m pytest -q bindings/python/tests examples/demo examples/lab
@@ -75,10 +74,11 @@ gpu-check: ## the CUDA backend on this machine's GPU, then the benchmark: BENCH=
 	  *) $(GPU_PYTHON) benches/gpu/compare.py --part '$(BENCH)' ;; \
 	esac
 
+# Not the kernels, which test-rust runs in a harness with sanitizers of its own.
 test-sanitizers: ## the unsafe parts under AddressSanitizer
 	BLOCKEM_NVCC=none RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) test --locked \
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
-	  --target-dir target/asan
+	  --target-dir target/asan -- --skip backend::cuda::tests
 
 test-install: $(LIB) $(VENV)/tools $(VENV)/languages ## install into a scratch prefix, build the examples against it
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tests/capi/install_test.sh

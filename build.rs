@@ -12,7 +12,10 @@ use std::process::Command;
 
 /// Devices with code of their own: A100, A10/RTX 30, L4/RTX 40, H100/H200, B100/B200, RTX 50. PTX of
 /// the last serves what comes later.
-const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+const ARCHITECTURES: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
+/// H100 and H200 have all of their own instructions, and kernels of their own: NAME_sm90.cu, where
+/// there is one, instead of NAME.cu.
+const SM90: &str = "90a";
 
 /// The first that knows them all.
 const OLDEST_TOOLKIT: u32 = 12080;
@@ -149,11 +152,19 @@ fn compile(nvcc: &Path, kernels: &[PathBuf]) -> Result<Images> {
         if toolkit >= 13000 {
             command.arg("--compress-mode=size");
         }
+        let is_sm90 = name.ends_with("_sm90");
+        let sm90_has_other = kernel.with_file_name(format!("{name}_sm90.cu")).is_file();
         for architecture in ARCHITECTURES {
+            let is_served = if architecture == SM90 { !sm90_has_other } else { !is_sm90 };
+            if !is_served {
+                continue;
+            }
             command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
         }
-        let newest = ARCHITECTURES[ARCHITECTURES.len() - 1];
-        command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
+        if !is_sm90 {
+            let newest = ARCHITECTURES[ARCHITECTURES.len() - 1];
+            command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
+        }
         command.arg(kernel);
         // Profiles have a folder each; what nvcc made for one serves them all.
         let made = shared_dir()?.join(format!("{name}-{}.fatbin", key(&command, toolkit)));

@@ -23,10 +23,25 @@ struct alignas(8) FloatPair {
 #define DEVICE_MEMBER __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
-// Threads of a block, and blocks that share a multiprocessor at least.
+// Threads of a block, and blocks that share a multiprocessor at least. Where the driver lets a kernel
+// start while the one before it ends, it waits here for all of that.
 #define KERNEL(name, Params, threads, blocks)                                                      \
+    DEVICE void name##_body(const Params &p);                                                      \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \
-        name(const __grid_constant__ Params p)
+        name(const __grid_constant__ Params p) {                                                   \
+        let_the_next_start();                                                                      \
+        wait_for_the_one_before();                                                                 \
+        name##_body(p);                                                                            \
+    }                                                                                              \
+    DEVICE void name##_body(const Params &p)
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
+DEVICE void let_the_next_start() {}
+DEVICE void wait_for_the_one_before() {}
+#else
+DEVICE void let_the_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void wait_for_the_one_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
 
 DEVICE uint32_t thread_index() { return threadIdx.x; }
 DEVICE uint32_t block_index() { return blockIdx.x; }
@@ -34,7 +49,7 @@ DEVICE uint32_t block_count() { return gridDim.x; }
 
 // The dynamic shared memory of the block.
 DEVICE unsigned char *shared_memory() {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     return memory;
 }
 
@@ -163,10 +178,9 @@ DEVICE uint64_t packed_row(uint32_t padded_count, uint32_t slice, uint32_t term,
 DEVICE uint32_t swizzle(uint32_t row, uint32_t chunk) { return (chunk ^ (row & 7)) * 16; }
 
 // The products of terms i of A and j of B that count, i + j <= LEVEL, smallest first: each for all
-// steps before the next. A chain starts at zero and is short, since tensor cores cut off.
-template <int LEVEL, int A_TERMS, int B_TERMS, int STEPS>
-DEVICE void chain(float (&c)[4], const uint32_t (&a)[A_TERMS][STEPS][4],
-                  const uint32_t (&b)[B_TERMS][STEPS][2]) {
+// steps before the next. `product` is told i − 1, j − 1 and the step.
+template <int LEVEL, int A_TERMS, int B_TERMS, int STEPS, typename Product>
+DEVICE void in_order(const Product &product) {
     UNROLL
     for (int level = LEVEL; level >= 2; level--) {
         UNROLL
@@ -174,9 +188,34 @@ DEVICE void chain(float (&c)[4], const uint32_t (&a)[A_TERMS][STEPS][4],
             const int j = level - i;
             if (j < 1 || j > B_TERMS) continue;
             UNROLL
-            for (int step = 0; step < STEPS; step++) {
-                mma(c, a[i - 1][step], b[j - 1][step][0], b[j - 1][step][1]);
-            }
+            for (int step = 0; step < STEPS; step++) product(i - 1, j - 1, step);
         }
     }
+}
+
+// Accumulators of N tiles.
+template <int N>
+DEVICE void clear(float (&x)[N][4]) {
+    UNROLL
+    for (int n = 0; n < N; n++) {
+        UNROLL
+        for (int i = 0; i < 4; i++) x[n][i] = 0.0f;
+    }
+}
+template <int N>
+DEVICE void add(float (&x)[N][4], const float (&y)[N][4]) {
+    UNROLL
+    for (int n = 0; n < N; n++) {
+        UNROLL
+        for (int i = 0; i < 4; i++) x[n][i] = add_rn(x[n][i], y[n][i]);
+    }
+}
+
+// A chain starts at zero and is short, since tensor cores cut off.
+template <int LEVEL, int A_TERMS, int B_TERMS, int STEPS>
+DEVICE void chain(float (&c)[4], const uint32_t (&a)[A_TERMS][STEPS][4],
+                  const uint32_t (&b)[B_TERMS][STEPS][2]) {
+    in_order<LEVEL, A_TERMS, B_TERMS, STEPS>([&](int i, int j, int step) {
+        mma(c, a[i][step], b[j][step][0], b[j][step][1]);
+    });
 }

@@ -169,6 +169,19 @@ struct GradientParams {
     uint32_t grad_is_aligned;
 };
 
+// Without hidden states the gradient's coefficients are read; without rows of dH none are written.
+struct ResidentParams {
+    EncodeParams encode;
+    GradientParams gradient;
+    // Of 128 tokens.
+    uint64_t tiles;
+    uint32_t clusters;
+    uint32_t stages;
+    // Of a block, at most.
+    uint32_t slices;
+    uint32_t padding;
+};
+
 // f32 or f64, with stride elements from one to the next; null if absent.
 struct OutputParams {
     unsigned char *data;

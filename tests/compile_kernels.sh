@@ -72,13 +72,13 @@ for architecture in "${architectures[@]}"; do
   fi
 done
 
-# Launches of a fused call at T = 8192, d = 4096 on an H100 or H200 (132 multiprocessors, each with
-# 65,536 registers, 228 KiB of shared memory, 2,048 threads).
-if [[ " ${architectures[*]} " == *" 90 "* ]] && command -v cargo > /dev/null; then
+# Launches of a fused call at T = 8192, d = 4096 on an H200 (132 multiprocessors, each with 65,536
+# registers, 228 KiB of shared memory, 2,048 threads).
+if [[ " ${architectures[*]} " == *" 90a "* ]] && command -v cargo > /dev/null; then
   echo
-  echo "fused calls, T=8192 d=4096, sm_90: occupancy from the compiler's registers, bytes from the launch"
-  printf "%-9s %5s %-28s %7s %8s %9s %10s %12s\n" \
-    dtype K kernel blocks 'per SM' 'warps/SM' 'MiB moved' 'MiB of W, L2'
+  echo "fused calls, T=8192 d=4096, sm_90a: occupancy from the compiler's registers, bytes and bf16 operations from the launch"
+  printf "%-9s %5s %-28s %7s %8s %9s %10s %10s %12s %9s\n" \
+    dtype K kernel blocks 'cluster' 'per SM' 'warps/SM' 'MiB moved' 'MiB of W, L2' 'TFLOP'
   cargo test --locked --quiet --lib cuda::launch::tests::footprints -- --nocapture \
     | grep '^launch ' > "$folder/launches"
   awk '
@@ -90,11 +90,13 @@ if [[ " ${architectures[*]} " == *" 90 "* ]] && command -v cargo > /dev/null; th
       next
     }
     {
+      # Four schedulers share the warps, so their registers come in fours of warps.
       rounded = int((registers[$4] + 7) / 8) * 8
-      blocks = int(65536 / (rounded * $6))
-      if ($7 > 0 && int(233472 / ($7 + 1024)) < blocks) blocks = int(233472 / ($7 + 1024))
-      if (int(2048 / $6) < blocks) blocks = int(2048 / $6)
-      printf "%-9s %5d %-28s %7d %8d %9d %10.1f %12.1f\n", $2, $3, $4, $5, blocks,
-             blocks * $6 / 32, $8 / 1048576, $9 / 1048576
-    }' <(cat "$folder"/*.90.txt) "$folder/launches"
+      warps = int(($7 + 127) / 128) * 4
+      blocks = int(65536 / (rounded * 32 * warps))
+      if ($8 > 0 && int(233472 / ($8 + 1024)) < blocks) blocks = int(233472 / ($8 + 1024))
+      if (int(2048 / $7) < blocks) blocks = int(2048 / $7)
+      printf "%-9s %5d %-28s %7d %8d %9d %10d %10.1f %12.1f %9.3f\n", $2, $3, $4, $5, $6, blocks,
+             blocks * $7 / 32, $9 / 1048576, $10 / 1048576, $11 / 1e12
+    }' <(cat "$folder"/*.90a.txt) "$folder/launches"
 fi

@@ -201,7 +201,7 @@ static void run_stats(blockem_sae *sae, int more, void *stream, void *context) {
   CHECK(stub.current() == before);
   CHECK_OK(blockem_stats_info_get(stats, &info));
   CHECK(info.backend == BLOCKEM_BACKEND_CUDA && info.num_threads == 0);
-  CHECK(strcmp(info.numerics, "cuda-1-sm90") == 0); /* of the device of the stub */
+  CHECK(strcmp(info.numerics, "cuda-2-sm90") == 0); /* of the device of the stub */
   CHECK_OK(blockem_stats_workspace_size(stats, T, 1, &args.workspace_size));
   memory[0] = stub.memory(0, T * D * 4);
   memory[1] = stub.memory(0, T * D * 4);
@@ -333,7 +333,7 @@ static void runs(void) {
   CHECK_OK(blockem_plan_info_get(plan, &info));
   CHECK(info.device_type == BLOCKEM_DEVICE_CUDA && info.device_index == 0);
   CHECK(info.backend == BLOCKEM_BACKEND_CUDA && info.num_threads == 0);
-  CHECK(strcmp(info.numerics, "cuda-1-sm90") == 0); /* of the device of the stub */
+  CHECK(strcmp(info.numerics, "cuda-2-sm90") == 0); /* of the device of the stub */
   a = new_arguments(plan, 0);
   run_all(plan, &a, NULL, primary);
   stream = stub.stream(primary);
@@ -646,7 +646,7 @@ static void failures(void) {
       {"cuCtxPushCurrent=201", BLOCKEM_STATUS_CUDA_DRIVER},
       {"cuStreamCreate=2", BLOCKEM_STATUS_OUT_OF_MEMORY},
       {"cuMemcpyHtoDAsync=700", BLOCKEM_STATUS_CUDA_DRIVER},
-      {"cuLaunchKernel=1", BLOCKEM_STATUS_CUDA_DRIVER},
+      {"cuLaunchKernelEx=1", BLOCKEM_STATUS_CUDA_DRIVER},
       {"cuStreamSynchronize=700", BLOCKEM_STATUS_CUDA_DRIVER},
   };
   static const struct {
@@ -656,8 +656,8 @@ static void failures(void) {
       {"cuPointerGetAttributes=1", BLOCKEM_STATUS_CUDA_DRIVER},
       {"cuStreamGetCtx=400", BLOCKEM_STATUS_CUDA_DRIVER},
       {"cuCtxPushCurrent=201", BLOCKEM_STATUS_CUDA_DRIVER},
-      {"cuLaunchKernel=700", BLOCKEM_STATUS_CUDA_DRIVER},
-      {"cuLaunchKernel=901", BLOCKEM_STATUS_CAPTURE_UNSAFE},
+      {"cuLaunchKernelEx=700", BLOCKEM_STATUS_CUDA_DRIVER},
+      {"cuLaunchKernelEx=901", BLOCKEM_STATUS_CAPTURE_UNSAFE},
   };
   /* A plan's own rows come first, in two allocations and a launch; then those of its rivals. */
   static const struct {
@@ -667,7 +667,7 @@ static void failures(void) {
       {"cuMemAlloc=2@3", BLOCKEM_STATUS_OUT_OF_MEMORY},
       {"cuMemAlloc=2@4", BLOCKEM_STATUS_OUT_OF_MEMORY},
       {"cuMemcpyHtoDAsync=700@5", BLOCKEM_STATUS_CUDA_DRIVER},
-      {"cuLaunchKernel=1@2", BLOCKEM_STATUS_CUDA_DRIVER},
+      {"cuLaunchKernelEx=1@2", BLOCKEM_STATUS_CUDA_DRIVER},
   };
   void *current = stub.context(1, 0);
   blockem_plan *plan = NULL;
@@ -706,11 +706,11 @@ static void failures(void) {
     stub.fail("");
     CHECK(stub.current() == current);
   }
-  stub.fail("cuLaunchKernel=700");
+  stub.fail("cuLaunchKernelEx=700");
   CHECK_STATUS(blockem_encode(plan, &a.encode, NULL), BLOCKEM_STATUS_CUDA_DRIVER);
   CHECK(message_has("CUDA_ERROR_ILLEGAL_ADDRESS (700)"));
   CHECK(message_has("an illegal memory access was encountered"));
-  stub.fail("cuLaunchKernel=12345");
+  stub.fail("cuLaunchKernelEx=12345");
   CHECK_STATUS(blockem_encode(plan, &a.encode, NULL), BLOCKEM_STATUS_CUDA_DRIVER);
   CHECK(message_has("12345"));
   stub.fail("");

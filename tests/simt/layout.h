@@ -130,6 +130,14 @@ inline void print_layout() {
     FIELD(GradientParams, accumulate);
     FIELD(GradientParams, coef_is_aligned);
     FIELD(GradientParams, grad_is_aligned);
+    STRUCT(ResidentParams);
+    FIELD(ResidentParams, encode);
+    FIELD(ResidentParams, gradient);
+    FIELD(ResidentParams, tiles);
+    FIELD(ResidentParams, clusters);
+    FIELD(ResidentParams, stages);
+    FIELD(ResidentParams, slices);
+    FIELD(ResidentParams, padding);
     STRUCT(OutputParams);
     FIELD(OutputParams, data);
     FIELD(OutputParams, stride);

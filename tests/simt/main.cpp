@@ -6,8 +6,8 @@
 //
 // A job is a sequence of 64-bit words: address and bytes of the memory; number of orders, orders;
 // number of regions, start and bytes of each: the rest of the memory may not be touched; number of
-// launches; of each the name (8 words), blocks, threads, shared bytes, parameter bytes, parameters
-// (whole words). The memory follows.
+// launches; of each the name (8 words), blocks, blocks of a cluster, threads, shared bytes, parameter
+// bytes, parameters (whole words). The memory follows.
 #include <fcntl.h>
 #include <sanitizer/asan_interface.h>
 #include <stddef.h>
@@ -52,8 +52,9 @@ Launch read_launch(Reader &job) {
     job.bytes(name, 64);
     Launch launch;
     launch.kernel = simt::Kernel::find(name);
-    if (!launch.kernel) simt::fail(name);
+    if (!launch.kernel) simt::fail("a kernel that was not compiled");
     launch.grid.blocks = job.word();
+    launch.grid.cluster = job.word();
     launch.grid.threads = job.word();
     launch.grid.shared_bytes = job.word();
     const uint64_t bytes = job.word();

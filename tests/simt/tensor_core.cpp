@@ -53,6 +53,32 @@ float add_products(float c, const double (&products)[8]) {
     return cut_off((double)sum * unit);
 }
 
+// c += row · column
+void add_sixteen(float &c, const float *row, const float *column) {
+    for (uint32_t k = 0; k < 16; k += 8) {
+        double products[8];
+        for (uint32_t j = 0; j < 8; j++) products[j] = (double)row[k + j] * column[k + j];
+        c = add_products(c, products);
+    }
+}
+
+// One lane's part of 16 rows of A.
+void gather(float (&a)[16][16], uint32_t lane, const uint32_t *from) {
+    const uint32_t g = lane / 4, q = lane % 4;
+    for (uint32_t i = 0; i < 2; i++) {
+        for (uint32_t part = 0; part < 4; part++) {
+            a[g + part % 2 * 8][2 * q + i + part / 2 * 8] = bf16(from[part] >> 16 * i & 0xffff);
+        }
+    }
+}
+
+// One lane's part of a tile of accumulators.
+void accumulate(float *c, uint32_t lane, const float (&a)[16][16], const float (*b)[16]) {
+    for (uint32_t i = 0; i < 4; i++) {
+        add_sixteen(c[i], a[lane / 4 + i / 2 * 8], b[lane % 4 * 2 + i % 2]);
+    }
+}
+
 } // namespace
 
 void simt::mma(void *const (&lanes)[32]) {
@@ -60,25 +86,25 @@ void simt::mma(void *const (&lanes)[32]) {
     for (uint32_t lane = 0; lane < 32; lane++) {
         const Fragments &own = *static_cast<Fragments *>(lanes[lane]);
         const uint32_t g = lane / 4, q = lane % 4;
+        gather(a, lane, own.a);
         for (uint32_t i = 0; i < 2; i++) {
-            for (uint32_t part = 0; part < 4; part++) {
-                const uint32_t half = own.a[part] >> 16 * i & 0xffff;
-                a[g + part % 2 * 8][2 * q + i + part / 2 * 8] = bf16(half);
-            }
             for (uint32_t part = 0; part < 2; part++) {
                 b[g][2 * q + i + part * 8] = bf16(own.b[part] >> 16 * i & 0xffff);
             }
         }
     }
     for (uint32_t lane = 0; lane < 32; lane++) {
-        for (uint32_t i = 0; i < 4; i++) {
-            const float *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
-            float &c = static_cast<Fragments *>(lanes[lane])->c[i];
-            for (uint32_t k = 0; k < 16; k += 8) {
-                double products[8];
-                for (uint32_t j = 0; j < 8; j++) products[j] = (double)row[k + j] * column[k + j];
-                c = add_products(c, products);
-            }
+        accumulate(static_cast<Fragments *>(lanes[lane])->c, lane, a, b);
+    }
+}
+
+void simt::multiply(const Product *(&lanes)[32], const uint16_t *b) {
+    float rows[16][16], columns[8][16];
+    for (uint32_t lane = 0; lane < 32; lane++) gather(rows, lane, lanes[lane]->a);
+    for (uint32_t tile = 0; tile < lanes[0]->tiles; tile++) {
+        for (uint32_t i = 0; i < 8 * 16; i++) columns[i / 16][i % 16] = bf16(b[tile * 128 + i]);
+        for (uint32_t lane = 0; lane < 32; lane++) {
+            accumulate(lanes[lane]->c + 4 * tile, lane, rows, columns);
         }
     }
 }

@@ -414,10 +414,15 @@ EXPORT CUresult cuModuleGetFunction(function **out, module *m, const char *name)
   return SUCCESS;
 }
 
+/* Of a block: 99 KB is what the smallest devices have. */
+static int shared_most(void) {
+  return setting("STUB_CUDA_CAPABILITY", 90) == 90 ? 227 * 1024 : 99 * 1024;
+}
+
 EXPORT CUresult cuFuncSetAttribute(function *f, int attribute, int value) {
   BEGIN("cuFuncSetAttribute");
-  /* MAX_DYNAMIC_SHARED_SIZE_BYTES; 99 KB is what the smallest devices have. */
-  return f != NULL && attribute == 8 && value <= 99 * 1024 ? SUCCESS : INVALID_VALUE;
+  /* MAX_DYNAMIC_SHARED_SIZE_BYTES */
+  return f != NULL && attribute == 8 && value <= shared_most() ? SUCCESS : INVALID_VALUE;
 }
 
 EXPORT CUresult cuFuncLoad(function *f) {
@@ -527,27 +532,75 @@ EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
   return SUCCESS;
 }
 
-EXPORT CUresult cuLaunchKernel(function *f, unsigned x, unsigned y, unsigned z, unsigned block_x,
-                               unsigned block_y, unsigned block_z, unsigned shared, stream *s,
-                               void **params, void **extra) {
+static CUresult start(function *f, const unsigned grid[3], unsigned cluster, unsigned block,
+                      unsigned shared, stream *s, void **params, void **extra) {
   stub_launch *launch = &launches[launch_count];
-  BEGIN("cuLaunchKernel");
   if (current() != f->owner) return INVALID_CONTEXT;
   if (s != NULL && s->owner != current()) return INVALID_HANDLE;
   if (s == NULL && capture == STUB_CAPTURE_BLOCKING) return CAPTURE_IMPLICIT;
-  if (x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535 || block_x * block_y * block_z > 1024 ||
-      block_x == 0 || shared > 99 * 1024 || params == NULL || extra != NULL) {
+  if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[1] > 65535 || grid[2] > 65535 ||
+      grid[0] % cluster != 0 || block == 0 || block > 1024 || shared > (unsigned)shared_most() ||
+      params == NULL || extra != NULL) {
     return INVALID_VALUE;
   }
   if (launch_count == 256) return SUCCESS;
   launch->kernel = f->name;
   launch->stream = s;
   launch->context = current();
-  launch->grid[0] = x;
-  launch->grid[1] = y;
-  launch->grid[2] = z;
-  launch->block = block_x;
+  memcpy(launch->grid, grid, sizeof launch->grid);
+  launch->cluster = cluster;
+  launch->block = block;
   launch->shared = shared;
   launch_count++;
+  return SUCCESS;
+}
+
+typedef struct {
+  int id;
+  char pad[4];
+  union {
+    char pad[64];
+    unsigned size[3];
+  } value;
+} launch_attribute;
+
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  stream *stream;
+  const launch_attribute *attributes;
+  unsigned attribute_count;
+} launch_config;
+
+/* Of the attributes that there may be: 4, CLUSTER_DIMENSION, and 6, PROGRAMMATIC_STREAM_SERIALIZATION;
+ * 0 for others, and for devices and drivers without them. */
+static unsigned cluster_of(const launch_config *config) {
+  unsigned i, cluster = 1;
+  for (i = 0; i < config->attribute_count; i++) {
+    const launch_attribute *attribute = &config->attributes[i];
+    const unsigned *size = attribute->value.size;
+    if (setting("STUB_CUDA_CAPABILITY", 90) < 90) return 0;
+    if (attribute->id == 4 && size[0] >= 1 && size[0] <= 8 && size[1] == 1 && size[2] == 1) {
+      cluster = size[0];
+    } else if (attribute->id != 6 || size[0] != 1 || setting("STUB_CUDA_VERSION", 13000) < 12030) {
+      return 0;
+    }
+  }
+  return cluster;
+}
+
+EXPORT CUresult cuLaunchKernelEx(const launch_config *config, function *f, void **params,
+                                 void **extra) {
+  const unsigned *block = config->block, cluster = cluster_of(config);
+  BEGIN("cuLaunchKernelEx");
+  if (cluster == 0) return INVALID_VALUE;
+  return start(f, config->grid, cluster, block[0] * block[1] * block[2], config->shared,
+               config->stream, params, extra);
+}
+
+EXPORT CUresult cuOccupancyMaxActiveClusters(int *out, function *f, const launch_config *config) {
+  const unsigned cluster = cluster_of(config);
+  BEGIN("cuOccupancyMaxActiveClusters");
+  if (f == NULL || current() != f->owner || cluster == 0) return INVALID_VALUE;
+  *out = setting("STUB_CUDA_BLOCKS", 128) / cluster;
   return SUCCESS;
 }

@@ -6,6 +6,7 @@
  *   STUB_CUDA_VERSION        what cuDriverGetVersion answers (13000)
  *   STUB_CUDA_DEVICES        how many devices there are (2); 0 fails cuInit with NO_DEVICE
  *   STUB_CUDA_CAPABILITY     compute capability times ten (90)
+ *   STUB_CUDA_BLOCKS         how many blocks of clusters run at a time (128)
  *   STUB_CUDA_INIT           what cuInit answers (0)
  *   STUB_CUDA_FAIL           "name=code,name=code": what these functions answer, such as
  *                            "cuMemAlloc=2"; "cuMemAlloc=2@3" from the third call on
@@ -47,7 +48,7 @@ typedef void stub_shut_down_fn(void);
 typedef struct {
   const char *kernel;
   void *stream, *context;
-  unsigned grid[3], block, shared;
+  unsigned grid[3], cluster, block, shared;
 } stub_launch;
 typedef const stub_launch *stub_launch_at_fn(int i);
 

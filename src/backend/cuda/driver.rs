@@ -9,7 +9,9 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute,
-    CUmodule, CUpointer_attribute, CUresult, CUstream, CUstreamCaptureMode, CUstreamCaptureStatus,
+    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUmodule, CUpointer_attribute,
+    CUresult, CUstream, CUstreamCaptureMode, CUstreamCaptureStatus,
 };
 use libloading::Library;
 
@@ -79,9 +81,11 @@ functions! {
     stream_synchronize = cuStreamSynchronize(CUstream);
     stream_capturing = cuStreamIsCapturing(CUstream, *mut c_uint);
     exchange_capture_mode = cuThreadExchangeStreamCaptureMode(*mut CUstreamCaptureMode);
-    launch = cuLaunchKernel(
-        CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
-        *mut *mut c_void, *mut *mut c_void
+    launch = cuLaunchKernelEx(
+        *const CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void
+    );
+    clusters_at_once = cuOccupancyMaxActiveClusters(
+        *mut c_int, CUfunction, *const CUlaunchConfig
     );
 }
 
@@ -722,6 +726,58 @@ unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
 
+/// How a kernel is launched.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub grid: [u32; 3],
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
+    /// Threads of a block.
+    pub block: u32,
+    /// Dynamic shared memory of a block.
+    pub shared: u32,
+    /// Whether its blocks may be brought in while the kernel before ends; they wait for it themselves.
+    pub overlaps: bool,
+}
+
+impl Shape {
+    /// Those that differ from a plain launch.
+    #[allow(non_snake_case)]
+    fn attributes(&self) -> ([CUlaunchAttribute; 2], usize) {
+        use CUlaunchAttributeID::{
+            CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION as CLUSTER,
+            CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION as OVERLAPS,
+        };
+        let attribute = |id, value| CUlaunchAttribute { id, pad: [0; 4], value };
+        let clusterDim = CUlaunchAttributeValue_union__bindgen_ty_1 { x: self.cluster, y: 1, z: 1 };
+        let cluster = attribute(CLUSTER, CUlaunchAttributeValue { clusterDim });
+        let programmaticStreamSerializationAllowed = 1;
+        let value = CUlaunchAttributeValue { programmaticStreamSerializationAllowed };
+        let overlaps = attribute(OVERLAPS, value);
+        match (self.cluster > 1, self.overlaps) {
+            (true, overlapping) => ([cluster, overlaps], 1 + overlapping as usize),
+            (false, overlapping) => ([overlaps, cluster], overlapping as usize),
+        }
+    }
+
+    /// `attributes` must outlive what comes back.
+    fn config(&self, attributes: &mut [CUlaunchAttribute], stream: *mut c_void) -> CUlaunchConfig {
+        let [x, y, z] = self.grid;
+        CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: self.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared,
+            hStream: stream.cast(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as c_uint,
+        }
+    }
+}
+
 impl Function {
     /// # Safety
     /// The context of the function is current, the stream is one of its own, and `params` points to
@@ -729,19 +785,28 @@ impl Function {
     pub unsafe fn launch(
         self,
         driver: &Driver,
-        grid: [u32; 3],
-        block: u32,
-        shared: u32,
+        shape: &Shape,
         params: *const c_void,
         stream: *mut c_void,
     ) -> Result<()> {
-        let [x, y, z] = grid;
         let (mut params, extra) = ([params.cast_mut()], std::ptr::null_mut());
-        // SAFETY: the caller's promise; parameters are copied before the call returns.
-        let code = unsafe {
-            let (params, stream) = (params.as_mut_ptr(), stream.cast());
-            (driver.functions.launch)(self.0, x, y, z, block, 1, 1, shared, stream, params, extra)
-        };
-        driver.check("cuLaunchKernel", code)
+        let params = params.as_mut_ptr();
+        let (mut attributes, count) = shape.attributes();
+        let config = shape.config(&mut attributes[..count], stream);
+        // SAFETY: the caller's promise; everything is copied before the call returns.
+        let code = unsafe { (driver.functions.launch)(&config, self.0, params, extra) };
+        driver.check("cuLaunchKernelEx", code)
+    }
+
+    /// How many clusters of this shape the device runs at a time, whatever the grid. The context must
+    /// be current.
+    pub fn clusters_at_once(self, driver: &Driver, shape: &Shape) -> Result<u32> {
+        let mut clusters = 0;
+        let (mut attributes, count) = shape.attributes();
+        let config = shape.config(&mut attributes[..count], std::ptr::null_mut());
+        // SAFETY: a function of the driver, a whole description and a place for the result.
+        let code = unsafe { (driver.functions.clusters_at_once)(&mut clusters, self.0, &config) };
+        driver.check("cuOccupancyMaxActiveClusters", code)?;
+        Ok(clusters.max(0) as u32)
     }
 }

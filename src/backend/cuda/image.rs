@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::driver::{Context, Function, LoadedImage, Version, require_version};
-use super::launch::Kernel;
+use super::driver::{Context, Function, LoadedImage, Shape, Version, require_version};
+use super::launch::{Kernel, Target};
 use crate::error::{Result, bail};
 
 // IMAGES: one fatbin for each kernels/*.cu; TOOLKIT: the CUDA version of the nvcc that made them.
@@ -38,9 +38,13 @@ pub(super) fn check_driver(version: Version) -> Result<()> {
 
 /// The kernels in one context, ready to be launched.
 pub(super) struct Module {
-    functions: [Function; Kernel::ALL.len()],
+    /// None for kernels of other targets.
+    functions: [Option<Function>; Kernel::ALL.len()],
     _images: Vec<LoadedImage>,
     pub context: Arc<Context>,
+    pub target: Target,
+    /// Whether a kernel may start while the one before it ends.
+    pub overlaps: bool,
     /// Of the device: major and minor.
     capability: [i32; 2],
 }
@@ -94,27 +98,65 @@ impl Module {
             );
         }
         let _entered = context.enter()?;
+        let is_sm90 = (major, minor) == (9, 0);
+        let target = if is_sm90 { Target::Sm90 { clusters: [0; 2] } } else { Target::Portable };
         let images = IMAGES
             .iter()
+            .filter(|(name, _)| is_image_of(target, name))
             .map(|(name, image)| LoadedImage::new(&context, name, &image.0))
             .collect::<Result<Vec<_>>>()?;
-        let mut functions = Vec::with_capacity(Kernel::ALL.len());
-        for kernel in Kernel::ALL {
-            functions.push(find(&images, *kernel)?);
+        let mut functions = [None; Kernel::ALL.len()];
+        for kernel in Kernel::ALL.iter().filter(|kernel| kernel.is_of(target)) {
+            functions[*kernel as usize] = Some(find(&images, *kernel)?);
         }
-        let Ok(functions) = functions.try_into() else { unreachable!("one for each kernel") };
         drop(_entered);
-        Ok(Module { functions, _images: images, context, capability: [major, minor] })
+        let capability = [major, minor];
+        // Graphs keep it from CUDA 12.3 on.
+        let overlaps = major >= 9 && context.driver().version() >= Version(12030);
+        let mut module =
+            Module { functions, _images: images, context, target, overlaps, capability };
+        if is_sm90 {
+            module.target = Target::Sm90 { clusters: module.clusters_at_once()? };
+        }
+        Ok(module)
+    }
+
+    /// Of four and of eight blocks that have most of a multiprocessor's shared memory each.
+    fn clusters_at_once(&self) -> Result<[u32; 2]> {
+        let kernel = Kernel::ResidentBf16K24;
+        let _entered = self.context.enter()?;
+        let mut clusters = [0; 2];
+        for (count, cluster) in clusters.iter_mut().zip([4, 8]) {
+            let shared = kernel.shared_limit();
+            let shape =
+                Shape { grid: [cluster, 1, 1], cluster, block: 256, shared, overlaps: false };
+            let function = self.function(kernel)?;
+            *count = function.clusters_at_once(self.context.driver(), &shape)?;
+        }
+        Ok(clusters)
     }
 
     /// Tensor cores of different generations round the same sums differently.
     pub fn numerics(&self) -> String {
         let [major, minor] = self.capability;
-        format!("cuda-1-sm{major}{minor}")
+        format!("cuda-2-sm{major}{minor}")
     }
 
-    pub fn function(&self, kernel: Kernel) -> Function {
-        self.functions[kernel as usize]
+    pub fn function(&self, kernel: Kernel) -> Result<Function> {
+        let name = kernel.name().to_string_lossy();
+        match self.functions[kernel as usize] {
+            Some(function) => Ok(function),
+            None => bail!(Internal, "the kernel {name} is not one of this device"),
+        }
+    }
+}
+
+/// Kernels of kernels/NAME_sm90.cu stand in for those of NAME.cu on devices of compute capability 9.0,
+/// and have no image for others.
+fn is_image_of(target: Target, name: &str) -> bool {
+    match target {
+        Target::Portable => !name.ends_with("_sm90"),
+        Target::Sm90 { .. } => !IMAGES.iter().any(|(other, _)| *other == format!("{name}_sm90")),
     }
 }
 

@@ -14,7 +14,7 @@ mod tests;
 use std::sync::Arc;
 
 pub(crate) use self::driver::DeviceMemory;
-use self::driver::{Context, Driver, OwnStream, Pointer};
+use self::driver::{Context, Driver, OwnStream, Pointer, Shape};
 use self::image::Module;
 pub(crate) use self::image::is_embedded;
 use self::launch::{
@@ -236,6 +236,7 @@ impl Loader<'_> {
         let memory = self.memory(parts.bytes)?;
         let at = |offset: usize| memory.address() + offset as u64;
         let device_rows = DeviceRows {
+            target: self.module.target,
             d_in: rows.d_in,
             count: rows.count(),
             norm: rows.norm,
@@ -297,7 +298,7 @@ impl Loader<'_> {
         let most = gate.rivals().min(RIVALS_AT_ONCE) * width;
         let weight = self.memory(most * d_in * size_of::<f32>())?;
         for start in (0..gate.rivals()).step_by(RIVALS_AT_ONCE) {
-            let part = topk.part(start, d_in);
+            let part = topk.part(start, d_in, self.module.target);
             let mut rows = read(start..start + part.count)?;
             if let Some(gain) = &rows.rank_gain {
                 if rows.glu.is_none() {
@@ -343,6 +344,7 @@ impl Loader<'_> {
         })?;
         let at = |offset: usize| memory.address() + offset as u64;
         let rows = &mut dictionary.rows;
+        rows.target = self.module.target;
         (rows.packed, rows.bias) = (at(packed), at(bias));
         (rows.scale, rows.gate_values) = (scale.map_or(0, at), values.map_or(0, at));
         rows.glu_bias = glu_bias.map_or(0, at);
@@ -538,10 +540,8 @@ pub(crate) unsafe fn raw_penalty(
     let mut pointers = Pointers::of_penalty(call);
     let (rows, workspace) = raw.packed_into(call.workspace);
     let call = PenaltyCall { workspace, ..*call };
-    let pack = launch::pack(raw.weight.data.addr() as u64, raw.weight.row_stride, &rows);
-    let work = launch::penalty(&rows, &call);
     // SAFETY: the caller's promise.
-    unsafe { raw.start(&mut pointers, pack, work, stream) }
+    unsafe { raw.start(&mut pointers, rows, |rows| launch::penalty(rows, &call), stream) }
 }
 
 /// # Safety
@@ -557,10 +557,8 @@ pub(crate) unsafe fn raw_backward(
     let mut pointers = Pointers::of_backward(call);
     pointers.add("workspace", workspace.data);
     let (rows, _) = raw.packed_into(workspace);
-    let pack = launch::pack(raw.weight.data.addr() as u64, raw.weight.row_stride, &rows);
-    let work = launch::backward(&rows, call);
     // SAFETY: the caller's promise.
-    unsafe { raw.start(&mut pointers, pack, work, stream) }
+    unsafe { raw.start(&mut pointers, rows, |rows| launch::backward(rows, call), stream) }
 }
 
 /// # Safety
@@ -589,11 +587,11 @@ impl RawDeviceRows {
 
     /// # Safety
     /// The addresses of the launches are valid until their work is done.
-    unsafe fn start(
+    unsafe fn start<Work: Iterator<Item = Launch>>(
         &self,
         pointers: &mut Pointers,
-        pack: Launch,
-        work: impl Iterator<Item = Launch>,
+        rows: DeviceRows,
+        work: impl FnOnce(&DeviceRows) -> Work,
         stream: Stream,
     ) -> Result<()> {
         check_available()?;
@@ -609,8 +607,11 @@ impl RawDeviceRows {
             pointers.add(name, address as *const u8);
         }
         pointers.check(&module.context)?;
+        let rows = DeviceRows { target: module.target, ..rows };
+        let pack = launch::pack(self.weight.data.addr() as u64, self.weight.row_stride, &rows);
+        let all = std::iter::once(pack).chain(work(&rows));
         // SAFETY: the caller's promise; the context is current and the stream's.
-        unsafe { start_all(&module, std::iter::once(pack).chain(work), stream) }
+        unsafe { start_all(&module, all, stream) }
     }
 }
 
@@ -657,10 +658,11 @@ unsafe fn start_all(
 /// # Safety
 /// As [`start_all`].
 unsafe fn start(module: &Module, launch: &Launch, stream: Stream) -> Result<()> {
-    let &Launch { kernel, grid, block, shared, ref params } = launch;
-    let (driver, function) = (module.context.driver(), module.function(kernel));
+    let &Launch { kernel, grid, cluster, block, shared, ref params } = launch;
+    let (driver, function) = (module.context.driver(), module.function(kernel)?);
+    let shape = Shape { grid, cluster, block, shared, overlaps: module.overlaps };
     // SAFETY: the caller's promise; the parameters are the kernel's.
-    unsafe { function.launch(driver, grid, block, shared, params.as_ptr(), stream.as_raw()) }
+    unsafe { function.launch(driver, &shape, params.as_ptr(), stream.as_raw()) }
 }
 
 /// The distinct pointers of a call, with their names.

@@ -15,8 +15,8 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::launch::{
-    DeviceDictionary, DeviceDirections, DeviceRows, DeviceTopK, GateKind, Kernel, Launch, backward,
-    encode, layout, pack, packed_bytes, penalty, statistics, stats_workspace_size, steer,
+    DeviceDictionary, DeviceDirections, DeviceRows, DeviceTopK, GateKind, Kernel, Launch, Target,
+    backward, encode, layout, pack, packed_bytes, penalty, statistics, stats_workspace_size, steer,
     token_norms, workspace_size,
 };
 use crate::backend::random::Random;
@@ -35,13 +35,16 @@ const ORDERS: [u64; 3] = [0, 1, 0x5eed];
 
 // ---------------------------------------------------------------------------------- the harness
 
-const KERNELS: [&str; 9] = [
+const KERNELS: [&str; 12] = [
     "encode.cu",
+    "encode_sm90.cu",
     "glu.cu",
     "gradient.cu",
+    "gradient_sm90.cu",
     "norm.cu",
     "pack.cu",
     "reduce.cu",
+    "resident_sm90.cu",
     "stats.cu",
     "steer.cu",
     "topk.cu",
@@ -145,7 +148,8 @@ fn run(program: &Path, arena: &Arena, launches: &[Launch]) -> Result<Vec<Vec<u8>
         bytes.extend(name);
         assert_eq!(launch.grid[1..], [1, 1]);
         let params = launch.params.bytes();
-        for word in [launch.grid[0], launch.block, launch.shared, params.len() as u32] {
+        let Launch { grid, cluster, block, shared, .. } = *launch;
+        for word in [grid[0], cluster, block, shared, params.len() as u32] {
             bytes.extend((word as u64).to_le_bytes());
         }
         bytes.extend(params);
@@ -298,6 +302,7 @@ fn round(dtype: DType, x: f32) -> f32 {
 #[derive(Clone, Debug)]
 struct Problem {
     name: String,
+    target: Target,
     tokens: usize,
     count: usize,
     d_in: usize,
@@ -329,6 +334,14 @@ struct Problem {
 }
 
 const FACTOR: (f64, f32) = (1.4, 0.5);
+/// Every second time one that the kernels of compute capability 9.0 serve. Of its clusters of four few
+/// run at a time, so that tiles of tokens follow each other, and of eight none or few.
+const TARGETS: [Target; 4] = [
+    Target::Portable,
+    Target::Portable,
+    Target::Sm90 { clusters: [1, 0] },
+    Target::Sm90 { clusters: [2, 1] },
+];
 
 /// All latents of a TopK SAE, and where the blocked ones are among them.
 #[derive(Clone, Debug)]
@@ -454,6 +467,7 @@ impl Problem {
         let [tokens, d_in, count] = shape;
         let seed = *random;
         let grad_dtype = random.pick(&[DType::F32, hidden_dtype]);
+        let target = random.pick(&TARGETS);
         let sign_weight: Vec<f32> =
             (0..count).map(|_| random.pick(&[1.0, -1.0, 0.3, -2.5])).collect();
         // Some tokens violate nothing: their references are beyond reach.
@@ -505,8 +519,9 @@ impl Problem {
         Problem {
             name: format!(
                 "T {tokens}, d {d_in}, K {count}, {hidden_dtype:?} to {grad_dtype:?}, {gate:?}, \
-                 {norm:?}, {places:?}, {at_once:?}, {seed:?}"
+                 {norm:?}, {target:?}, {places:?}, {at_once:?}, {seed:?}"
             ),
+            target,
             tokens,
             count,
             d_in,
@@ -598,6 +613,7 @@ impl Job {
             _ => None,
         };
         let rows = DeviceRows {
+            target: p.target,
             d_in: p.d_in,
             count: p.count,
             norm: p.norm,
@@ -792,7 +808,7 @@ fn rivals(
     let weight = arena.filled(DType::F32, p.d_in, weight, Place::default());
     for start in (0..gate.rivals()).step_by(at_once) {
         let from = weight.address + (start * p.width() * p.d_in * 4) as u64;
-        packs.push(pack(from, p.d_in, &gate.part(start, p.d_in)));
+        packs.push(pack(from, p.d_in, &gate.part(start, p.d_in, p.target)));
     }
     gate
 }
@@ -1136,6 +1152,7 @@ fn part(random: &mut Random, p: &Problem, tokens: &[usize], latents: &[usize]) -
         accumulate: p.accumulate,
         grad_dtype: p.grad_dtype,
         mask: None,
+        target: p.target,
         ..fresh
     }
 }
@@ -1327,6 +1344,7 @@ impl StatsJob {
             GateKind::TopK => gains.map_or(0, |gains| arena.vector(gains).address),
             _ => arena.vector(&p.gate_values).address,
         };
+        rows.target = p.target;
         if is_topk {
             let group = (0..count).map(|rival| f32::from_bits((rival / group_size) as u32));
             let scales = gains.filter(|_| glu_bias.is_none());
@@ -1820,14 +1838,33 @@ struct Fault<'a> {
     to: &'a str,
 }
 
-/// A harness with a fault in one source, of which only the named kernel is compiled.
+/// Headers whose code belongs to the kernels that include them.
+const SHARED: [&str; 2] = ["encode.cuh", "gradient.cuh"];
+
+/// A harness with a fault in one source, or in a header of it, of which only the named kernel is
+/// compiled.
 fn with_fault(folder: &Path, source: &str, kernel: &str, fault: &Fault) -> PathBuf {
-    let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
-    let found = text.match_indices(fault.from).nth(fault.nth);
-    let (at, _) = found.unwrap_or_else(|| panic!("{source} has no {}", fault.from));
-    let text = format!("{}{}{}", &text[..at], fault.to, &text[at + fault.from.len()..]);
+    let read =
+        |file: &str| fs::read_to_string(root().join("kernels").join(file)).expect("a source");
+    let text = read(source);
+    let included = SHARED.iter().filter(|file| text.contains(&format!("#include \"{file}\"")));
+    let (file, text_of_file) = std::iter::once(&source)
+        .chain(included)
+        .map(|file| (*file, read(file)))
+        .find(|(_, text)| text.contains(fault.from))
+        .unwrap_or_else(|| panic!("{source} has no {}", fault.from));
+    let found = text_of_file.match_indices(fault.from).nth(fault.nth);
+    let (at, _) = found.unwrap_or_else(|| panic!("{file} has fewer {}", fault.from));
+    let changed_text =
+        [&text_of_file[..at], fault.to, &text_of_file[at + fault.from.len()..]].concat();
+    let text = if file == source { &changed_text } else { &text };
+    if file != source {
+        fs::write(folder.join(file), &changed_text).expect("a writable folder");
+    }
     let other = |line: &&str| {
-        ["FEW(", "TALL(", "WIDE(", "KERNEL("].iter().any(|m| line.starts_with(m))
+        ["FEW(", "TALL(", "WIDE(", "RESIDENT(", "SM90_KERNEL(", "KERNEL("]
+            .iter()
+            .any(|m| line.starts_with(m))
             && line.ends_with([')', '}'])
             && !line.contains(kernel)
     };
@@ -1850,22 +1887,30 @@ fn verdict(p: &Problem, source: &str, kernel: &str, fault: Fault) -> Option<Stri
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = with_fault(folder.path(), source, kernel, &fault);
     let panic = catch_unwind(|| check_job(p, &Job::on(&program, p))).err()?;
-    Some(panic.downcast_ref::<String>().expect("a message").clone())
+    let found = panic.downcast_ref::<String>().expect("a message").clone();
+    assert!(!found.contains("a kernel that was not compiled"), "{source}: {found}");
+    Some(found)
 }
 
 /// Several tiles of tokens, more slices than stages, every output. The last slice lies in the first
 /// stage, which the epilogue uses again.
-fn fault_problem(count: usize) -> Problem {
+fn fault_problem(dtype: DType, count: usize, target: Target) -> Problem {
+    fault_problem_of(dtype, [130, 830, count], target)
+}
+
+fn fault_problem_of(dtype: DType, shape: [usize; 3], target: Target) -> Problem {
     let mut random = Random(0x5eed);
     let (gate, norm) = (GateKind::Open, TokenNorm::None);
-    let mut p = Problem::of(&mut random, DType::BF16, [130, 830, count], gate, norm);
+    let mut p = Problem::of(&mut random, dtype, shape, gate, norm);
     p.mask = Some((DType::U8, (0..p.tokens).map(|t| (t % 3) as f32).collect()));
-    (p.grad_dtype, p.sums, p.accumulate) = (DType::BF16, DType::F64, false);
-    p.name = format!("T 130, d 830, K {count}");
+    (p.grad_dtype, p.sums, p.accumulate) = (dtype, DType::F64, false);
+    p.target = target;
+    p.name = format!("T, d, K {shape:?}, {target:?}");
     p.reference.fill(0.0);
     p.places = [Place::default(); 7];
     // Rows of hidden states and dH that start at sixteen bytes.
-    (p.places[0].gap, p.places[5].gap) = (2, 2);
+    let gap = p.d_in.next_multiple_of(8) - p.d_in;
+    (p.places[0].gap, p.places[5].gap) = (gap, gap);
     p
 }
 
@@ -1912,42 +1957,86 @@ fn glu_fault_problem() -> Problem {
     p.with_glu(&mut random)
 }
 
+/// Every nth call that `verdict` finds in a source, taken out.
+fn check_without(source: &str, kernels: &[(&Problem, &str)], call: &str, without: &str) {
+    let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
+    let calls = text.matches(call).count();
+    assert!(calls > 0, "{source} has no {call}");
+    for nth in 0..calls {
+        let found = kernels.iter().find_map(|(p, kernel)| {
+            verdict(p, source, kernel, Fault { from: call, nth, to: without })
+        });
+        let found = found.unwrap_or_else(|| panic!("{source} works without {call} {nth}"));
+        println!("{source} without {call} {nth}: {found:.100}");
+    }
+}
+
 #[test]
 fn every_missing_barrier_and_wait_is_caught() {
-    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let [few, wide] = [3, 40].map(|count| fault_problem(DType::BF16, count, Target::Portable));
     let glu = glu_fault_problem();
     let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
-    let cases = [
-        ("topk.cu", [(&one, "blockem_topk"), (&three, "blockem_topk")]),
-        ("glu.cu", [(&glu, "blockem_glu"), (&glu, "blockem_glu")]),
-        ("encode.cu", [(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
+    let cases: [(&str, &[(&Problem, &str)]); 5] = [
+        ("topk.cu", &[(&one, "blockem_topk"), (&three, "blockem_topk")]),
+        ("glu.cu", &[(&glu, "blockem_glu")]),
+        ("encode.cu", &[(&few, "blockem_encode_bf16_8"), (&wide, "blockem_encode_bf16_wide")]),
         (
             "gradient.cu",
-            [(&few, "blockem_gradient_bf16_few"), (&wide, "blockem_gradient_bf16_wide")],
+            &[(&few, "blockem_gradient_bf16_few"), (&wide, "blockem_gradient_bf16_wide")],
         ),
-        ("reduce.cu", [(&few, "blockem_reduce"), (&wide, "blockem_reduce")]),
+        ("reduce.cu", &[(&few, "blockem_reduce"), (&wide, "blockem_reduce")]),
     ];
     for (source, kernels) in cases {
-        let text = fs::read_to_string(root().join("kernels").join(source)).expect("a source");
-        for (call, without) in [("sync_block();", ""), ("copy_wait<", "if (false) copy_wait<")] {
-            for nth in 0..text.matches(call).count() {
-                let found = kernels.iter().find_map(|(p, kernel)| {
-                    verdict(p, source, kernel, Fault { from: call, nth, to: without })
-                });
-                let found = found.unwrap_or_else(|| panic!("{source} works without {call} {nth}"));
-                println!("{source} without {call} {nth}: {found:.100}");
-            }
+        check_without(source, kernels, "sync_block();", "");
+        if ["encode.cu", "gradient.cu"].contains(&source) {
+            check_without(source, kernels, "copy_wait<", "if (false) copy_wait<");
         }
+    }
+}
+
+/// The same for compute capability 9.0: tiles of tokens that follow each other, clusters, tokens of
+/// which none counts.
+#[test]
+fn every_missing_barrier_and_wait_of_a_cluster_is_caught() {
+    let few = fault_problem(DType::F32, 3, Target::Sm90 { clusters: [1, 0] });
+    let idle = Problem { mask: Some((DType::U8, vec![0.0; few.tokens])), ..few.clone() };
+    let wide = fault_problem(DType::BF16, 40, Target::Sm90 { clusters: [1, 1] });
+    let resident: &[(&Problem, &str)] =
+        &[(&few, "blockem_resident_f32_8"), (&idle, "blockem_resident_f32_8")];
+    let encode: &[(&Problem, &str)] = &[(&wide, "blockem_encode_bf16_sm90")];
+    // More rounds of 32 latents than stages.
+    let many = fault_problem_of(DType::BF16, [130, 70, 260], Target::Sm90 { clusters: [1, 1] });
+    let gradient: &[(&Problem, &str)] =
+        &[(&wide, "blockem_gradient_bf16_sm90"), (&many, "blockem_gradient_bf16_sm90")];
+    for (source, kernels, call, without) in [
+        ("resident_sm90.cu", resident, "sync_block();", ""),
+        ("resident_sm90.cu", resident, "sync_cluster();", ""),
+        ("resident_sm90.cu", resident, "sync_group(r.group);", ""),
+        ("resident_sm90.cu", resident, "copy_wait_all_but(p", "if (false) copy_wait_all_but(p"),
+        ("resident_sm90.cu", resident, "barrier_wait", "if (false) barrier_wait"),
+        ("encode_sm90.cu", encode, "sync_block();", ""),
+        ("encode_sm90.cu", encode, "sync_cluster();", ""),
+        ("encode_sm90.cu", encode, "leave_cluster();", ""),
+        ("encode_sm90.cu", encode, "sync_group(group);", ""),
+        ("encode_sm90.cu", encode, "copy_wait<", "if (false) copy_wait<"),
+        ("encode_sm90.cu", encode, "barrier_wait(", "if (false) barrier_wait("),
+        ("gradient_sm90.cu", gradient, "sync_cluster();", ""),
+        ("gradient_sm90.cu", gradient, "leave_cluster();", ""),
+        ("gradient_sm90.cu", gradient, "barrier_wait(", "if (false) barrier_wait("),
+    ] {
+        check_without(source, kernels, call, without);
     }
 }
 
 #[test]
 fn wrong_accesses_and_indices_are_caught() {
-    let (few, wide) = (fault_problem(3), fault_problem(40));
+    let [few, wide] = [3, 40].map(|count| fault_problem(DType::BF16, count, Target::Portable));
+    let sm90 = Target::Sm90 { clusters: [1, 1] };
+    let [few_sm90, wide_sm90] = [3, 40].map(|count| fault_problem(DType::BF16, count, sm90));
     let (one, three) = (topk_fault_problem(1), topk_fault_problem(3));
     let glu = glu_fault_problem();
     let outside = "AddressSanitizer";
-    let cases: [(&Problem, &str, &str, &str, &str, &str); 30] = [
+    let cases: &[(&Problem, &str, &str, &str, &str, &str)] = &[
         // Beyond shared memory: a copy, a plain store, a collective load.
         (
             &few,
@@ -2027,10 +2116,30 @@ fn wrong_accesses_and_indices_are_caught() {
         (&glu, "glu.cu", "_glu", "if (t >= p.tokens) break;", "", outside),
         (&glu, "glu.cu", "_glu", "if (k < e.rows.count) loss", "loss", outside),
         (&glu, "glu.cu", "_glu", "if (mask != 0.0f) {", "{", outside),
+        // A cluster: who adds up which part of which token, what goes where, what is expected.
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "8 * half * LATENTS", "8 * half", "bits"),
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "first / share)", "0)", "simt"),
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "part < PARTS;", "part + 1 < PARTS;", "z "),
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "clear(part);", "", "z "),
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "loader.live = next_live;", "", outside),
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "(last ? BEHIND : 0)", "0", "simt"),
+        (&few_sm90, "resident_sm90.cu", "_bf16_8", "j * R::TERM_BYTES +", "", "dH["),
+        (
+            &wide_sm90,
+            "encode_sm90.cu",
+            "_bf16_sm90",
+            "rows - first < share ? rows - first : share",
+            "share",
+            "simt",
+        ),
+        (&wide_sm90, "encode_sm90.cu", "_bf16_sm90", "+ 32 * step", "+ 16 * step", "z "),
+        (&wide_sm90, "encode_sm90.cu", "_bf16_sm90", "blocks * WARPS", "WARPS", "simt"),
+        (&wide_sm90, "gradient_sm90.cu", "_bf16_sm90", "Chunk{}", "Chunk{{~0u}}", "dH["),
+        (&wide_sm90, "gradient_sm90.cu", "_bf16_sm90", "? SLICES : 1", "? SLICES : 2", outside),
     ];
-    for (p, source, kernel, from, to, message) in cases {
+    for (p, source, kernel, from, to, message) in cases.iter().copied() {
         let found = verdict(p, source, kernel, Fault { from, nth: 0, to });
-        let found = found.unwrap_or_else(|| panic!("{source} works with {to}"));
+        let found = found.unwrap_or_else(|| panic!("{source} works with {to} for {from}"));
         println!("{source} with {to}: {:.100}", found.replace('\n', " "));
         assert!(found.contains(message), "{source} with {to}: {found}");
     }

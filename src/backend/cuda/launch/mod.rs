@@ -1,8 +1,24 @@
 //! From a call to its kernel launches: grid, block, shared memory and parameters, as pure functions
 //! of the call. Nothing here talks to a device.
 
+mod kernel;
+mod params;
+mod sm90;
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Reverse;
-use std::ffi::{CStr, c_void};
+
+pub(crate) use kernel::Target;
+pub(super) use kernel::{Kernel, Launch};
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+pub(super) use params::layout;
+use params::{
+    EncodeParams, GluLatentsParams, GluParams, GradientParams, HiddenParams, MaskParams,
+    NormParams, OutputParams, PackParams, Params, PullParams, ReduceParams, RowsParams,
+    StatsParams, SteerParams, TokenNormsParams, TopKParams,
+};
+use sm90::Resident;
 
 use crate::backend::{
     BackwardCall, EncodeCall, Grad, Mask, Matrix, Output, PenaltyCall, RIVALS_AT_ONCE, StatsCall,
@@ -61,412 +77,10 @@ const STEER_CTAS: usize = 1 << 14;
 /// Sections of the workspace start at multiples of this.
 const SECTION: usize = 64;
 
-macro_rules! kernels {
-    ($($variant:ident $name:literal,)*) => {
-        /// A `__global__` function of kernels/.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(super) enum Kernel {
-            $($variant,)*
-        }
-
-        impl Kernel {
-            /// In the order of their numbers: `ALL[kernel as usize] == kernel`.
-            pub const ALL: &[Kernel] = &[$(Kernel::$variant),*];
-
-            /// The symbol in the module.
-            pub fn name(self) -> &'static CStr {
-                match self {
-                    $(Kernel::$variant => $name,)*
-                }
-            }
-        }
-    };
-}
-
-kernels! {
-    Pack c"blockem_pack",
-    EncodeF32K8 c"blockem_encode_f32_8",
-    EncodeF32K16 c"blockem_encode_f32_16",
-    EncodeF32K24 c"blockem_encode_f32_24",
-    EncodeF32K32 c"blockem_encode_f32_32",
-    EncodeF32Wide c"blockem_encode_f32_wide",
-    EncodeF16K8 c"blockem_encode_f16_8",
-    EncodeF16K16 c"blockem_encode_f16_16",
-    EncodeF16K24 c"blockem_encode_f16_24",
-    EncodeF16K32 c"blockem_encode_f16_32",
-    EncodeF16K8Tall c"blockem_encode_f16_8_tall",
-    EncodeF16K16Tall c"blockem_encode_f16_16_tall",
-    EncodeF16K24Tall c"blockem_encode_f16_24_tall",
-    EncodeF16K32Tall c"blockem_encode_f16_32_tall",
-    EncodeF16Wide c"blockem_encode_f16_wide",
-    EncodeBf16K8 c"blockem_encode_bf16_8",
-    EncodeBf16K16 c"blockem_encode_bf16_16",
-    EncodeBf16K24 c"blockem_encode_bf16_24",
-    EncodeBf16K32 c"blockem_encode_bf16_32",
-    EncodeBf16K8Tall c"blockem_encode_bf16_8_tall",
-    EncodeBf16K16Tall c"blockem_encode_bf16_16_tall",
-    EncodeBf16K24Tall c"blockem_encode_bf16_24_tall",
-    EncodeBf16K32Tall c"blockem_encode_bf16_32_tall",
-    EncodeBf16Wide c"blockem_encode_bf16_wide",
-    GradientF32Few c"blockem_gradient_f32_few",
-    GradientF32Wide c"blockem_gradient_f32_wide",
-    GradientF16Few c"blockem_gradient_f16_few",
-    GradientF16Wide c"blockem_gradient_f16_wide",
-    GradientBf16Few c"blockem_gradient_bf16_few",
-    GradientBf16Wide c"blockem_gradient_bf16_wide",
-    ReduceLatents c"blockem_reduce_latents",
-    ReduceTotal c"blockem_reduce_total",
-    Norm c"blockem_norm",
-    Pull c"blockem_pull",
-    TopK c"blockem_topk",
-    GluLatents c"blockem_glu_latents",
-    GluCoefficients c"blockem_glu_coefficients",
-    Stats c"blockem_stats",
-    Steer c"blockem_steer",
-    TokenNorms c"blockem_token_norms",
-}
-
-impl Kernel {
-    /// The largest dynamic shared memory that it is launched with.
-    pub fn shared_limit(self) -> u32 {
-        use Kernel::*;
-        let bytes = match self {
-            Pack | Norm | Pull | GluCoefficients | Stats | Steer | TokenNorms => 0,
-            GluLatents => GLU_SHARED,
-            TopK => TOPK_SHARED,
-            ReduceLatents | ReduceTotal => REDUCE_SHARED,
-            GradientF32Few | GradientF32Wide => gradient_shared(self, DType::F32),
-            GradientF16Few | GradientF16Wide => gradient_shared(self, DType::F16),
-            GradientBf16Few | GradientBf16Wide => gradient_shared(self, DType::BF16),
-            _ => ENCODE_TILES.iter().find(|t| t.kernel == self).map_or(0, EncodeTile::shared),
-        };
-        bytes as u32
-    }
-}
-
-/// One launch.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Launch {
-    pub kernel: Kernel,
-    pub grid: [u32; 3],
-    /// Threads of a block.
-    pub block: u32,
-    /// Dynamic shared memory in bytes.
-    pub shared: u32,
-    pub params: Params,
-}
-
-/// A kernel's only parameter, by value. The structs are those of kernels/params.cuh.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Params {
-    Pack(PackParams),
-    Encode(EncodeParams),
-    Gradient(GradientParams),
-    Reduce(ReduceParams),
-    Norm(NormParams),
-    Pull(PullParams),
-    TopK(TopKParams),
-    GluLatents(GluLatentsParams),
-    Glu(GluParams),
-    Stats(StatsParams),
-    Steer(SteerParams),
-    TokenNorms(TokenNormsParams),
-}
-
-impl Params {
-    /// What an entry of `kernelParams` points to.
-    pub fn as_ptr(&self) -> *const c_void {
-        match self {
-            Params::Pack(p) => (&raw const *p).cast(),
-            Params::Encode(p) => (&raw const *p).cast(),
-            Params::Gradient(p) => (&raw const *p).cast(),
-            Params::Reduce(p) => (&raw const *p).cast(),
-            Params::Norm(p) => (&raw const *p).cast(),
-            Params::Pull(p) => (&raw const *p).cast(),
-            Params::TopK(p) => (&raw const *p).cast(),
-            Params::GluLatents(p) => (&raw const *p).cast(),
-            Params::Glu(p) => (&raw const *p).cast(),
-            Params::Stats(p) => (&raw const *p).cast(),
-            Params::Steer(p) => (&raw const *p).cast(),
-            Params::TokenNorms(p) => (&raw const *p).cast(),
-        }
-    }
-
-    #[cfg(test)]
-    pub fn bytes(&self) -> &[u8] {
-        let size = match self {
-            Params::Pack(_) => size_of::<PackParams>(),
-            Params::Encode(_) => size_of::<EncodeParams>(),
-            Params::Gradient(_) => size_of::<GradientParams>(),
-            Params::Reduce(_) => size_of::<ReduceParams>(),
-            Params::Norm(_) => size_of::<NormParams>(),
-            Params::Pull(_) => size_of::<PullParams>(),
-            Params::TopK(_) => size_of::<TopKParams>(),
-            Params::GluLatents(_) => size_of::<GluLatentsParams>(),
-            Params::Glu(_) => size_of::<GluParams>(),
-            Params::Stats(_) => size_of::<StatsParams>(),
-            Params::Steer(_) => size_of::<SteerParams>(),
-            Params::TokenNorms(_) => size_of::<TokenNormsParams>(),
-        };
-        // SAFETY: the struct has this size, and no padding: its fields' sizes add up to it.
-        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size) }
-    }
-}
-
-macro_rules! params {
-    ($(#[$doc:meta] $name:ident { $($field:ident: $type:ty,)* })*) => {
-        $(
-            #[$doc]
-            #[repr(C)]
-            #[derive(Clone, Copy, Debug, Default)]
-            pub(super) struct $name {
-                $($field: $type,)*
-            }
-
-            // `Params::bytes` relies on it.
-            const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())*);
-        )*
-
-        /// Sizes and offsets as kernels/params.cuh must have them.
-        #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
-        pub(super) fn layout() -> String {
-            let mut lines = String::new();
-            $(
-                lines += &format!("{} {}\n", stringify!($name), size_of::<$name>());
-                $(lines += &format!(
-                    "{}.{} {}\n",
-                    stringify!($name),
-                    stringify!($field),
-                    std::mem::offset_of!($name, $field)
-                );)*
-            )*
-            lines
-        }
-    };
-}
-
-params! {
-    /// Encoder rows on the device.
-    RowsParams {
-        packed: u64,
-        bias: u64,
-        scale: u64,
-        gate_values: u64,
-        sign_weight: u64,
-        group: u64,
-        groups: u32,
-        by_magnitude: u32,
-        count: u32,
-        padded_count: u32,
-        d_in: u32,
-        gate: u32,
-    }
-
-    /// Hidden states.
-    HiddenParams {
-        data: u64,
-        stride: u64,
-        dtype: u32,
-        is_aligned: u32,
-    }
-
-    /// A number for each token.
-    MaskParams {
-        data: u64,
-        stride: u64,
-        is_f32: u64,
-    }
-
-    /// kernels/pack.cu
-    PackParams {
-        weight: u64,
-        weight_stride: u64,
-        packed: u64,
-        count: u32,
-        padded_count: u32,
-        d_in: u32,
-        slices: u32,
-    }
-
-    /// kernels/encode.cu. Absent outputs are 0; with `latents` the rest of the outputs is absent.
-    EncodeParams {
-        rows: RowsParams,
-        hidden: HiddenParams,
-        mask: MaskParams,
-        token_scales: u64,
-        thresholds: u64,
-        latents: u64,
-        latents_stride: u64,
-        reference: u64,
-        reference_stride: u64,
-        coef: u64,
-        coef_stride: u64,
-        dots: u64,
-        dots_stride: u64,
-        loss_partials: u64,
-        count_partials: u64,
-        tokens: u64,
-    }
-
-    /// kernels/topk.cu
-    TopKParams {
-        pre: u64,
-        pre_stride: u64,
-        largest: u64,
-        floors: u64,
-        thresholds: u64,
-        mask: MaskParams,
-        first: u32,
-        count: u32,
-        k: u32,
-        groups: u32,
-        group_size: u32,
-        by_magnitude: u32,
-    }
-
-    /// kernels/norm.cu
-    NormParams {
-        hidden: HiddenParams,
-        mask: MaskParams,
-        coef: u64,
-        coef_stride: u64,
-        scales: u64,
-        means: u64,
-        slopes: u64,
-        live: u64,
-        tokens: u64,
-        norm: u64,
-        d_in: u32,
-        count: u32,
-    }
-
-    /// kernels/norm.cu
-    PullParams {
-        coef: u64,
-        coef_stride: u64,
-        dots: u64,
-        dots_stride: u64,
-        scales: u64,
-        means: u64,
-        slopes: u64,
-        pulls: u64,
-        scale_tensor: u64,
-        scale: f64,
-        tokens: u64,
-        count: u64,
-    }
-
-    /// kernels/glu.cu
-    GluLatentsParams {
-        encode: EncodeParams,
-        bias: u64,
-        glu_bias: u64,
-    }
-
-    /// kernels/glu.cu
-    GluParams {
-        coef: u64,
-        coef_stride: u64,
-        dots: u64,
-        dots_stride: u64,
-        bias: u64,
-        glu_bias: u64,
-        out: u64,
-        out_stride: u64,
-        tokens: u64,
-        count: u64,
-    }
-
-    /// kernels/gradient.cu
-    GradientParams {
-        packed: u64,
-        coef: u64,
-        coef_stride: u64,
-        grad: u64,
-        grad_stride: u64,
-        scale_tensor: u64,
-        scale: f64,
-        pulls: u64,
-        hidden: HiddenParams,
-        tokens: u64,
-        count: u32,
-        padded_count: u32,
-        d_in: u32,
-        tiles_per_cta: u32,
-        column_tiles: u32,
-        accumulate: u32,
-        coef_is_aligned: u32,
-        grad_is_aligned: u32,
-    }
-
-    /// An output of one or more numbers.
-    OutputParams {
-        data: u64,
-        stride: u64,
-        is_f64: u64,
-    }
-
-    /// kernels/reduce.cu
-    ReduceParams {
-        loss_partials: u64,
-        count_partials: u64,
-        latent_sums: u64,
-        tiles: u64,
-        tokens: u64,
-        loss_sum: OutputParams,
-        token_count: OutputParams,
-        latent_loss: OutputParams,
-        count: u32,
-        padded_count: u32,
-    }
-
-    /// kernels/stats.cu
-    StatsParams {
-        latents: u64,
-        base: u64,
-        stride: u64,
-        mask: MaskParams,
-        state: u64,
-        state_stride: u64,
-        token_count: u64,
-        tokens: u64,
-        count: u32,
-        accumulate: u32,
-    }
-
-    /// kernels/steer.cu
-    SteerParams {
-        directions: u64,
-        directions_stride: u64,
-        hidden: HiddenParams,
-        hidden_stride: u64,
-        row: u64,
-        row_stride: u64,
-        strength: u64,
-        strength_stride: u64,
-        mask: MaskParams,
-        mask_stride: u64,
-        scale_tensor: u64,
-        scale: f64,
-        batch: u64,
-        positions: u64,
-        column_tiles: u64,
-        count: u32,
-        d_in: u32,
-    }
-
-    /// kernels/norm.cu
-    TokenNormsParams {
-        hidden: HiddenParams,
-        norms: OutputParams,
-        tokens: u64,
-        d_in: u64,
-    }
-}
-
 /// A plan's rows in device memory: addresses, 0 where absent.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DeviceRows {
+    pub target: Target,
     pub d_in: usize,
     /// K
     pub count: usize,
@@ -568,10 +182,11 @@ impl DeviceTopK {
     }
 
     /// The rivals from a multiple of `at_once` on, as rows without a gate.
-    pub fn part(&self, first: usize, d_in: usize) -> DeviceRows {
+    pub fn part(&self, first: usize, d_in: usize, target: Target) -> DeviceRows {
         let width = if self.glu_bias == 0 { 1 } else { 2 };
         let from = |start: u64| if start == 0 { 0 } else { start + (first * 4) as u64 };
         DeviceRows {
+            target,
             d_in,
             count: self.at_once.min(self.rivals() - first),
             packed: self.packed + self.packed_before(first, width, d_in) as u64,
@@ -665,6 +280,7 @@ pub(super) fn pack(weight: u64, weight_stride: usize, rows: &DeviceRows) -> Laun
     Launch {
         kernel: Kernel::Pack,
         grid: [threads.div_ceil(256) as u32, 1, 1],
+        cluster: 1,
         block: 256,
         shared: 0,
         params: Params::Pack(PackParams {
@@ -768,7 +384,8 @@ pub(super) fn penalty(
     let work = Work::new(rows, tokens, call.workspace);
     debug_assert!(call.workspace.size >= workspace_size(rows, call.tokens));
     let Sections { coef: own, dots, loss_partials, count_partials, .. } = work.space;
-    let coef = call.coef.or(call.grad.map(|_| own));
+    let at_once = call.grad.and_then(|grad| work.at_once(&grad));
+    let coef = call.coef.or(call.grad.filter(|_| at_once.is_none()).map(|_| own));
     let sums = call.loss_sum.or(call.token_count).or(call.latent_loss).is_some();
     let pulls = rows.is_normed() && call.grad.is_some();
     let params = EncodeParams {
@@ -782,10 +399,15 @@ pub(super) fn penalty(
         count_partials: if sums { count_partials } else { 0 },
         ..work.encode_params()
     };
-    let encode = work.encode(params, dots);
-    let grad = call.grad.zip(coef).into_iter();
-    let first = work.norm(None).into_iter().chain(work.thresholds()).chain(encode);
+    let first = work.norm(None).into_iter().chain(work.thresholds());
+    let fused = at_once
+        .zip(call.grad)
+        .map(|(resident, grad)| resident.launch(params, work.gradient_params(&own, &grad)));
+    let encode = work.encode(params, dots).filter(move |_| fused.is_none());
+    let grad = call.grad.zip(coef).filter(move |_| fused.is_none()).into_iter();
     first
+        .chain(fused)
+        .chain(encode)
         .chain(grad.flat_map(move |(grad, coef)| work.gradient(&coef, &grad)))
         .chain(work.sums(call))
 }
@@ -813,8 +435,7 @@ pub(super) fn backward(
         let encode = (count > 0).then(|| live.encode_launch(params));
         work.norm(Some(coef)).into_iter().chain(encode)
     });
-    let nothing = Matrix { data: std::ptr::null_mut(), dtype: DType::F32, row_stride: 0 };
-    let tokens = Tokens { count, hidden: hidden.unwrap_or(nothing), mask: None };
+    let tokens = Tokens { count, hidden: hidden.unwrap_or(NOTHING), mask: None };
     let work = Work::new(rows, tokens, call.workspace);
     products.into_iter().flatten().chain(work.gradient(&coef, &grad))
 }
@@ -905,6 +526,7 @@ impl StatsBlock {
         let add = Launch {
             kernel: Kernel::Stats,
             grid: [rows.count.div_ceil(STATS_THREADS) as u32, 1, 1],
+            cluster: 1,
             block: STATS_THREADS as u32,
             shared: 0,
             params: Params::Stats(StatsParams {
@@ -997,6 +619,7 @@ pub(super) fn steer(directions: &DeviceDirections, call: &SteerCall) -> Option<L
     (tokens > 0).then(|| Launch {
         kernel: Kernel::Steer,
         grid: [(at_once * column_tiles) as u32, 1, 1],
+        cluster: 1,
         block: STEER_THREADS as u32,
         shared: 0,
         params: Params::Steer(params),
@@ -1008,6 +631,7 @@ pub(super) fn token_norms(call: &TokenNormsCall) -> Option<Launch> {
     (call.tokens > 0).then(|| Launch {
         kernel: Kernel::TokenNorms,
         grid: [call.tokens.div_ceil(NORM_THREADS / 32) as u32, 1, 1],
+        cluster: 1,
         block: NORM_THREADS as u32,
         shared: 0,
         params: Params::TokenNorms(TokenNormsParams {
@@ -1072,6 +696,10 @@ fn mask_params(mask: Option<Mask>) -> MaskParams {
     })
 }
 
+/// Where nothing is read or written.
+const NOTHING: Matrix = Matrix { data: std::ptr::null_mut(), dtype: DType::F32, row_stride: 0 };
+const NO_GRAD: Grad = Grad { rows: NOTHING, accumulate: false, scale: 0.0, scale_tensor: None };
+
 /// What the launches of a call have in common.
 #[derive(Clone, Copy)]
 struct Work {
@@ -1123,6 +751,7 @@ impl Work {
         Launch {
             kernel: Kernel::Norm,
             grid: [self.tokens.count.div_ceil(NORM_THREADS / 32) as u32, 1, 1],
+            cluster: 1,
             block: NORM_THREADS as u32,
             shared: 0,
             params: Params::Norm(NormParams::default()),
@@ -1148,7 +777,7 @@ impl Work {
     ) -> impl Iterator<Item = Launch> + use<> {
         let Sections { pre, rival_dots, largest, floors, thresholds, token_scales, .. } =
             self.space;
-        let rows = gate.part(rival, self.rows.d_in);
+        let rows = gate.part(rival, self.rows.d_in, self.rows.target);
         let tokens = self.tokens.part(token, gate.tokens_at_once);
         let part = Work { rows, tokens, ..*self };
         let of_token = |start: u64, numbers: usize| start + (token * numbers * 4) as u64;
@@ -1162,6 +791,7 @@ impl Work {
         let merge = Launch {
             kernel: Kernel::TopK,
             grid: [tokens.count as u32, 1, 1],
+            cluster: 1,
             block: TOPK_THREADS as u32,
             shared: TOPK_SHARED as u32,
             params: Params::TopK(TopKParams {
@@ -1233,6 +863,7 @@ impl Work {
         Launch {
             kernel: Kernel::GluLatents,
             grid: [tiles as u32, 1, 1],
+            cluster: 1,
             block: 256,
             shared: GLU_SHARED as u32,
             params: Params::GluLatents(GluLatentsParams {
@@ -1250,25 +881,54 @@ impl Work {
     }
 
     fn encode_launch(&self, params: EncodeParams) -> Launch {
-        let tile = self.encode_tile();
-        let tiles =
-            self.tokens.count.div_ceil(tile.tokens) * self.rows.count.div_ceil(tile.latents);
+        let (count, tokens) = (self.rows.count, self.tokens.count);
+        let dtype = self.tokens.hidden.dtype;
+        if let Some(resident) = self.resident(dtype) {
+            let gradient = self.gradient_params(&NOTHING, &NO_GRAD);
+            return resident.launch(params, gradient);
+        }
+        if self.rows.target != Target::Portable {
+            return sm90::encode(dtype, tokens, count, params);
+        }
+        let tile = EncodeTile::of(dtype, count, tokens);
+        let tiles = tokens.div_ceil(tile.tokens) * count.div_ceil(tile.latents);
         Launch {
             kernel: tile.kernel,
             grid: [tiles as u32, 1, 1],
+            cluster: 1,
             block: tile.threads,
             shared: tile.shared() as u32,
             params: Params::Encode(params),
         }
     }
 
-    fn encode_tile(&self) -> &'static EncodeTile {
-        EncodeTile::of(self.tokens.hidden.dtype, self.rows.count, self.tokens.count)
+    /// Rows that stay in shared memory, if there are such; `dtype` is that of hidden states or of dH.
+    fn resident(&self, dtype: DType) -> Option<Resident> {
+        let DeviceRows { target, d_in, .. } = self.rows;
+        Resident::new(target, self.rows.products(), d_in, dtype, self.tokens.count)
     }
 
-    /// Tokens of which a latent's losses are added up at first.
-    fn loss_tile(&self) -> usize {
-        if self.rows.is_glu() { GLU_TOKENS } else { self.encode_tile().tokens }
+    /// For latents, the penalty and dH in one launch, where nothing comes between them.
+    fn at_once(&self, grad: &Grad) -> Option<Resident> {
+        let dtype = self.tokens.hidden.dtype;
+        let is_possible = !self.rows.gradient_needs_products() && grad.rows.dtype == dtype;
+        self.resident(dtype).filter(|_| is_possible && self.tokens.count > 0)
+    }
+
+    /// Sums of each latent's losses that are left to be added up.
+    fn loss_partials(&self) -> usize {
+        let (dtype, tokens) = (self.tokens.hidden.dtype, self.tokens.count);
+        if self.rows.is_glu() {
+            return tokens.div_ceil(GLU_TOKENS);
+        }
+        if let Some(resident) = self.resident(dtype) {
+            return resident.all_blocks();
+        }
+        let of_tile = match self.rows.target {
+            Target::Portable => EncodeTile::of(dtype, self.rows.count, tokens).tokens,
+            Target::Sm90 { .. } => sm90::TOKENS,
+        };
+        tokens.div_ceil(of_tile)
     }
 
     /// dH from coefficients, and from the products beside them where it depends on these: those of a
@@ -1328,9 +988,15 @@ impl Work {
     }
 
     fn gradient_launch(&self, coef: &Matrix, grad: &Grad) -> Launch {
-        let rows = &self.rows;
-        let few = rows.products() <= GRADIENT_LATENTS;
         let dtype = grad.rows.dtype;
+        let params = self.gradient_params(coef, grad);
+        if let Some(resident) = self.resident(dtype) {
+            return resident.launch(EncodeParams::default(), params);
+        }
+        if self.rows.target != Target::Portable {
+            return sm90::gradient(dtype, params);
+        }
+        let few = self.rows.products() <= GRADIENT_LATENTS;
         let kernel = match (dtype, few) {
             (DType::BF16, true) => Kernel::GradientBf16Few,
             (DType::BF16, false) => Kernel::GradientBf16Wide,
@@ -1341,36 +1007,47 @@ impl Work {
         };
         let tile = if few { GRADIENT_TOKENS_FEW } else { GRADIENT_TOKENS_WIDE };
         let token_tiles = self.tokens.count.div_ceil(tile);
-        let column_tiles = rows.d_in.div_ceil(GRADIENT_COLUMNS);
+        let column_tiles = self.rows.d_in.div_ceil(GRADIENT_COLUMNS);
         // Few latents stay in shared memory while the CTA walks down the tokens.
         let tiles_per_cta =
             if few { (token_tiles * column_tiles / GRADIENT_CTAS).clamp(1, 16) } else { 1 };
-        let normed = rows.is_normed();
         Launch {
             kernel,
             grid: [(token_tiles.div_ceil(tiles_per_cta) * column_tiles) as u32, 1, 1],
+            cluster: 1,
             block: 256,
-            shared: gradient_shared(kernel, dtype) as u32,
+            shared: gradient_shared(kernel) as u32,
             params: Params::Gradient(GradientParams {
-                packed: rows.packed,
-                coef: address(coef.data),
-                coef_stride: coef.row_stride as u64,
-                grad: address(grad.rows.data),
-                grad_stride: grad.rows.row_stride as u64,
-                scale_tensor: scale_tensor(grad),
-                scale: grad.scale,
-                pulls: if normed { self.space.token_pulls } else { 0 },
-                hidden: if normed { self.tokens.hidden_params() } else { HiddenParams::default() },
-                tokens: self.tokens.count as u64,
-                count: rows.products() as u32,
-                padded_count: padded_count(rows.products()) as u32,
-                d_in: rows.d_in as u32,
                 tiles_per_cta: tiles_per_cta as u32,
                 column_tiles: column_tiles as u32,
-                accumulate: grad.accumulate as u32,
-                coef_is_aligned: rows_are_aligned(coef, 8),
-                grad_is_aligned: rows_are_aligned(&grad.rows, 16),
+                ..params
             }),
+        }
+    }
+
+    /// What all kernels that write dH take. How they share it is theirs.
+    fn gradient_params(&self, coef: &Matrix, grad: &Grad) -> GradientParams {
+        let rows = &self.rows;
+        let normed = rows.is_normed();
+        GradientParams {
+            packed: rows.packed,
+            coef: address(coef.data),
+            coef_stride: coef.row_stride as u64,
+            grad: address(grad.rows.data),
+            grad_stride: grad.rows.row_stride as u64,
+            scale_tensor: scale_tensor(grad),
+            scale: grad.scale,
+            pulls: if normed { self.space.token_pulls } else { 0 },
+            hidden: if normed { self.tokens.hidden_params() } else { HiddenParams::default() },
+            tokens: self.tokens.count as u64,
+            count: rows.products() as u32,
+            padded_count: padded_count(rows.products()) as u32,
+            d_in: rows.d_in as u32,
+            tiles_per_cta: 0,
+            column_tiles: 0,
+            accumulate: grad.accumulate as u32,
+            coef_is_aligned: rows_are_aligned(coef, 8),
+            grad_is_aligned: rows_are_aligned(&grad.rows, 16),
         }
     }
 
@@ -1382,7 +1059,7 @@ impl Work {
             // Without a mask every token counts once.
             count_partials: call.mask.map_or(0, |_| self.space.count_partials),
             latent_sums: self.space.latent_sums,
-            tiles: call.tokens.div_ceil(self.loss_tile()) as u64,
+            tiles: self.loss_partials() as u64,
             tokens: call.tokens as u64,
             loss_sum: output_params(call.loss_sum),
             token_count: output_params(call.token_count),
@@ -1394,6 +1071,7 @@ impl Work {
         let launch = move |kernel, blocks| Launch {
             kernel,
             grid: [blocks, 1, 1],
+            cluster: 1,
             block: 256,
             shared: REDUCE_SHARED as u32,
             params,
@@ -1441,8 +1119,8 @@ struct Sections {
 
 /// The sections behind an address, and the bytes that they take.
 fn sections(start: u64, rows: &DeviceRows, tokens: usize) -> (Sections, usize) {
-    // No tile has fewer tokens.
-    let tiles = tokens.div_ceil(64);
+    // No tile has fewer tokens, and blocks that keep rows are not so many.
+    let tiles = tokens.div_ceil(64).max(sm90::RESIDENT_BLOCKS.min(tokens.div_ceil(16) + 8));
     let (of_latents, of_rows) =
         (rows.count.next_multiple_of(4), rows.products().next_multiple_of(4));
     let normed = if rows.is_normed() { tokens } else { 0 };
@@ -1489,11 +1167,11 @@ pub(super) fn workspace_size(rows: &DeviceRows, tokens: usize) -> usize {
 }
 
 /// Shared memory of a gradient kernel: the packed weights of one stage, or of three.
-fn gradient_shared(kernel: Kernel, dtype: DType) -> usize {
+fn gradient_shared(kernel: Kernel) -> usize {
     use Kernel::*;
     let stages =
         if matches!(kernel, GradientF32Few | GradientF16Few | GradientBf16Few) { 1 } else { 3 };
-    let terms = if dtype == DType::F32 { 3 } else { 2 };
+    let terms = if matches!(kernel, GradientF32Few | GradientF32Wide) { 3 } else { 2 };
     stages * terms * GRADIENT_LATENTS * GRADIENT_COLUMNS * 2
 }
 
@@ -1517,388 +1195,4 @@ fn output_params(output: Option<Output>) -> OutputParams {
 
 fn address(pointer: *mut u8) -> u64 {
     pointer.addr() as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::Column;
-
-    const ROWS: DeviceRows = DeviceRows {
-        d_in: 4096,
-        count: 20,
-        norm: TokenNorm::None,
-        gate: GateKind::Relu,
-        packed: 0x1000,
-        bias: 0x2000,
-        scale: 0,
-        glu_bias: 0,
-        gate_values: 0,
-        sign_weight: 0x3000,
-        topk: None,
-    };
-
-    fn matrix(address: usize, dtype: DType, row_stride: usize) -> Matrix {
-        Matrix { data: std::ptr::without_provenance_mut(address), dtype, row_stride }
-    }
-
-    fn output(address: usize) -> Option<Output> {
-        let data = std::ptr::without_provenance_mut(address);
-        Some(Output { data, dtype: DType::F32, stride: 1 })
-    }
-
-    fn penalty_call(tokens: usize, count: usize) -> PenaltyCall {
-        PenaltyCall {
-            tokens,
-            hidden: matrix(0x10_0000, DType::BF16, 4096),
-            reference: matrix(0x20_0000, DType::F32, count),
-            mask: None,
-            coef: None,
-            loss_sum: output(0x30_0000),
-            token_count: output(0x30_0100),
-            latent_loss: None,
-            grad: Some(Grad {
-                rows: matrix(0x40_0000, DType::BF16, 4096),
-                accumulate: true,
-                scale: 1.0,
-                scale_tensor: None,
-            }),
-            workspace: Workspace {
-                data: std::ptr::without_provenance_mut(0x50_0000),
-                size: workspace_size(&DeviceRows { count, ..ROWS }, tokens),
-            },
-        }
-    }
-
-    fn kernels(launches: impl Iterator<Item = Launch>) -> Vec<(Kernel, u32)> {
-        launches.map(|l| (l.kernel, l.grid[0])).collect()
-    }
-
-    #[test]
-    fn kernels_are_numbered_in_order_and_fit_every_device() {
-        for (n, kernel) in Kernel::ALL.iter().enumerate() {
-            assert_eq!(*kernel as usize, n);
-            assert!(kernel.shared_limit() <= 99 << 10, "{kernel:?}");
-        }
-    }
-
-    #[test]
-    fn few_latents_take_one_pass_and_many_take_tiles() {
-        use Kernel::*;
-        let few = penalty_call(8192, 20);
-        // 128 tiles of tokens; 128 × 32 tiles of dH, four to a CTA.
-        let expected = [(EncodeBf16K24, 128), (GradientBf16Few, 1024), (ReduceLatents, 1)];
-        assert_eq!(kernels(penalty(&ROWS, &few)), expected);
-        let rows = DeviceRows { count: 1000, ..ROWS };
-        let many = penalty_call(300, 1000);
-        let expected = [
-            (EncodeBf16Wide, 3 * 16),
-            (GradientBf16Wide, 3 * 32),
-            (ReduceLatents, 32),
-            (ReduceTotal, 1),
-        ];
-        assert_eq!(kernels(penalty(&rows, &many)), expected);
-        for launch in penalty(&ROWS, &few).chain(penalty(&rows, &many)) {
-            assert!(launch.shared <= launch.kernel.shared_limit());
-        }
-    }
-
-    const TOPK: DeviceTopK = DeviceTopK {
-        k: 64,
-        groups: 1,
-        group_size: 5000,
-        by_magnitude: false,
-        group: 0x6000,
-        packed: 0x100_0000,
-        gain: 0,
-        bias: 0x7000,
-        glu_bias: 0,
-        at_once: RIVALS_AT_ONCE,
-        tokens_at_once: TOKENS_AT_ONCE,
-    };
-
-    #[test]
-    fn rivals_are_compared_part_by_part_and_block_by_block() {
-        use Kernel::*;
-        let rows = DeviceRows { gate: GateKind::TopK, topk: Some(TOPK), ..ROWS };
-        let mut call = penalty_call(5000, 20);
-        call.workspace.size = workspace_size(&rows, 5000);
-        call.mask = Some(Mask {
-            data: std::ptr::without_provenance(0x60_0000),
-            dtype: DType::U8,
-            stride: 3,
-        });
-        let part = |tokens: u32, rivals: u32| {
-            [(EncodeBf16Wide, tokens.div_ceil(128) * rivals.div_ceil(64)), (TopK, tokens)]
-        };
-        let block = |tokens| [part(tokens, 2048), part(tokens, 2048), part(tokens, 904)].concat();
-        let rest = [(EncodeBf16K24, 79), (GradientBf16Few, 79 * 32 / 2), (ReduceLatents, 1)];
-        let expected = [block(4096), block(904), rest.to_vec()].concat();
-        assert_eq!(kernels(penalty(&rows, &call)).len(), expected.len());
-        assert_eq!(kernels(penalty(&rows, &call))[..12], expected[..12]);
-        let [.., last] = penalty(&rows, &call).filter(|l| l.kernel == TopK).collect::<Vec<_>>()[..]
-        else {
-            panic!("there is one")
-        };
-        let Params::TopK(p) = last.params else { panic!("its own parameters") };
-        assert_eq!((p.first, p.count, p.mask.data), (4096, 904, 0x60_0000 + 3 * 4096));
-        let encode = penalty(&rows, &call).nth(6).expect("the second block's first part");
-        let Params::Encode(p) = encode.params else { panic!("its own parameters") };
-        assert_eq!(p.hidden.data, 0x10_0000 + 4096 * 4096 * 2);
-        assert_eq!(p.rows.packed, 0x100_0000);
-        let bytes = 2 * packed_bytes(2048, 4096) + packed_bytes(904, 4096);
-        assert_eq!(TOPK.packed_bytes(1, 4096), bytes);
-    }
-
-    #[test]
-    fn a_norm_comes_first_and_its_gradient_pulls() {
-        use Kernel::*;
-        let rows = DeviceRows { norm: TokenNorm::Layer, ..ROWS };
-        let mut call = penalty_call(100, 20);
-        call.workspace.size = workspace_size(&rows, 100);
-        let names = |launches: Vec<(Kernel, u32)>| -> Vec<Kernel> {
-            launches.into_iter().map(|(kernel, _)| kernel).collect()
-        };
-        let fused = names(kernels(penalty(&rows, &call)));
-        assert_eq!(fused, [Norm, EncodeBf16K24, Pull, GradientBf16Few, ReduceLatents]);
-        let forward = PenaltyCall { grad: None, ..call };
-        let forward = names(kernels(penalty(&rows, &forward)));
-        assert_eq!(forward, [Norm, EncodeBf16K24, ReduceLatents]);
-        let back = BackwardCall {
-            tokens: 100,
-            coef: matrix(0x20_0000, DType::F32, 20),
-            grad: call.grad.expect("there is one"),
-            hidden: Some(call.hidden),
-            workspace: call.workspace,
-        };
-        let back = names(kernels(backward(&rows, &back)));
-        assert_eq!(back, [Norm, EncodeBf16K24, Pull, GradientBf16Few]);
-    }
-
-    #[test]
-    fn statistics_take_blocks_of_tokens_and_parts_of_the_dictionary() {
-        use Kernel::*;
-        let mut dictionary = DeviceDictionary::new(4096, 20_000, TokenNorm::None, GateKind::Relu);
-        (dictionary.rows.packed, dictionary.rows.bias) = (0x1000, 0x2000);
-        let call = |tokens: usize, accumulate| StatsCall {
-            tokens,
-            hidden: matrix(0x10_0000, DType::BF16, 4096),
-            base_hidden: Some(matrix(0x20_0000, DType::BF16, 4096)),
-            mask: None,
-            state: matrix(0x30_0000, DType::F64, 20_003),
-            token_count: Some(std::ptr::without_provenance_mut(0x40_0000)),
-            accumulate,
-            workspace: Workspace {
-                data: std::ptr::without_provenance_mut(0x50_0000),
-                size: stats_workspace_size(&dictionary, tokens, true),
-            },
-        };
-        let part = |tokens: u32, latents: u32| {
-            let encode = (EncodeBf16Wide, tokens.div_ceil(128) * latents.div_ceil(64));
-            [encode, encode, (Stats, latents.div_ceil(64))]
-        };
-        let block = |tokens| [part(tokens, 8192), part(tokens, 8192), part(tokens, 3616)].concat();
-        let launches: Vec<Launch> = statistics(&dictionary, &call(1500, false)).collect();
-        let found: Vec<(Kernel, u32)> = launches.iter().map(|l| (l.kernel, l.grid[0])).collect();
-        assert_eq!(found, [block(1024), block(476)].concat());
-        let sums = launches.iter().filter_map(|launch| match launch.params {
-            Params::Stats(p) => Some((p.state, p.token_count, p.accumulate, p.tokens, p.count)),
-            _ => None,
-        });
-        let at = |latent: u64| 0x30_0000 + 8 * latent;
-        let expected = [
-            (at(0), 0x40_0000, 0, 1024, 8192),
-            (at(8192), 0, 0, 1024, 8192),
-            (at(16384), 0, 0, 1024, 3616),
-            (at(0), 0x40_0000, 1, 476, 8192),
-            (at(8192), 0, 1, 476, 8192),
-            (at(16384), 0, 1, 476, 3616),
-        ];
-        assert_eq!(sums.collect::<Vec<_>>(), expected);
-        // A tile of z of either model, and no more.
-        let bytes = |tokens| stats_workspace_size(&dictionary, tokens, true);
-        assert!(bytes(100_000) == bytes(1024) && bytes(1024) < (2 << 25) + 4096);
-        // Without a token there is still a state to begin.
-        let begun: Vec<_> = kernels(statistics(&dictionary, &call(0, false)));
-        assert_eq!(begun, [(Stats, 128), (Stats, 128), (Stats, 57)]);
-        assert_eq!(statistics(&dictionary, &call(0, true)).count(), 0);
-    }
-
-    #[test]
-    fn steering_fills_a_device_and_no_more() {
-        let directions = DeviceDirections { d_in: 4096, count: 5, rows: 0x1000 };
-        let call = |batch: usize, positions: usize, hidden_stride| SteerCall {
-            batch,
-            positions,
-            hidden: matrix(0x10_0000, DType::BF16, 4096),
-            hidden_stride,
-            row: Column { data: std::ptr::null(), stride: 1 },
-            strength: Column { data: std::ptr::null(), stride: 1 },
-            mask: None,
-            mask_stride: 0,
-            scale: 1.0,
-            scale_tensor: None,
-        };
-        // A token that is generated, and a prompt of more positions than are taken at a time.
-        let cases = [(call(64, 1, 4096), 256, 1), (call(64, 512, 512 * 4096 + 1), STEER_CTAS, 0)];
-        for (call, blocks, aligned) in cases {
-            let launch = steer(&directions, &call).expect("there are positions");
-            assert_eq!(launch.grid, [blocks as u32, 1, 1]);
-            let Params::Steer(p) = launch.params else { panic!("its own parameters") };
-            assert_eq!((p.column_tiles, p.hidden.is_aligned), (4, aligned));
-        }
-        assert!(steer(&directions, &call(0, 5, 4096)).is_none());
-    }
-
-    #[test]
-    fn a_glu_spreads_its_coefficients_before_anything_else_uses_them() {
-        use Kernel::*;
-        let names = |launches: Vec<(Kernel, u32)>| -> Vec<Kernel> {
-            launches.into_iter().map(|(kernel, _)| kernel).collect()
-        };
-        for (norm, count) in [(TokenNorm::None, 20), (TokenNorm::Constant, 12)] {
-            let rows = DeviceRows { norm, count, glu_bias: 0x8000, ..ROWS };
-            let mut call = penalty_call(100, count);
-            call.workspace.size = workspace_size(&rows, 100);
-            let back = BackwardCall {
-                tokens: 100,
-                coef: matrix(0x20_0000, DType::F32, count),
-                grad: call.grad.expect("there is one"),
-                hidden: Some(call.hidden),
-                workspace: call.workspace,
-            };
-            let fused = names(kernels(penalty(&rows, &call)));
-            let forward = names(kernels(penalty(&rows, &PenaltyCall { grad: None, ..call })));
-            let back = names(kernels(backward(&rows, &back)));
-            if norm == TokenNorm::None {
-                // Two rows for each latent.
-                let gradient = [GluCoefficients, GradientBf16Wide];
-                let encode = [EncodeBf16Wide, GluLatents];
-                assert_eq!(fused, [&encode[..], &gradient, &[ReduceLatents]].concat());
-                assert_eq!(forward, [&encode[..], &[ReduceLatents]].concat());
-                assert_eq!(back, [&[Norm, EncodeBf16Wide][..], &gradient].concat());
-            } else {
-                let gradient = [GluCoefficients, Pull, GradientBf16Few];
-                let encode = [Norm, EncodeBf16K24, GluLatents];
-                assert_eq!(fused, [&encode[..], &gradient, &[ReduceLatents]].concat());
-                assert_eq!(forward, [&encode[..], &[ReduceLatents]].concat());
-                assert_eq!(back, [&encode[..2], &gradient].concat());
-            }
-        }
-    }
-
-    #[test]
-    fn without_tokens_only_the_sums_are_written() {
-        for norm in [TokenNorm::None, TokenNorm::Constant] {
-            let topk = Some(TOPK);
-            let rows = DeviceRows { norm, gate: GateKind::TopK, topk, ..ROWS };
-            let workspace = penalty_call(0, 20).workspace;
-            let call = penalty_call(0, 20);
-            assert_eq!(kernels(penalty(&rows, &call)), [(Kernel::ReduceLatents, 1)]);
-            let hidden = matrix(0x10_0000, DType::F32, 4096);
-            let call = EncodeCall { tokens: 0, hidden, latents: hidden, workspace };
-            assert_eq!(encode(&rows, &call).count(), 0);
-            let grad = penalty_call(0, 20).grad.expect("there is one");
-            let call =
-                BackwardCall { tokens: 0, coef: hidden, grad, hidden: Some(hidden), workspace };
-            assert_eq!(backward(&rows, &call).count(), 0);
-        }
-    }
-
-    #[test]
-    fn alignment_is_that_of_every_row() {
-        for (address, stride, bytes, aligned) in
-            [(0, 8, 16, 1), (16, 4096, 16, 1), (2, 8, 16, 0), (16, 9, 16, 0), (8, 4, 8, 1)]
-        {
-            let matrix = matrix(address, DType::BF16, stride);
-            assert_eq!(rows_are_aligned(&matrix, bytes), aligned, "{matrix:?}");
-        }
-    }
-
-    #[test]
-    fn sections_do_not_overlap() {
-        let gates = [None, Some(DeviceTopK { groups: 3, tokens_at_once: 128, ..TOPK })];
-        for (count, tokens) in [(1, 0), (1, 1), (20, 65), (4096, 200)] {
-            let norms = [TokenNorm::None, TokenNorm::Layer];
-            let kinds = norms.into_iter().zip(gates).flat_map(|(norm, topk)| {
-                [0, 0x8000].map(move |glu_bias| DeviceRows { count, norm, topk, glu_bias, ..ROWS })
-            });
-            for rows in kinds {
-                let DeviceRows { norm, topk, .. } = rows;
-                let (s, end) = sections(64, &rows, tokens);
-                let tiles = tokens.div_ceil(64);
-                let normed = if norm == TokenNorm::None { 0 } else { tokens };
-                let glu = if rows.is_glu() { tokens } else { 0 };
-                let dotted = normed.max(glu);
-                let (groups, k, part, block) =
-                    topk.map_or((0, 0, 0, 0), |g| (g.groups, g.k, g.at_once, tokens.min(128)));
-                let matrix = |m: &Matrix| address(m.data);
-                let ends = [
-                    (s.token_scales, 4 * normed, s.token_means),
-                    (s.token_means, 4 * normed, s.token_slopes),
-                    (s.token_slopes, 8 * normed, s.token_pulls),
-                    (s.token_pulls, 8 * normed, s.live),
-                    (s.live, 4 * dotted, matrix(&s.dots)),
-                    (matrix(&s.dots), 4 * dotted * s.dots.row_stride, matrix(&s.row_coef)),
-                    (matrix(&s.row_coef), 4 * glu * s.row_coef.row_stride, s.thresholds),
-                    (s.thresholds, 4 * tokens * groups, s.pre),
-                    (s.pre, 4 * block * part, matrix(&s.rival_dots)),
-                    (matrix(&s.rival_dots), 8 * block.min(glu) * part, s.largest),
-                    (s.largest, 4 * block * k, s.floors),
-                    (s.floors, 4 * block, matrix(&s.coef)),
-                    (matrix(&s.coef), 4 * tokens * s.coef.row_stride, s.loss_partials),
-                    (s.loss_partials, 8 * tiles * padded_count(count), s.count_partials),
-                    (s.count_partials, 8 * tiles, s.latent_sums),
-                    (s.latent_sums, 8 * count, 64 + end as u64),
-                ];
-                for (start, bytes, next) in ends {
-                    assert_eq!(start % 64, 0);
-                    assert!(start + bytes as u64 <= next, "K {count}, T {tokens}, {norm:?}");
-                }
-            }
-        }
-    }
-
-    /// What tests/compile_kernels.sh makes a report of: each launch of a fused call, with the bytes
-    /// that it must move and the packed rows that its blocks read through the cache.
-    #[test]
-    fn footprints() {
-        let (tokens, d_in) = (8192, 4096);
-        for dtype in [DType::BF16, DType::F32] {
-            for count in [20, 128, 1024, 4096] {
-                let rows = DeviceRows { count, d_in, ..ROWS };
-                let mut call = penalty_call(tokens, count);
-                call.hidden.dtype = dtype;
-                if let Some(grad) = &mut call.grad {
-                    grad.rows.dtype = dtype;
-                    grad.accumulate = false;
-                }
-                let (matrix, values) = (tokens * d_in * dtype.size(), tokens * count * 4);
-                for launch in penalty(&rows, &call) {
-                    let (must, packed) = match launch.params {
-                        Params::Encode(_) => {
-                            let tile = EncodeTile::of(dtype, count, tokens);
-                            let rows = packed_bytes(tile.latents.min(count), d_in);
-                            (matrix + 2 * values, launch.grid[0] as usize * rows)
-                        }
-                        Params::Gradient(p) => {
-                            let tiles = launch.grid[0] as usize / p.column_tiles as usize;
-                            let terms = if dtype == DType::F32 { 3 } else { 2 };
-                            (matrix + values, tiles * packed_bytes(count, d_in) * terms / TERMS)
-                        }
-                        _ => (8 * tokens.div_ceil(64) * padded_count(count), 0),
-                    };
-                    assert!(launch.shared <= launch.kernel.shared_limit());
-                    println!(
-                        "launch {} {count} {} {} {} {} {must} {packed}",
-                        dtype.name(),
-                        launch.kernel.name().to_string_lossy(),
-                        launch.grid[0],
-                        launch.block,
-                        launch.shared
-                    );
-                }
-            }
-        }
-    }
 }
