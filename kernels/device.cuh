@@ -56,6 +56,7 @@ DEVICE unsigned char *shared_memory() {
 DEVICE void sync_block() { __syncthreads(); }
 // A barrier as well.
 DEVICE bool any_in_block(bool x) { return __syncthreads_or(x); }
+DEVICE void sync_warp() { __syncwarp(); }
 DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 // Bit i: what lane i says.
 DEVICE uint32_t vote_in_warp(bool x) { return __ballot_sync(0xffffffffu, x); }

@@ -127,6 +127,8 @@ DEVICE void encode(const EncodeParams &p) {
                 });
                 products_end(c);
             }
+            // All lanes have seen this phase of the barrier: with the arrival the next may come.
+            sync_warp();
             if (lane < blocks) barrier_arrive(empty + use, lane);
             dots.reach(slice);
             add(dots.part[0], c);

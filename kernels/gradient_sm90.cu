@@ -122,6 +122,8 @@ DEVICE void gradient(const GradientParams &p) {
                     add(sums[slice][0], c);
                 }
             }
+            // All lanes have seen this phase of the barrier: with the arrival the next may come.
+            sync_warp();
             if (lane < blocks) barrier_arrive(empty + use, lane);
             if (++use == STAGES) use = 0, round++;
         }

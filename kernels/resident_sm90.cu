@@ -84,14 +84,14 @@ struct Resident {
     // Starts the copies of all packed rows.
     DEVICE_MEMBER void load_weights() const {
         if (thread_index() == 0) {
-            for (uint32_t i = 0; i < own_slices + 2; i++) barrier_init(have_parts + i, 1);
+            barrier_init(have_parts, GROUPS);
+            barrier_init(have_coefs, GROUPS);
+            for (uint32_t s = 0; s < own_slices; s++) barrier_init(have_rows + s, 1);
             barriers_are_set();
         }
         // From here on the others may write to this block.
         sync_cluster();
         if (thread_index() != 0) return;
-        expect_parts();
-        expect_coefs();
         const unsigned char *from = p.gradient.packed + (uint64_t)first_slice * SLICE_BYTES;
         for (uint32_t s = 0; s < own_slices; s++) {
             const bool last = s + 1 == own_slices;
@@ -102,11 +102,13 @@ struct Resident {
         }
     }
 
-    // Of one tile.
-    DEVICE_MEMBER void expect_parts() const {
-        barrier_expect(have_parts, PARTS * share * LATENTS * 4);
+    // Announces this group's half of what a tile brings. Both groups do when all their threads are
+    // through with the tile before: nobody then waits for a phase while the one after it ends.
+    DEVICE_MEMBER void expect() const {
+        if (thread != 0) return;
+        barrier_expect(have_parts, PARTS * share * LATENTS * 4 / GROUPS);
+        barrier_expect(have_coefs, TOKENS * LATENTS * 4 / GROUPS);
     }
-    DEVICE_MEMBER void expect_coefs() const { barrier_expect(have_coefs, TOKENS * LATENTS * 4); }
 
     // This group's place in a stage.
     DEVICE_MEMBER unsigned char *stage(uint32_t n) const {
@@ -234,6 +236,7 @@ DEVICE void resident(const ResidentParams &p) {
             const uint64_t t = group_token + r.thread % GROUP_TOKENS;
             // Where no token counts there is nothing to multiply.
             const bool any = any_in_group(r.group, t < e.tokens && mask_of(e.mask, t) != 0.0f);
+            r.expect();
             float part[R::TILES_N][4] = {};
             uint32_t now = r.first_part;
             NO_UNROLL
@@ -259,7 +262,6 @@ DEVICE void resident(const ResidentParams &p) {
                 clear(part);
             }
             barrier_wait_for_stores(r.have_parts, phase);
-            if (thread_index() == 0) r.expect_parts();
             UNROLL
             for (int n = 0; n < OWN; n++) {
                 const Pair &x = own[n];
@@ -307,7 +309,6 @@ DEVICE void resident(const ResidentParams &p) {
                 }
             }
             barrier_wait_for_stores(r.have_coefs, phase);
-            if (thread_index() == 0) r.expect_coefs();
             phase ^= 1;
         }
         if (!p.gradient.grad) continue;

@@ -25,6 +25,10 @@ DEVICE void sync_block() { simt::sync_block(); }
 
 DEVICE bool any_in_block(bool x) { return simt::any_in_block(x); }
 
+DEVICE void sync_warp() {
+    simt::meet(nullptr, [](void *const(&)[32]) {});
+}
+
 DEVICE bool any_in_warp(bool x) {
     struct Own {
         bool in, out;

@@ -1,12 +1,18 @@
-// mma.m16n8k16 of bf16 with f32 sums, as far as measurements of tensor cores tell: products are
-// exact; eight of them and the accumulator are aligned to the largest exponent, cut off one bit
-// below f32's last place there, added exactly, and cut off to f32. Later devices keep more bits.
+// Products of tensor cores: bf16 with f32 sums, as far as measurements tell. Products are exact; eight
+// of them and the accumulator are aligned to the largest exponent, cut off one bit below f32's last
+// place there, added exactly, and cut off to f32. Later devices keep more bits.
+//
+// Every product of the tests comes through here: eight columns are computed at a time.
 #include <math.h>
 #include <string.h>
 
 #include "simt.h"
 
+#define EACH_COLUMN _Pragma("omp simd") for (uint32_t n = 0; n < COLUMNS; n++)
+
 namespace {
+
+constexpr uint32_t COLUMNS = 8;
 
 float bf16(uint32_t half) {
     const uint32_t bits = half << 16;
@@ -15,55 +21,60 @@ float bf16(uint32_t half) {
     return x;
 }
 
-int exponent(double x) {
+uint64_t bits_of(double x) {
     uint64_t bits;
     memcpy(&bits, &x, 8);
-    return (int)(bits >> 52 & 0x7ff) - 1023;
+    return bits;
 }
 
-double power(int exponent) {
-    const uint64_t bits = (uint64_t)(exponent + 1023) << 52;
+double double_of(uint64_t bits) {
     double x;
     memcpy(&x, &bits, 8);
     return x;
 }
 
+// To f32, towards zero.
 float cut_off(double x) {
     float y = (float)x;
-    if (isinf(y) || fabs((double)y) <= fabs(x)) return y;
     uint32_t bits;
     memcpy(&bits, &y, 4);
-    bits -= 1;
+    bits -= fabs((double)y) > fabs(x) && fabsf(y) < INFINITY;
     memcpy(&y, &bits, 4);
     return y;
 }
 
-float add_products(float c, const double (&products)[8]) {
-    int largest = exponent(c);
-    double plain = c;
-    for (double x : products) {
-        largest = exponent(x) > largest ? exponent(x) : largest;
-        plain += x;
+// c[n] += eight products: a[k] · b[k][n]
+void add_products(float *c, const double *a, const double (*b)[COLUMNS]) {
+    double most[COLUMNS], plain[COLUMNS], sum[COLUMNS], unit[COLUMNS], inverse[COLUMNS];
+    EACH_COLUMN {
+        plain[n] = c[n];
+        most[n] = fabs((double)c[n]);
     }
-    if (!isfinite(plain)) return (float)plain;
-    if (plain == 0.0 && largest < -1000) return 0.0f;
-    const double unit = power(largest - 24), inverse = power(24 - largest);
-    int64_t sum = (int64_t)(c * inverse);
-    for (double x : products) sum += (int64_t)(x * inverse);
-    return cut_off((double)sum * unit);
-}
-
-// c += row · column
-void add_sixteen(float &c, const float *row, const float *column) {
-    for (uint32_t k = 0; k < 16; k += 8) {
-        double products[8];
-        for (uint32_t j = 0; j < 8; j++) products[j] = (double)row[k + j] * column[k + j];
-        c = add_products(c, products);
+    for (uint32_t k = 0; k < 8; k++) {
+        EACH_COLUMN {
+            const double product = a[k] * b[k][n], size = fabs(product);
+            plain[n] += product;
+            most[n] = size > most[n] ? size : most[n];
+        }
+    }
+    EACH_COLUMN {
+        // Where there are zeros alone any unit will do.
+        const uint64_t exponent = most[n] == 0.0 ? 1023 : bits_of(most[n]) >> 52;
+        unit[n] = double_of((exponent - 24) << 52);
+        inverse[n] = double_of((2046 + 24 - exponent) << 52);
+        sum[n] = trunc((double)c[n] * inverse[n]);
+    }
+    for (uint32_t k = 0; k < 8; k++) {
+        EACH_COLUMN sum[n] += trunc(a[k] * b[k][n] * inverse[n]);
+    }
+    EACH_COLUMN {
+        const float cut = cut_off(sum[n] * unit[n]);
+        c[n] = fabs(plain[n]) < (double)INFINITY ? cut : (float)plain[n];
     }
 }
 
 // One lane's part of 16 rows of A.
-void gather(float (&a)[16][16], uint32_t lane, const uint32_t *from) {
+void gather(double (&a)[16][16], uint32_t lane, const uint32_t *from) {
     const uint32_t g = lane / 4, q = lane % 4;
     for (uint32_t i = 0; i < 2; i++) {
         for (uint32_t part = 0; part < 4; part++) {
@@ -72,39 +83,49 @@ void gather(float (&a)[16][16], uint32_t lane, const uint32_t *from) {
     }
 }
 
-// One lane's part of a tile of accumulators.
-void accumulate(float *c, uint32_t lane, const float (&a)[16][16], const float (*b)[16]) {
-    for (uint32_t i = 0; i < 4; i++) {
-        add_sixteen(c[i], a[lane / 4 + i / 2 * 8], b[lane % 4 * 2 + i % 2]);
+// c += a · b, of 16 rows, 16 columns of a and 8 of b; the lanes have four numbers of c each.
+template <typename Of>
+void multiply_tile(const double (&a)[16][16], const double (&b)[16][COLUMNS], const Of &of) {
+    float c[16][COLUMNS];
+    const auto at = [&](uint32_t lane, uint32_t i) -> float & {
+        return c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    };
+    for (uint32_t lane = 0; lane < 32; lane++) {
+        for (uint32_t i = 0; i < 4; i++) at(lane, i) = of(lane)[i];
+    }
+    for (uint32_t row = 0; row < 16; row++) {
+        add_products(c[row], a[row], b);
+        add_products(c[row], a[row] + 8, b + 8);
+    }
+    for (uint32_t lane = 0; lane < 32; lane++) {
+        for (uint32_t i = 0; i < 4; i++) of(lane)[i] = at(lane, i);
     }
 }
 
 } // namespace
 
 void simt::mma(void *const (&lanes)[32]) {
-    float a[16][16], b[8][16];
+    double a[16][16], b[16][COLUMNS];
     for (uint32_t lane = 0; lane < 32; lane++) {
         const Fragments &own = *static_cast<Fragments *>(lanes[lane]);
         const uint32_t g = lane / 4, q = lane % 4;
         gather(a, lane, own.a);
         for (uint32_t i = 0; i < 2; i++) {
             for (uint32_t part = 0; part < 2; part++) {
-                b[g][2 * q + i + part * 8] = bf16(own.b[part] >> 16 * i & 0xffff);
+                b[2 * q + i + part * 8][g] = bf16(own.b[part] >> 16 * i & 0xffff);
             }
         }
     }
-    for (uint32_t lane = 0; lane < 32; lane++) {
-        accumulate(static_cast<Fragments *>(lanes[lane])->c, lane, a, b);
-    }
+    multiply_tile(a, b, [&](uint32_t lane) { return static_cast<Fragments *>(lanes[lane])->c; });
 }
 
-void simt::multiply(const Product *(&lanes)[32], const uint16_t *b) {
-    float rows[16][16], columns[8][16];
-    for (uint32_t lane = 0; lane < 32; lane++) gather(rows, lane, lanes[lane]->a);
-    for (uint32_t tile = 0; tile < lanes[0]->tiles; tile++) {
-        for (uint32_t i = 0; i < 8 * 16; i++) columns[i / 16][i % 16] = bf16(b[tile * 128 + i]);
-        for (uint32_t lane = 0; lane < 32; lane++) {
-            accumulate(lanes[lane]->c + 4 * tile, lane, rows, columns);
+void simt::multiply(const Product *(&lanes)[32], const uint16_t *from) {
+    double a[16][16], b[16][COLUMNS];
+    for (uint32_t lane = 0; lane < 32; lane++) gather(a, lane, lanes[lane]->a);
+    for (uint32_t tile = 0; tile < lanes[0]->tiles; tile++, from += COLUMNS * 16) {
+        for (uint32_t n = 0; n < COLUMNS; n++) {
+            for (uint32_t k = 0; k < 16; k++) b[k][n] = bf16(from[16 * n + k]);
         }
+        multiply_tile(a, b, [&](uint32_t lane) { return lanes[lane]->c + 4 * tile; });
     }
 }
