@@ -719,6 +719,26 @@ static void failures(void) {
   CHECK(stub.alive() == 0);
 }
 
+/* Which kernels a device gets: those of its own architecture, in clusters of so many blocks where there
+ * are such. */
+static void kernels(void) {
+  blockem_plan *plan = plan_on(0);
+  arguments a = new_arguments(plan, 0);
+  blockem_plan_info info = BLOCKEM_PLAN_INFO_INIT;
+  const stub_launch *first;
+  CHECK_OK(blockem_plan_info_get(plan, &info));
+  CHECK(strcmp(info.numerics, getenv("NUMERICS")) == 0);
+  stub.reset();
+  CHECK_OK(blockem_penalty(plan, &a.penalty, NULL));
+  first = stub.launch_at(0);
+  CHECK(first != NULL && strcmp(first->kernel, getenv("KERNEL")) == 0);
+  CHECK(first != NULL && first->cluster == (unsigned)atoi(getenv("CLUSTER")));
+  check_only_launches();
+  free_arguments(&a);
+  blockem_plan_free(plan);
+  CHECK(stub.alive() == 0);
+}
+
 /* ---- Where no plan can be made --------------------------------------------------------------- */
 
 static void refused(blockem_status expected, const char *word, const char *second) {
@@ -732,6 +752,8 @@ int main(int argc, char **argv) {
   if (strcmp(name, "no-driver") != 0) find_stub();
   if (strcmp(name, "runs") == 0) {
     runs();
+  } else if (strcmp(name, "kernels") == 0) {
+    kernels();
   } else if (strcmp(name, "pointers") == 0) {
     pointers();
   } else if (strcmp(name, "raw") == 0) {

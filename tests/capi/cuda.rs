@@ -72,6 +72,30 @@ fn run_calls_only_launch() {
     print!("{}", check_case("runs", &[]));
 }
 
+/// Devices of compute capability 9.0 have kernels of their own, in clusters unless none runs there.
+#[test]
+fn every_architecture_has_its_kernels() {
+    for (capability, blocks, kernel, cluster) in [
+        ("80", "128", "blockem_encode_f32_8", "1"),
+        ("100", "128", "blockem_encode_f32_8", "1"),
+        ("90", "128", "blockem_resident_f32_8", "8"),
+        ("90", "4", "blockem_resident_f32_8", "4"),
+        ("90", "0", "blockem_encode_f32_sm90", "1"),
+    ] {
+        let numerics = format!("cuda-2-sm{capability}");
+        check_case(
+            "kernels",
+            &[
+                ("STUB_CUDA_CAPABILITY", capability),
+                ("STUB_CUDA_BLOCKS", blocks),
+                ("NUMERICS", &numerics),
+                ("KERNEL", kernel),
+                ("CLUSTER", cluster),
+            ],
+        );
+    }
+}
+
 #[test]
 fn pointers_are_looked_up() {
     check_case("pointers", &[]);

@@ -46,8 +46,19 @@ GATES = (
     ("topk layer_norm", "native"),
 )
 SELECTIONS, NORMS = ("magnitude", "groups"), ("constant_norm_rescale", "layer_norm")
-# (T, d, K): odd sizes, one of each tile, more than one of each.
-SHAPES = ((1, 1, 1), (17, 63, 3), (64, 64, 8), (65, 100, 20), (200, 520, 33), (129, 1030, 70), (300, 2304, 130))
+# (T, d, K): odd sizes, one of each tile, more than one of each, more tiles than run at a time, and what clusters of
+# blocks share.
+SHAPES = (
+    (1, 1, 1),
+    (17, 63, 3),
+    (64, 64, 8),
+    (65, 100, 20),
+    (200, 520, 33),
+    (129, 1030, 70),
+    (300, 2304, 130),
+    (4500, 200, 20),
+    (1000, 300, 260),
+)
 SECTIONS: dict[str, object] = {}
 NEEDS_GPU = {"streams", "capture", "context", "delay", "errors", "sanitizer"}
 # A short run for the sanitizer: every kernel, few shapes.
