@@ -60,38 +60,53 @@ DEVICE void load_weights(const RowsParams &rows, unsigned char *to, uint32_t sli
     }
 }
 
+// The B of four steps: a slice of the packed rows 8n to 8n + 7 from `weights` on.
+template <typename S>
+DEVICE void load_columns(uint32_t (&b)[WEIGHT_TERMS][4][2], const unsigned char *weights, int n) {
+    const uint32_t lane = thread_index() % 32, row = 8 * n + lane % 8;
+    UNROLL
+    for (int term = 0; term < WEIGHT_TERMS; term++) {
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            uint32_t r[4];
+            ldmatrix(r, weights + term * S::TERM_BYTES + row * ROW_BYTES +
+                            swizzle(row, 4 * half + lane / 8));
+            b[term][2 * half][0] = r[0];
+            b[term][2 * half][1] = r[1];
+            b[term][2 * half + 1][0] = r[2];
+            b[term][2 * half + 1][1] = r[3];
+        }
+    }
+}
+
 // The chains of one slice: a warp's rows of h from `hidden` on, its latents from `weights` on.
 template <typename H, typename S>
 DEVICE void add_slice(typename S::Sums &dots, const unsigned char *hidden,
                       const unsigned char *weights) {
-    const uint32_t lane = thread_index() % 32;
-    uint32_t a[S::TILES_M][H::TERMS][4][4];
+    // Rows of several terms would take too many registers side by side, and the compiler would bring
+    // them there but for the barrier.
+    constexpr int ROWS = H::TERMS == 1 ? S::TILES_M : 1;
     UNROLL
-    for (int m = 0; m < S::TILES_M; m++) load_rows<H>(a[m], hidden + 16 * m * HIDDEN_ROW<H>);
-    UNROLL
-    for (int n = 0; n < S::TILES_N; n++) {
-        uint32_t b[WEIGHT_TERMS][4][2];
+    for (int first = 0; first < S::TILES_M; first += ROWS) {
+        if (first > 0) sync_warp();
+        uint32_t a[ROWS][H::TERMS][4][4];
         UNROLL
-        for (int term = 0; term < WEIGHT_TERMS; term++) {
-            UNROLL
-            for (int half = 0; half < 2; half++) {
-                const uint32_t row = 8 * n + lane % 8;
-                uint32_t r[4];
-                ldmatrix(r, weights + term * S::TERM_BYTES + row * ROW_BYTES +
-                                swizzle(row, 4 * half + lane / 8));
-                b[term][2 * half][0] = r[0];
-                b[term][2 * half][1] = r[1];
-                b[term][2 * half + 1][0] = r[2];
-                b[term][2 * half + 1][1] = r[3];
-            }
+        for (int m = 0; m < ROWS; m++) {
+            load_rows<H>(a[m], hidden + 16 * (first + m) * HIDDEN_ROW<H>);
         }
         UNROLL
-        for (int m = 0; m < S::TILES_M; m++) {
-            float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            chain<ENCODE_LEVEL>(c, a[m], b);
+        for (int n = 0; n < S::TILES_N; n++) {
+            uint32_t b[WEIGHT_TERMS][4][2];
+            load_columns<S>(b, weights, n);
             UNROLL
-            for (int i = 0; i < 4; i++) {
-                dots.part[m][n][i] = add_rn(dots.part[m][n][i], c[i]);
+            for (int m = 0; m < ROWS; m++) {
+                float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                chain<ENCODE_LEVEL>(c, a[m], b);
+                UNROLL
+                for (int i = 0; i < 4; i++) {
+                    float &part = dots.part[first + m][n][i];
+                    part = add_rn(part, c[i]);
+                }
             }
         }
     }
@@ -139,10 +154,10 @@ DEVICE void encode(const EncodeParams &p) {
                         stage + S::HIDDEN_BYTES + warp_latent * ROW_BYTES);
         use = use + 1 == S::STAGES ? 0 : use + 1;
     }
-    dots.end_part();
 
     const uint64_t token = first_token + warp_token + lane / 4;
     const uint32_t latent = first_latent + warp_latent + 2 * (lane % 4);
+    dots.finish(p, token);
     if (p.latents) return write_latents(p, dots, token, latent);
 
     double *losses = reinterpret_cast<double *>(shared);

@@ -208,6 +208,29 @@ struct Dots {
         }
         now++;
     }
+
+    // All parts are in, and a token's scale, which the norm gives it. The first row in this lane is `token`.
+    DEVICE_MEMBER void finish(const EncodeParams &p, uint64_t token) {
+        end_part();
+        if (!p.token_scales) return;
+        UNROLL
+        for (int m = 0; m < TILES_M; m++) {
+            UNROLL
+            for (int half = 0; half < 2; half++) {
+                const uint64_t t = token + 16 * m + 8 * half;
+                const bool counts = t < p.tokens && mask_of(p.mask, t) != 0.0f;
+                const float scale = counts ? scale_of(p, t) : 0.0f;
+                UNROLL
+                for (int n = 0; n < TILES_N; n++) {
+                    UNROLL
+                    for (int i = 0; i < 2; i++) {
+                        float &x = total[m][n][2 * half + i];
+                        x = mul_rn(x, scale);
+                    }
+                }
+            }
+        }
+    }
 };
 
 // z of one latent of a token.
@@ -226,11 +249,10 @@ DEVICE Share penalty_of(const EncodeParams &p, const Latent &own, float sign_wei
     return share;
 }
 
-// z of a warp's tiles, whose first row in this lane is `token` and first column `latent`.
+// z of a warp's finished tiles, whose first row in this lane is `token` and first column `latent`.
 template <int TILES_M, int TILES_N>
 DEVICE void write_latents(const EncodeParams &p, const Dots<TILES_M, TILES_N> &dots, uint64_t token,
                           uint32_t latent) {
-    float scale[TILES_M][2];
     bool counts[TILES_M][2];
     UNROLL
     for (int m = 0; m < TILES_M; m++) {
@@ -238,7 +260,6 @@ DEVICE void write_latents(const EncodeParams &p, const Dots<TILES_M, TILES_N> &d
         for (int half = 0; half < 2; half++) {
             const uint64_t t = token + 16 * m + 8 * half;
             counts[m][half] = t < p.tokens && mask_of(p.mask, t) != 0.0f;
-            scale[m][half] = counts[m][half] ? scale_of(p, t) : 0.0f;
         }
     }
     UNROLL
@@ -255,7 +276,7 @@ DEVICE void write_latents(const EncodeParams &p, const Dots<TILES_M, TILES_N> &d
                 for (int half = 0; half < 2; half++) {
                     const uint64_t t = token + 16 * m + 8 * half;
                     if (t >= p.tokens) continue;
-                    const float dot = mul_rn(dots.total[m][n][2 * half + i], scale[m][half]);
+                    const float dot = dots.total[m][n][2 * half + i];
                     // A token that does not count has no threshold.
                     const float z = counts[m][half] ? latent_of(p, own, t, dot) : 0.0f;
                     p.latents[t * p.latents_stride + k] = z;
@@ -265,19 +286,18 @@ DEVICE void write_latents(const EncodeParams &p, const Dots<TILES_M, TILES_N> &d
     }
 }
 
-// Coefficients of a warp's tiles, and to lanes 0 to 3 of each column its loss: losses[8n + 2q + i].
+// Coefficients of a warp's finished tiles, and to lanes 0 to 3 of each column its loss: losses[8n + 2q + i].
 template <int TILES_M, int TILES_N>
 DEVICE void write_penalty(const EncodeParams &p, const Dots<TILES_M, TILES_N> &dots, uint64_t token,
                           uint32_t latent, double *losses) {
     const uint32_t lane = thread_index() % 32;
-    float mask[TILES_M][2], scale[TILES_M][2];
+    float mask[TILES_M][2];
     UNROLL
     for (int m = 0; m < TILES_M; m++) {
         UNROLL
         for (int half = 0; half < 2; half++) {
             const uint64_t t = token + 16 * m + 8 * half;
             mask[m][half] = t < p.tokens ? mask_of(p.mask, t) : 0.0f;
-            scale[m][half] = t < p.tokens ? scale_of(p, t) : 0.0f;
         }
     }
     UNROLL
@@ -298,8 +318,7 @@ DEVICE void write_penalty(const EncodeParams &p, const Dots<TILES_M, TILES_N> &d
                         if (t >= p.tokens) continue;
                         float coef = 0.0f;
                         if (mask[m][half] != 0.0f) {
-                            const float dot =
-                                mul_rn(dots.total[m][n][2 * half + i], scale[m][half]);
+                            const float dot = dots.total[m][n][2 * half + i];
                             if (p.dots) p.dots[t * p.dots_stride + k] = dot;
                             const float reference = p.reference[t * p.reference_stride + k];
                             const Share share =

@@ -134,9 +134,9 @@ DEVICE void encode(const EncodeParams &p) {
             add(dots.part[0], c);
             if (++use == STAGES<H>) use = 0, round++;
         }
-        dots.end_part();
         const uint64_t token = first_token + warp * 16 + lane / 4;
         const uint32_t latent = first_latent + 2 * (lane % 4);
+        dots.finish(p, token);
         if (p.latents) write_latents(p, dots, token, latent);
         else write_penalty(p, dots, token, latent, losses + warp * LATENTS);
     }

@@ -1,4 +1,4 @@
-// The kernels' parameters, one struct each, passed by value. src/backend/cuda/launch.rs has the
+// The kernels' parameters, one struct each, passed by value. src/backend/cuda/launch/ has the
 // same structs; a test compares every size and offset.
 #pragma once
 

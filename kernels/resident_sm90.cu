@@ -179,24 +179,38 @@ struct Stream {
     }
 };
 
-// A token and two of its latents, in the block that adds up its parts.
+// Two latents of a token of every tile, in the block that adds up its parts.
 struct Pair {
-    uint64_t t;
+    // Among the block's tokens, and the first latent; what belongs to the latents.
     uint32_t token, k;
-    // There is such a token and latent, and the token counts.
-    bool is_there, counts;
+    bool is_there;
+    Latent latents[2];
+    float sign_weight[2];
+    // Of the token in this tile: it counts if its mask is not zero.
+    uint64_t t;
     float mask, scale, reference[2];
 
-    // Reads what the sums will meet.
     template <int LATENTS>
-    DEVICE_MEMBER void load(const EncodeParams &p, uint64_t first_token, uint32_t share, int n) {
+    DEVICE_MEMBER void begin(const RowsParams &rows, uint32_t share, int n) {
         const uint32_t i = n * THREADS + thread_index();
         token = i / (LATENTS / 2);
         k = i % (LATENTS / 2) * 2;
+        is_there = token < share;
+        UNROLL
+        for (int x = 0; x < 2; x++) {
+            latents[x] = {};
+            sign_weight[x] = 0.0f;
+            if (!is_there || k + x >= rows.count) continue;
+            latents[x].load(rows, k + x);
+            sign_weight[x] = rows.sign_weight ? rows.sign_weight[k + x] : 0.0f;
+        }
+    }
+
+    // Reads what the sums will meet.
+    DEVICE_MEMBER void load(const EncodeParams &p, uint64_t first_token) {
         t = first_token + token;
-        is_there = token < share && t < p.tokens && k < p.rows.count;
-        mask = is_there ? mask_of(p.mask, t) : 0.0f;
-        counts = mask != 0.0f;
+        mask = is_there && t < p.tokens ? mask_of(p.mask, t) : 0.0f;
+        const bool counts = mask != 0.0f;
         scale = counts ? scale_of(p, t) : 0.0f;
         UNROLL
         for (int x = 0; x < 2; x++) {
@@ -221,6 +235,9 @@ DEVICE void resident(const ResidentParams &p) {
     if (has_hidden) {
         for (uint32_t i = 0; i + 1 < p.stages; i++) stream.advance(r);
     }
+    Pair own[OWN];
+    UNROLL
+    for (int n = 0; n < OWN; n++) own[n].template begin<LATENTS>(e.rows, r.share, n);
     double losses[OWN][2] = {}, count[OWN] = {};
     const double given = p.gradient.scale_tensor ? (double)*p.gradient.scale_tensor : 1.0;
     const float factor = (float)mul_rn(p.gradient.scale, given);
@@ -230,9 +247,8 @@ DEVICE void resident(const ResidentParams &p) {
         const uint64_t first_token = tile * TOKENS, own_token = first_token + r.rank * r.share;
         const uint64_t group_token = first_token + r.group * GROUP_TOKENS;
         if (has_hidden) {
-            Pair own[OWN];
             UNROLL
-            for (int n = 0; n < OWN; n++) own[n].template load<LATENTS>(e, own_token, r.share, n);
+            for (int n = 0; n < OWN; n++) own[n].load(e, own_token);
             const uint64_t t = group_token + r.thread % GROUP_TOKENS;
             // Where no token counts there is nothing to multiply.
             const bool any = any_in_group(r.group, t < e.tokens && mask_of(e.mask, t) != 0.0f);
@@ -265,9 +281,9 @@ DEVICE void resident(const ResidentParams &p) {
             UNROLL
             for (int n = 0; n < OWN; n++) {
                 const Pair &x = own[n];
-                if (x.token >= r.share) continue;
+                if (!x.is_there) continue;
                 FloatPair coef = {0.0f, 0.0f};
-                if (x.is_there) {
+                if (x.t < e.tokens) {
                     float dots[2] = {0.0f, 0.0f}, coefs[2] = {0.0f, 0.0f};
                     UNROLL
                     for (uint32_t part = 0; part < PARTS; part++) {
@@ -276,24 +292,22 @@ DEVICE void resident(const ResidentParams &p) {
                         dots[0] = add_rn(dots[0], pair.low);
                         dots[1] = add_rn(dots[1], pair.high);
                     }
+                    const bool counts = x.mask != 0.0f;
                     UNROLL
                     for (int i = 0; i < 2; i++) {
                         const uint32_t k = x.k + i;
                         if (k >= e.rows.count) continue;
-                        Latent latent;
-                        latent.load(e.rows, k);
                         const float dot = mul_rn(dots[i], x.scale);
                         if (e.latents) {
                             // A token that does not count has no threshold.
-                            const float z = x.counts ? latent_of(e, latent, x.t, dot) : 0.0f;
+                            const float z = counts ? latent_of(e, x.latents[i], x.t, dot) : 0.0f;
                             e.latents[x.t * e.latents_stride + k] = z;
                             continue;
                         }
-                        if (x.counts) {
+                        if (counts) {
                             if (e.dots) e.dots[x.t * e.dots_stride + k] = dot;
-                            const Share share =
-                                penalty_of(e, latent, e.rows.sign_weight[k], x.t, dot,
-                                           x.reference[i], x.mask);
+                            const Share share = penalty_of(e, x.latents[i], x.sign_weight[i], x.t,
+                                                           dot, x.reference[i], x.mask);
                             coefs[i] = share.coef;
                             losses[n][i] = add_rn(losses[n][i], share.loss);
                         }
@@ -371,12 +385,11 @@ DEVICE void resident(const ResidentParams &p) {
     double *counts = of_tokens + r.share * LATENTS;
     UNROLL
     for (int n = 0; n < OWN; n++) {
-        const uint32_t i = n * THREADS + thread_index(), token = i / (LATENTS / 2);
-        const uint32_t k = i % (LATENTS / 2) * 2;
-        if (token >= r.share) continue;
-        of_tokens[token * LATENTS + k] = losses[n][0];
-        of_tokens[token * LATENTS + k + 1] = losses[n][1];
-        if (k == 0) counts[token] = count[n];
+        const Pair &x = own[n];
+        if (!x.is_there) continue;
+        of_tokens[x.token * LATENTS + x.k] = losses[n][0];
+        of_tokens[x.token * LATENTS + x.k + 1] = losses[n][1];
+        if (x.k == 0) counts[x.token] = count[n];
     }
     sync_block();
     const uint32_t k = thread_index();

@@ -1,4 +1,4 @@
-// Sizes and offsets of the parameter structs, in the words of src/backend/cuda/launch.rs.
+// Sizes and offsets of the parameter structs, in the words of src/backend/cuda/launch/.
 #pragma once
 
 #include <stddef.h>

@@ -81,24 +81,28 @@ def calls(case: Case) -> None:
     latents = plan.encode(hidden)
     assert latents.shape == (5, 2, plan.num_latents) and latents.device.type == "cuda"
     [(kernel, used)] = launches()
-    assert kernel.startswith("blockem_encode_bf16") and used == stream
+    # For so few latents compute capability 9.0 has a kernel that does all at once.
+    sm90 = plan.numerics.endswith("-sm90")
+    encode, gradient = ("resident", "resident") if sm90 else ("encode", "gradient")
+    assert kernel.startswith(f"blockem_{encode}_bf16") and used == stream
 
     reference = on_device(torch.zeros(5, 2, plan.num_latents))
     mask = on_device(torch.ones(5, 2, dtype=torch.bool))
     found = plan.penalty(hidden, reference, mask)
     assert found.grad_hidden.dtype == torch.bfloat16
     ran = launches()
-    assert len(ran) >= 3 and {used for _, used in ran} == {stream}
+    assert ran[0][0].startswith(f"blockem_{encode}_bf16") and ran[-1][0] == "blockem_reduce_latents"
+    assert {used for _, used in ran} == {stream}
 
     # Autograd: forward keeps coefficients, backward reads the upstream gradient on the device.
     hidden = on_device(torch.zeros(10, case.d_in)).requires_grad_()
     reference = on_device(torch.zeros(10, plan.num_latents))
     loss_sum, count = blockem.torch.penalty(plan, hidden, reference)
     assert loss_sum.device.type == count.device.type == "cuda"
-    assert any(kernel.startswith("blockem_encode_f32") for kernel, _ in launches())
+    assert any(kernel.startswith(f"blockem_{encode}_f32") for kernel, _ in launches())
     loss_sum.backward(on_device(torch.ones(())))
     ran = launches()
-    assert [kernel.startswith("blockem_gradient_f32") for kernel, _ in ran] == [True]
+    assert [kernel.startswith(f"blockem_{gradient}_f32") for kernel, _ in ran] == [True]
     assert {used for _, used in ran} == {stream}
     assert hidden.grad.shape == hidden.shape
 

@@ -42,8 +42,9 @@ def run(stub: Path, case: str, **settings: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_plans_and_calls(stub: Path) -> None:
-    run(stub, "calls")
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_plans_and_calls(stub: Path, capability: str) -> None:
+    run(stub, "calls", STUB_CUDA_CAPABILITY=capability)
 
 
 @pytest.mark.parametrize(

@@ -338,13 +338,15 @@ struct Problem {
 }
 
 const FACTOR: (f64, f32) = (1.4, 0.5);
-/// Every second time one that the kernels of compute capability 9.0 serve. Of its clusters of four few
-/// run at a time, so that tiles of tokens follow each other, and of eight none or few.
-const TARGETS: [Target; 4] = [
+/// Every second time one that the kernels of compute capability 9.0 serve. Few of its clusters of four
+/// or of eight run at a time, so that tiles of tokens follow each other.
+const TARGETS: [Target; 6] = [
+    Target::Portable,
     Target::Portable,
     Target::Portable,
     Target::Sm90 { clusters: [1, 0] },
     Target::Sm90 { clusters: [2, 1] },
+    Target::Sm90 { clusters: [0, 1] },
 ];
 
 /// All latents of a TopK SAE, and where the blocked ones are among them.
@@ -1128,6 +1130,19 @@ fn f16_kernels_are_right() {
 #[test]
 fn bf16_kernels_are_right() {
     problems(DType::BF16).for_each(|p| check(&p));
+}
+
+/// With as many tiles of tokens the blocks of a cluster share packed rows: four, or two of them.
+#[test]
+fn clusters_that_share_rows_are_right() {
+    let mut random = Random::fresh();
+    for (dtype, shape) in REAL.into_iter().zip([[500, 130, 70], [700, 65, 33], [1000, 70, 40]]) {
+        let gate = random.pick(&[GateKind::Threshold, GateKind::Gated]);
+        let mut p = Problem::of(&mut random, dtype, shape, gate, TokenNorm::None);
+        p.target = Target::Sm90 { clusters: [1, 1] };
+        p.name = format!("in clusters, {}", p.name);
+        check(&p);
+    }
 }
 
 /// The same problem for some of its tokens and latents, in that order, elsewhere in memory.
@@ -2082,7 +2097,7 @@ fn wrong_accesses_and_indices_are_caught() {
         // A token that does not count.
         (&few, "encode.cu", "_bf16_8", "mask_of(p.mask, t) != 0.0f", "true", outside),
         // The wrong number from the right memory.
-        (&few, "encode.cu", "_bf16_8", "[2 * half + i], scale", "[half + 2 * i], scale", "z "),
+        (&few, "encode.cu", "_bf16_8", "dots.total[m][n][2 * half", "dots.total[m][n][half", "z "),
         (&few, "pack.cu", "_pack", "8 * q + 2 * j", "8 * j + 2 * q", "z "),
         (&wide, "gradient.cu", "_bf16_wide", "[2 * half + i % 2]", "[half + i % 2 * 2]", "dH["),
         (
