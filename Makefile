@@ -51,7 +51,8 @@ test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
 	$(CARGO) test --locked --workspace
 
 test-python: $(VENV)/package $(VENV)/browser ## Python tests
-	$(PY) -m pytest -q bindings/python/tests examples/demo examples/lab
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal \
+	  bindings/python/tests examples/demo examples/lab
 	$(PY) tests/gpu/check.py --device cpu --repeats 20
 
 test-jax-oldest: $(VENV)/package ## blockem.jax with the oldest JAX that it supports
@@ -80,7 +81,10 @@ test-sanitizers: ## the unsafe parts under AddressSanitizer
 	  --no-default-features --lib --target $$(rustc -vV | sed -n 's/host: //p') \
 	  --target-dir target/asan -- --skip backend::cuda::tests
 
+# The installed library has a build folder of its own, which need not begin with nothing.
 test-install: $(LIB) $(VENV)/tools $(VENV)/languages ## install into a scratch prefix, build the examples against it
+	@[ -e target/install ] || { mkdir -p target/blockem-kernels target/install \
+	  && cp -a target/release target/blockem-kernels target/install; }
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tests/capi/install_test.sh
 
 test-languages: $(LIB) $(VENV)/tools $(VENV)/languages ## the examples in Go, Node and C++ with libtorch on an installed library
