@@ -23,14 +23,14 @@ struct alignas(8) FloatPair {
 #define DEVICE_MEMBER __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
-// Threads of a block, and blocks that share a multiprocessor at least. Where the driver lets a kernel
-// start while the one before it ends, it waits here for all of that.
-#define KERNEL(name, Params, threads, blocks)                                                      \
+// Threads of a block, and blocks that share a multiprocessor at least. The driver may start a kernel
+// while the one before it ends. Before wait_for_the_one_before() this one may read what belongs to its
+// plan, which nothing writes, and nothing else; and no block may end before one of its threads waited.
+#define KERNEL_THAT_WAITS(name, Params, threads, blocks)                                           \
     DEVICE void name##_body(const Params &p);                                                      \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \
         name(const __grid_constant__ Params p) {                                                   \
         let_the_next_start();                                                                      \
-        wait_for_the_one_before();                                                                 \
         name##_body(p);                                                                            \
     }                                                                                              \
     DEVICE void name##_body(const Params &p)
@@ -143,6 +143,15 @@ DEVICE void copy_wait() {
 #else
 #include "device_host.h"
 #endif
+
+// One that waits at once.
+#define KERNEL(name, Params, threads, blocks)                                                      \
+    DEVICE void name##_after(const Params &p);                                                     \
+    KERNEL_THAT_WAITS(name, Params, threads, blocks) {                                             \
+        wait_for_the_one_before();                                                                 \
+        name##_after(p);                                                                           \
+    }                                                                                              \
+    DEVICE void name##_after(const Params &p)
 
 DEVICE Chunk load_chunk(const unsigned char *p) { return *reinterpret_cast<const Chunk *>(p); }
 DEVICE void store_chunk(unsigned char *p, const Chunk &x) { *reinterpret_cast<Chunk *>(p) = x; }

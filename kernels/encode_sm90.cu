@@ -59,6 +59,7 @@ DEVICE void encode(const EncodeParams &p) {
     const uint32_t warp = thread_index() / 32, lane = thread_index() % 32;
     const uint32_t group = warp / 4;
 
+    wait_for_the_one_before();
     uint32_t slices = (p.rows.d_in + SLICE - 1) / SLICE;
     // Where no token counts there is nothing to multiply.
     if (!any_counts(p, cluster_tile * TOKENS)) slices = 0;

@@ -68,8 +68,6 @@ DEVICE void gradient(const GradientParams &p) {
     const uint64_t first_token = ((uint64_t)(cluster / p.column_tiles) * blocks + rank) * TOKENS;
     const uint32_t warp = thread_index() / 32, lane = thread_index() % 32, group = warp / 4;
     const uint32_t rounds = (p.count + LATENTS - 1) / LATENTS;
-    const double given = p.scale_tensor ? (double)*p.scale_tensor : 1.0;
-    const float factor = (float)mul_rn(p.scale, given);
 
     if (p.padded_count % LATENTS != 0) {
         // Coefficients of zero meet rows that are not there: these must be numbers.
@@ -92,6 +90,10 @@ DEVICE void gradient(const GradientParams &p) {
         if (thread_index() % GROUP_THREADS == 0) bring_rows<Out>(p, shared, full, empty, first_slice, rounds);
     } else {
         take_registers<240>();
+        // Not before rows are on their way.
+        wait_for_the_one_before();
+        const double given = p.scale_tensor ? (double)*p.scale_tensor : 1.0;
+        const float factor = (float)mul_rn(p.scale, given);
         const uint64_t token = first_token + warp * 16 + lane / 4;
         Tiles<1> sums[SLICES] = {};
         Coefs<1> coefs;

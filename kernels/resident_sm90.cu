@@ -226,7 +226,12 @@ DEVICE void resident(const ResidentParams &p) {
     const R r(p);
     const EncodeParams &e = p.encode;
     const uint32_t cluster = block_index() / r.blocks;
+    // What belongs to the plan comes while the kernel before this one ends.
     r.load_weights();
+    Pair own[OWN];
+    UNROLL
+    for (int n = 0; n < OWN; n++) own[n].template begin<LATENTS>(e.rows, r.share, n);
+    wait_for_the_one_before();
 
     const bool has_hidden = e.hidden.data;
     Stream<H> stream = {{e, r.thread, 0, 0}, 0, 0, 0, 0};
@@ -235,9 +240,6 @@ DEVICE void resident(const ResidentParams &p) {
     if (has_hidden) {
         for (uint32_t i = 0; i + 1 < p.stages; i++) stream.advance(r);
     }
-    Pair own[OWN];
-    UNROLL
-    for (int n = 0; n < OWN; n++) own[n].template begin<LATENTS>(e.rows, r.share, n);
     double losses[OWN][2] = {}, count[OWN] = {};
     const double given = p.gradient.scale_tensor ? (double)*p.gradient.scale_tensor : 1.0;
     const float factor = (float)mul_rn(p.gradient.scale, given);

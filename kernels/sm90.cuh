@@ -15,10 +15,10 @@ constexpr int GROUP_TOKENS = 64;
 // Other devices have an empty kernel of that name, which is never launched.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define SM90_KERNEL(name, Params, threads, ...)                                                  \
-    KERNEL(name, Params, threads, 1) { __VA_ARGS__(p); }
+    KERNEL_THAT_WAITS(name, Params, threads, 1) { __VA_ARGS__(p); }
 #else
 #define SM90_KERNEL(name, Params, threads, ...)                                                  \
-    KERNEL(name, Params, threads, 1) {}
+    KERNEL_THAT_WAITS(name, Params, threads, 1) {}
 #endif
 
 // What a warpgroup has of the registers that its block was launched with: a multiple of eight. All

@@ -486,6 +486,14 @@ static void pointers(void) {
   CHECK(stub.alive() == 0);
 }
 
+/* How many of the launches may begin while the one before ends. */
+static int overlapping(void) {
+  const stub_launch *launch;
+  int i, n = 0;
+  for (i = 0; (launch = stub.launch_at(i)) != NULL; i++) n += launch->overlaps;
+  return n;
+}
+
 /* Calls without a plan. */
 static void raw(void) {
   blockem_raw_penalty_args args = BLOCKEM_RAW_PENALTY_ARGS_INIT;
@@ -517,6 +525,8 @@ static void raw(void) {
   CHECK(launches_on(stream, context) >= 3);
   CHECK(strcmp(stub.launch_at(0)->kernel, "blockem_pack") == 0);
   check_only_launches();
+  /* Others may have written the rows just before: nothing begins early. */
+  CHECK(overlapping() == 0);
   printf("raw forward: %d driver calls\n", stub.calls("*"));
   CHECK_OK(blockem_raw_penalty_backward(&args, stream));
   CHECK(stub.current() == NULL);
@@ -720,7 +730,7 @@ static void failures(void) {
 }
 
 /* Which kernels a device gets: those of its own architecture, in clusters of so many blocks where there
- * are such. */
+ * are such, and from 9.0 on so that they overlap. */
 static void kernels(void) {
   blockem_plan *plan = plan_on(0);
   arguments a = new_arguments(plan, 0);
@@ -733,6 +743,7 @@ static void kernels(void) {
   first = stub.launch_at(0);
   CHECK(first != NULL && strcmp(first->kernel, getenv("KERNEL")) == 0);
   CHECK(first != NULL && first->cluster == (unsigned)atoi(getenv("CLUSTER")));
+  CHECK((overlapping() > 0) == atoi(getenv("OVERLAPS")));
   check_only_launches();
   free_arguments(&a);
   blockem_plan_free(plan);

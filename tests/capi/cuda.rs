@@ -75,12 +75,12 @@ fn run_calls_only_launch() {
 /// Devices of compute capability 9.0 have kernels of their own, in clusters unless none runs there.
 #[test]
 fn every_architecture_has_its_kernels() {
-    for (capability, blocks, kernel, cluster) in [
-        ("80", "128", "blockem_encode_f32_8", "1"),
-        ("100", "128", "blockem_encode_f32_8", "1"),
-        ("90", "128", "blockem_resident_f32_8", "8"),
-        ("90", "4", "blockem_resident_f32_8", "4"),
-        ("90", "0", "blockem_encode_f32_sm90", "1"),
+    for (capability, blocks, kernel, cluster, overlaps) in [
+        ("80", "128", "blockem_encode_f32_8", "1", "0"),
+        ("100", "128", "blockem_encode_f32_8", "1", "1"),
+        ("90", "128", "blockem_resident_f32_8", "8", "1"),
+        ("90", "4", "blockem_resident_f32_8", "4", "1"),
+        ("90", "0", "blockem_encode_f32_sm90", "1", "1"),
     ] {
         let numerics = format!("cuda-2-sm{capability}");
         check_case(
@@ -91,6 +91,7 @@ fn every_architecture_has_its_kernels() {
                 ("NUMERICS", &numerics),
                 ("KERNEL", kernel),
                 ("CLUSTER", cluster),
+                ("OVERLAPS", overlaps),
             ],
         );
     }

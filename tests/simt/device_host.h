@@ -10,12 +10,14 @@
 #define DEVICE_MEMBER inline
 #define UNROLL
 #define NO_UNROLL
-#define KERNEL(name, Params, threads, blocks)                                                      \
+#define KERNEL_THAT_WAITS(name, Params, threads, blocks)                                           \
     static void name(const Params &p);                                                             \
     static const simt::Kernel name##_kernel(#name, threads, sizeof(Params), [](const void *p) {    \
         name(*static_cast<const Params *>(p));                                                     \
     });                                                                                            \
     static void name(const Params &p)
+
+DEVICE void wait_for_the_one_before() { simt::wait_for_the_one_before(); }
 
 DEVICE uint32_t thread_index() { return simt::thread_index(); }
 DEVICE uint32_t block_index() { return simt::block_index(); }

@@ -5,8 +5,8 @@
 //   simt run JOB OUT     OUT: the memory after each order, one after the other
 //
 // A job is a sequence of 64-bit words: address and bytes of the memory; number of orders, orders;
-// number of regions, start and bytes of each: the rest of the memory may not be touched; number of
-// launches; of each the name (8 words), blocks, blocks of a cluster, threads, shared bytes, parameter
+// number of regions, start and bytes of each: the rest of the memory may not be touched; where in the
+// memory that of callers begins, behind a plan's; number of launches; of each the name (8 words), blocks, blocks of a cluster, threads, shared bytes, parameter
 // bytes, parameters (whole words). The memory follows.
 #include <fcntl.h>
 #include <sanitizer/asan_interface.h>
@@ -70,6 +70,7 @@ int run(const char *job_path, const char *out_path) {
     const uint64_t address = job.word(), bytes = job.word();
     const std::vector<uint64_t> orders = job.words(job.word());
     const std::vector<uint64_t> regions = job.words(2 * job.word());
+    const uint64_t callers = job.word();
     std::vector<Launch> launches(job.word());
     for (Launch &launch : launches) launch = read_launch(job);
     std::vector<unsigned char> image(bytes);
@@ -85,7 +86,8 @@ int run(const char *job_path, const char *out_path) {
             __asan_unpoison_memory_region(reinterpret_cast<void *>(regions[i]), regions[i + 1]);
         }
         for (const Launch &launch : launches) {
-            simt::launch(*launch.kernel, launch.grid, launch.params.data(), order);
+            simt::launch(*launch.kernel, launch.grid, launch.params.data(), order,
+                         {static_cast<unsigned char *>(memory) + callers, bytes - callers});
         }
         __asan_unpoison_memory_region(memory, bytes);
         if (fwrite(memory, 1, bytes, out) != bytes) simt::fail("cannot write the output");

@@ -29,6 +29,8 @@ struct Copy {
 struct Fiber {
     void *stack_pointer;
     unsigned char *stack;
+    // For the kernel before.
+    bool has_waited;
     // Copies under way, oldest first.
     std::vector<Copy> copies;
     uint64_t groups;
@@ -65,6 +67,8 @@ struct Block {
     uint32_t index;
     unsigned char *shared;
     uint32_t running;
+    // One of its threads, for the kernel before.
+    bool has_waited;
     Meeting all, groups[8];
     Warp warps[32];
     Fiber fibers[1024];
@@ -96,6 +100,10 @@ struct Cluster {
     Grid grid;
     Order order;
     uint64_t random;
+    Memory callers;
+    bool callers_are_open;
+    // What the sanitizer knows of them: a byte of eight, where they are open.
+    std::vector<uint64_t> shadow;
     Meeting all;
     std::map<unsigned char *, Barrier> barriers;
     Block blocks[CLUSTER_MOST];
@@ -192,6 +200,27 @@ void set_warps_ready(uint32_t rank, uint32_t first, uint32_t behind) {
     for (uint32_t w = first; w < behind; w++) cluster.blocks[rank].warps[w].ready = ~0u;
 }
 
+uint64_t *shadow_of(const unsigned char *p) {
+    size_t scale, offset;
+    __asan_get_shadow_mapping(&scale, &offset);
+    return reinterpret_cast<uint64_t *>((reinterpret_cast<size_t>(p) >> scale) + offset);
+}
+
+// Word by word: memcpy would ask the sanitizer about its own memory.
+__attribute__((no_sanitize("address"))) void copy_words(uint64_t *to, const uint64_t *from,
+                                                         size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = from[i];
+}
+
+// The callers' memory is open to the thread whose turn it is, or is not.
+void open_callers(bool open) {
+    if (open == cluster.callers_are_open) return;
+    cluster.callers_are_open = open;
+    const Memory &memory = cluster.callers;
+    if (open) copy_words(shadow_of(memory.start), cluster.shadow.data(), cluster.shadow.size());
+    else __asan_poison_memory_region(memory.start, memory.bytes);
+}
+
 // Leaves the current fiber, which can no longer go on, for another.
 void give_way(bool ended) {
     Fiber &from = own_fiber();
@@ -201,6 +230,7 @@ void give_way(bool ended) {
         cluster.rank = rank;
         cluster.thread = thread;
         const Fiber &next = own_fiber();
+        open_callers(next.has_waited);
         void *fake;
         __sanitizer_start_switch_fiber(ended ? nullptr : &fake, next.stack, STACK);
         simt_switch(&from.stack_pointer, next.stack_pointer);
@@ -229,14 +259,17 @@ void fiber_main() {
     if (own_block().all.arrived > 0 || cluster.all.arrived > 0) {
         fail("a thread ended while others wait at a barrier");
     }
-    own_block().running--;
+    if (--own_block().running == 0 && !own_block().has_waited) {
+        fail("a block ended that did not wait for the kernel before");
+    }
     give_way(true);
 }
 
-void prepare(Block &own, uint32_t index) {
+void prepare(Block &own, uint32_t index, bool closed) {
     const Grid &grid = cluster.grid;
     own.index = index;
     own.running = grid.threads;
+    own.has_waited = !closed;
     own.all = {};
     for (Meeting &group : own.groups) group = {};
     for (uint32_t w = 0; w < grid.threads / 32; w++) own.warps[w] = {~0u, 0, nullptr, {}};
@@ -258,6 +291,7 @@ void prepare(Block &own, uint32_t index) {
         // The frames in which the last thread here ended were never left.
         __asan_unpoison_memory_region(fiber.stack + STACK - 4096, 4096);
         fiber.stack_pointer = fresh_stack(fiber.stack, fiber_main);
+        fiber.has_waited = !closed;
         fiber.copies.clear();
         fiber.groups = 0;
         fiber.multiplies = false;
@@ -266,13 +300,17 @@ void prepare(Block &own, uint32_t index) {
     }
 }
 
-void run_cluster(uint32_t first_block) {
-    for (uint32_t i = 0; i < cluster.grid.cluster; i++) prepare(cluster.blocks[i], first_block + i);
+// While the kernel before is still running (`closed`), or after it.
+void run_cluster(uint32_t first_block, bool closed) {
+    for (uint32_t i = 0; i < cluster.grid.cluster; i++) {
+        prepare(cluster.blocks[i], first_block + i, closed);
+    }
     cluster.all = {};
     cluster.barriers.clear();
     cluster.scheduler_stack = nullptr;
     choose(cluster.rank, cluster.thread);
     const Fiber &first = own_fiber();
+    open_callers(!closed);
     void *fake;
     __sanitizer_start_switch_fiber(&fake, first.stack, STACK);
     simt_switch(&cluster.scheduler.stack_pointer, first.stack_pointer);
@@ -299,7 +337,8 @@ const Kernel *Kernel::find(const char *name) {
     return nullptr;
 }
 
-void launch(const Kernel &kernel, const Grid &grid, const void *params, Order order) {
+void launch(const Kernel &kernel, const Grid &grid, const void *params, Order order,
+            const Memory &callers) {
     if (grid.threads != kernel.threads) fail("the block is not what the kernel was compiled for");
     if (grid.cluster == 0 || grid.cluster > CLUSTER_MOST || grid.blocks % grid.cluster != 0) {
         fail("the grid is not one of whole clusters");
@@ -308,10 +347,21 @@ void launch(const Kernel &kernel, const Grid &grid, const void *params, Order or
     cluster.params = params;
     cluster.grid = grid;
     cluster.order = order;
+    cluster.callers = callers;
+    cluster.callers_are_open = true;
+    cluster.shadow.resize(callers.bytes / 64);
+    copy_words(cluster.shadow.data(), shadow_of(callers.start), cluster.shadow.size());
     cluster.random = order * 0x9e3779b97f4a7c15 + 1;
     for (uint32_t i = 0; i < grid.blocks; i += grid.cluster) {
-        run_cluster(order == 1 ? grid.blocks - grid.cluster - i : i);
+        // One is enough to tell, and what tells takes time.
+        run_cluster(order == 1 ? grid.blocks - grid.cluster - i : i, i == 0);
     }
+    open_callers(true);
+}
+
+void wait_for_the_one_before() {
+    own_fiber().has_waited = own_block().has_waited = true;
+    open_callers(true);
 }
 
 uint32_t thread_index() { return cluster.thread; }
@@ -360,9 +410,22 @@ void check_shared(const unsigned char *p, size_t bytes) {
     }
 }
 
+namespace {
+
+// A copy reads late, but may do so from now on.
+void check_source(const unsigned char *global, uint32_t bytes) {
+    if (reinterpret_cast<uintptr_t>(global) % 16) fail("a misaligned source of a copy");
+    if (own_fiber().has_waited) return;
+    if (__asan_region_is_poisoned(const_cast<unsigned char *>(global), bytes)) {
+        fail("a copy of what the kernel before may still write");
+    }
+}
+
+} // namespace
+
 void copy_async(unsigned char *shared, const unsigned char *global, uint32_t bytes) {
     check_shared(shared, 16);
-    if (reinterpret_cast<uintptr_t>(global) % 16) fail("a misaligned source of a copy");
+    check_source(global, bytes);
     if (bytes > 16) fail("a copy of more than sixteen bytes");
     Fiber &fiber = own_fiber();
     memset(shared, 0xff, 16);
@@ -484,7 +547,7 @@ void barrier_wait(uint64_t *barrier, uint32_t parity) {
 
 void copy_bulk(unsigned char *shared, const unsigned char *global, uint32_t bytes,
                uint64_t *barrier, uint32_t rank) {
-    if (reinterpret_cast<uintptr_t>(global) % 16) fail("a misaligned source of a copy");
+    check_source(global, bytes);
     if (bytes == 0 || bytes % 16) fail("a copy that is not of so many times sixteen bytes");
     deliver(shared, {nullptr, global, {}, bytes}, barrier, rank);
 }

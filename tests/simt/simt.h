@@ -27,8 +27,18 @@ struct Grid {
     uint32_t blocks, cluster, threads, shared_bytes;
 };
 
-// Runs all blocks, the clusters one after the other; ends the process with a message where a device would hang or misbehave.
-void launch(const Kernel &kernel, const Grid &grid, const void *params, Order order);
+// A multiple of 64 bytes from one on.
+struct Memory {
+    unsigned char *start;
+    size_t bytes;
+};
+
+// Runs all blocks, the clusters one after the other; ends the process with a message where a device
+// would hang or misbehave. The kernel before may still write to the callers' memory: a thread that has
+// not waited for its end may not touch it.
+void launch(const Kernel &kernel, const Grid &grid, const void *params, Order order,
+            const Memory &callers);
+void wait_for_the_one_before();
 
 uint32_t thread_index();
 uint32_t block_index();

@@ -4,7 +4,7 @@
 #include "simt.h"
 
 #define SM90_KERNEL(name, Params, threads, ...)                                                    \
-    KERNEL(name, Params, threads, 1) { __VA_ARGS__(p); }
+    KERNEL_THAT_WAITS(name, Params, threads, 1) { __VA_ARGS__(p); }
 
 template <int N>
 DEVICE void give_registers() {}

@@ -532,14 +532,19 @@ EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
   return SUCCESS;
 }
 
-static CUresult start(function *f, const unsigned grid[3], unsigned cluster, unsigned block,
+/* Blocks of a cluster, and whether the launch may begin while the one before ends. */
+typedef struct {
+  unsigned cluster, overlaps;
+} manner;
+
+static CUresult start(function *f, const unsigned grid[3], manner how, unsigned block,
                       unsigned shared, stream *s, void **params, void **extra) {
   stub_launch *launch = &launches[launch_count];
   if (current() != f->owner) return INVALID_CONTEXT;
   if (s != NULL && s->owner != current()) return INVALID_HANDLE;
   if (s == NULL && capture == STUB_CAPTURE_BLOCKING) return CAPTURE_IMPLICIT;
   if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[1] > 65535 || grid[2] > 65535 ||
-      grid[0] % cluster != 0 || block == 0 || block > 1024 || shared > (unsigned)shared_most() ||
+      grid[0] % how.cluster != 0 || block == 0 || block > 1024 || shared > (unsigned)shared_most() ||
       params == NULL || extra != NULL) {
     return INVALID_VALUE;
   }
@@ -548,7 +553,8 @@ static CUresult start(function *f, const unsigned grid[3], unsigned cluster, uns
   launch->stream = s;
   launch->context = current();
   memcpy(launch->grid, grid, sizeof launch->grid);
-  launch->cluster = cluster;
+  launch->cluster = how.cluster;
+  launch->overlaps = how.overlaps;
   launch->block = block;
   launch->shared = shared;
   launch_count++;
@@ -571,34 +577,39 @@ typedef struct {
   unsigned attribute_count;
 } launch_config;
 
-/* Of the attributes that there may be: 4, CLUSTER_DIMENSION, and 6, PROGRAMMATIC_STREAM_SERIALIZATION;
- * 0 for others, and for devices and drivers without them. */
-static unsigned cluster_of(const launch_config *config) {
-  unsigned i, cluster = 1;
+/* Of the attributes that there may be: 4, CLUSTER_DIMENSION, and 6, PROGRAMMATIC_STREAM_SERIALIZATION.
+ * No cluster for others, and for devices and drivers without them. */
+static manner manner_of(const launch_config *config) {
+  const manner bad = {0, 0};
+  manner found = {1, 0};
+  unsigned i;
   for (i = 0; i < config->attribute_count; i++) {
     const launch_attribute *attribute = &config->attributes[i];
     const unsigned *size = attribute->value.size;
-    if (setting("STUB_CUDA_CAPABILITY", 90) < 90) return 0;
+    if (setting("STUB_CUDA_CAPABILITY", 90) < 90) return bad;
     if (attribute->id == 4 && size[0] >= 1 && size[0] <= 8 && size[1] == 1 && size[2] == 1) {
-      cluster = size[0];
-    } else if (attribute->id != 6 || size[0] != 1 || setting("STUB_CUDA_VERSION", 13000) < 12030) {
-      return 0;
+      found.cluster = size[0];
+    } else if (attribute->id == 6 && size[0] == 1 && setting("STUB_CUDA_VERSION", 13000) >= 12030) {
+      found.overlaps = 1;
+    } else {
+      return bad;
     }
   }
-  return cluster;
+  return found;
 }
 
 EXPORT CUresult cuLaunchKernelEx(const launch_config *config, function *f, void **params,
                                  void **extra) {
-  const unsigned *block = config->block, cluster = cluster_of(config);
+  const unsigned *block = config->block;
+  const manner how = manner_of(config);
   BEGIN("cuLaunchKernelEx");
-  if (cluster == 0) return INVALID_VALUE;
-  return start(f, config->grid, cluster, block[0] * block[1] * block[2], config->shared,
+  if (how.cluster == 0) return INVALID_VALUE;
+  return start(f, config->grid, how, block[0] * block[1] * block[2], config->shared,
                config->stream, params, extra);
 }
 
 EXPORT CUresult cuOccupancyMaxActiveClusters(int *out, function *f, const launch_config *config) {
-  const unsigned cluster = cluster_of(config);
+  const unsigned cluster = manner_of(config).cluster;
   BEGIN("cuOccupancyMaxActiveClusters");
   if (f == NULL || current() != f->owner || cluster == 0) return INVALID_VALUE;
   *out = setting("STUB_CUDA_BLOCKS", 128) / cluster;

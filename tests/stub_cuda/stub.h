@@ -48,7 +48,8 @@ typedef void stub_shut_down_fn(void);
 typedef struct {
   const char *kernel;
   void *stream, *context;
-  unsigned grid[3], cluster, block, shared;
+  /* overlaps: whether it may begin while the one before ends. */
+  unsigned grid[3], cluster, block, shared, overlaps;
 } stub_launch;
 typedef const stub_launch *stub_launch_at_fn(int i);
 

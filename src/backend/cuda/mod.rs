@@ -436,7 +436,7 @@ impl Loader<'_> {
         // SAFETY: the space holds the rows, the slice outlives the wait, and so does our stream.
         unsafe {
             self.stream.copy_in(space.address(), as_bytes(weight))?;
-            start(self.module, &pack, Stream::from_raw(self.stream.as_raw()))?;
+            start(self.module, &pack, false, Stream::from_raw(self.stream.as_raw()))?;
         }
         self.stream.synchronize()
     }
@@ -609,9 +609,11 @@ impl RawDeviceRows {
         pointers.check(&module.context)?;
         let rows = DeviceRows { target: module.target, ..rows };
         let pack = launch::pack(self.weight.data.addr() as u64, self.weight.row_stride, &rows);
-        let all = std::iter::once(pack).chain(work(&rows));
-        // SAFETY: the caller's promise; the context is current and the stream's.
-        unsafe { start_all(&module, all, stream) }
+        for launch in std::iter::once(pack).chain(work(&rows)) {
+            // SAFETY: the caller's promise; the context is current and the stream's.
+            unsafe { start(&module, &launch, false, stream)? };
+        }
+        Ok(())
     }
 }
 
@@ -650,17 +652,20 @@ unsafe fn start_all(
 ) -> Result<()> {
     for launch in launches {
         // SAFETY: the caller's promise.
-        unsafe { start(module, &launch, stream)? };
+        unsafe { start(module, &launch, module.overlaps, stream)? };
     }
     Ok(())
 }
 
+/// One that overlaps may begin while the kernel before it ends, and reads then what belongs to its plan
+/// (kernels/device.cuh). A raw call has no plan: the kernel before may have written all that it reads.
+///
 /// # Safety
 /// As [`start_all`].
-unsafe fn start(module: &Module, launch: &Launch, stream: Stream) -> Result<()> {
+unsafe fn start(module: &Module, launch: &Launch, overlaps: bool, stream: Stream) -> Result<()> {
     let &Launch { kernel, grid, cluster, block, shared, ref params } = launch;
     let (driver, function) = (module.context.driver(), module.function(kernel)?);
-    let shape = Shape { grid, cluster, block, shared, overlaps: module.overlaps };
+    let shape = Shape { grid, cluster, block, shared, overlaps };
     // SAFETY: the caller's promise; the parameters are the kernel's.
     unsafe { function.launch(driver, &shape, params.as_ptr(), stream.as_raw()) }
 }

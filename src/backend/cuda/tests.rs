@@ -143,7 +143,7 @@ fn run(program: &Path, arena: &Arena, launches: &[Launch]) -> Result<Vec<Vec<u8>
     words.extend(ORDERS);
     words.push(arena.regions.len() as u64);
     words.extend(arena.regions.iter().flatten());
-    words.push(launches.len() as u64);
+    words.extend([arena.callers as u64, launches.len() as u64]);
     let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
     for launch in launches {
         let mut name = [0; 64];
@@ -181,6 +181,9 @@ fn run(program: &Path, arena: &Arena, launches: &[Launch]) -> Result<Vec<Vec<u8>
 struct Arena {
     bytes: Vec<u8>,
     regions: Vec<[u64; 2]>,
+    /// Where callers' memory begins: what is before belongs to a plan, and nothing writes it while
+    /// kernels run.
+    callers: usize,
 }
 
 /// A matrix in an arena.
@@ -234,7 +237,7 @@ impl Buffer {
 
 impl Arena {
     fn new() -> Arena {
-        Arena { bytes: Vec::new(), regions: Vec::new() }
+        Arena { bytes: Vec::new(), regions: Vec::new(), callers: 0 }
     }
 
     /// NaN in every element; `gap` elements between rows, the first one `offset` elements off
@@ -242,7 +245,8 @@ impl Arena {
     fn matrix(&mut self, dtype: DType, rows: usize, cols: usize, place: Place) -> Buffer {
         let stride = cols + place.gap;
         let start = (self.bytes.len() + 64).next_multiple_of(256) + place.offset * dtype.size();
-        self.bytes.resize(start + rows * stride * dtype.size() + 64, 0xff);
+        let end = start + rows * stride * dtype.size() + 64;
+        self.bytes.resize(end.next_multiple_of(64), 0xff);
         let buffer = Buffer { address: ADDRESS + start as u64, dtype, rows, cols, stride };
         self.regions.extend((0..rows).map(|t| buffer.row(t)));
         buffer
@@ -639,6 +643,7 @@ impl Job {
             },
             sign_weight: arena.vector(&p.sign_weight).address,
         };
+        arena.callers = arena.bytes.len();
         let hidden = arena.filled(p.hidden_dtype, p.d_in, &p.hidden, hidden_at);
         let reference = arena.filled(DType::F32, p.count, &p.reference, reference_at);
         let mask = p.mask.as_ref().map(|(dtype, mask)| {
@@ -1395,6 +1400,7 @@ impl StatsJob {
             buffer.matrix()
         };
         let packs = packs.collect();
+        arena.callers = arena.bytes.len();
         let (own, base) = (hidden(&mut arena, p), base.map(|base| hidden(&mut arena, base)));
         let mask = p.mask.as_ref().map(|(dtype, mask)| {
             let buffer = arena.filled(*dtype, 1, mask, p.places[3]);
@@ -2029,17 +2035,20 @@ fn every_missing_barrier_and_wait_of_a_cluster_is_caught() {
     let gradient: &[(&Problem, &str)] =
         &[(&wide, "blockem_gradient_bf16_sm90"), (&many, "blockem_gradient_bf16_sm90")];
     for (source, kernels, call, without) in [
+        ("resident_sm90.cu", resident, "wait_for_the_one_before();", ""),
         ("resident_sm90.cu", resident, "sync_block();", ""),
         ("resident_sm90.cu", resident, "sync_cluster();", ""),
         ("resident_sm90.cu", resident, "sync_group(r.group);", ""),
         ("resident_sm90.cu", resident, "copy_wait_all_but(p", "if (false) copy_wait_all_but(p"),
         ("resident_sm90.cu", resident, "barrier_wait", "if (false) barrier_wait"),
+        ("encode_sm90.cu", encode, "wait_for_the_one_before();", ""),
         ("encode_sm90.cu", encode, "sync_block();", ""),
         ("encode_sm90.cu", encode, "sync_cluster();", ""),
         ("encode_sm90.cu", encode, "leave_cluster();", ""),
         ("encode_sm90.cu", encode, "sync_group(group);", ""),
         ("encode_sm90.cu", encode, "copy_wait<", "if (false) copy_wait<"),
         ("encode_sm90.cu", encode, "barrier_wait(", "if (false) barrier_wait("),
+        ("gradient_sm90.cu", gradient, "wait_for_the_one_before();", ""),
         ("gradient_sm90.cu", gradient, "sync_cluster();", ""),
         ("gradient_sm90.cu", gradient, "leave_cluster();", ""),
         ("gradient_sm90.cu", gradient, "barrier_wait(", "if (false) barrier_wait("),
