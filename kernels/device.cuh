@@ -30,17 +30,18 @@ struct alignas(8) FloatPair {
     DEVICE void name##_body(const Params &p);                                                      \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \
         name(const __grid_constant__ Params p) {                                                   \
-        let_the_next_start();                                                                      \
         name##_body(p);                                                                            \
     }                                                                                              \
     DEVICE void name##_body(const Params &p)
 
+// Until the kernel before has ended. The next may start from then on and no sooner: it finds that of
+// two kernels before it the first has ended, as without overlaps.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
-DEVICE void let_the_next_start() {}
 DEVICE void wait_for_the_one_before() {}
 #else
-DEVICE void let_the_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_the_one_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void wait_for_the_one_before() {
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+}
 #endif
 
 DEVICE uint32_t thread_index() { return threadIdx.x; }

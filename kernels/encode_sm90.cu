@@ -89,11 +89,13 @@ DEVICE void encode(const EncodeParams &p) {
             for (uint32_t term = 0; own > 0 && term < WEIGHT_TERMS; term++) {
                 const uint64_t from =
                     packed_row(p.rows.padded_count, slice, term, first_latent + first);
-                copy_bulk(shared + stage * STAGE<H> + term * TERM_BYTES + first * ROW_BYTES,
-                          p.rows.packed + from, own * ROW_BYTES, full + stage, (1u << blocks) - 1);
+                unsigned char *to =
+                    shared + stage * STAGE<H> + term * TERM_BYTES + first * ROW_BYTES;
+                copy_bulk_to_all(to, p.rows.packed + from, own * ROW_BYTES, full + stage);
             }
             if (++stage == STAGES<H>) stage = 0, round++;
         }
+        if (lane == 0) wait_until_empty<STAGES<H>>(empty, slices);
     } else {
         const uint32_t thread = thread_index() % GROUP_THREADS;
         HiddenLoader<H, GROUP_THREADS, GROUP_TOKENS> hidden = {
@@ -143,13 +145,13 @@ DEVICE void encode(const EncodeParams &p) {
     }
     if (p.loss_partials) {
         sync_block();
-        if (first_token < p.tokens) write_losses<WARPS, LATENTS>(p, losses, token_tile, first_latent);
+        if (first_token < p.tokens) {
+            write_losses<WARPS, LATENTS>(p, losses, token_tile, first_latent);
+        }
         if (p.mask.data && first_latent == 0 && warp == 0 && first_token < p.tokens) {
             write_count<TOKENS>(p, first_token, token_tile);
         }
     }
-    // Until then others arrive at this block's barriers.
-    leave_cluster();
 }
 
 } // namespace

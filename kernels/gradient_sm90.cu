@@ -52,9 +52,10 @@ DEVICE void bring_rows(const GradientParams &p, unsigned char *shared, uint64_t 
             const uint32_t slice = first_slice + i / Out::TERMS, term = i % Out::TERMS;
             const uint64_t from = packed_row(p.padded_count, slice, term, n * LATENTS + first);
             unsigned char *to = shared + stage * STAGE<Out> + i * TERM_BYTES + first * ROW_BYTES;
-            copy_bulk(to, p.packed + from, own * ROW_BYTES, full + stage, (1u << blocks) - 1);
+            copy_bulk_to_all(to, p.packed + from, own * ROW_BYTES, full + stage);
         }
     }
+    wait_until_empty<STAGES>(empty, rounds);
 }
 
 template <typename Out>
@@ -87,7 +88,9 @@ DEVICE void gradient(const GradientParams &p) {
 
     if (group == GROUPS) {
         give_registers<24>();
-        if (thread_index() % GROUP_THREADS == 0) bring_rows<Out>(p, shared, full, empty, first_slice, rounds);
+        if (thread_index() % GROUP_THREADS == 0) {
+            bring_rows<Out>(p, shared, full, empty, first_slice, rounds);
+        }
     } else {
         take_registers<240>();
         // Not before rows are on their way.
@@ -138,8 +141,6 @@ DEVICE void gradient(const GradientParams &p) {
             write_rows<Out, 1>(p, sums[slice], place, active);
         }
     }
-    // Until then others arrive at this block's barriers.
-    leave_cluster();
 }
 
 } // namespace

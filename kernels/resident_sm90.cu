@@ -97,8 +97,8 @@ struct Resident {
             const bool last = s + 1 == own_slices;
             const uint32_t at = s * SLICE_BYTES;
             barrier_expect(have_rows + s, SLICE_BYTES + (last ? BEHIND : 0));
-            copy_bulk(weights + at, from + at, SLICE_BYTES, have_rows + s, 1u << rank);
-            if (last) copy_bulk(weights + at + SLICE_BYTES, from, BEHIND, have_rows + s, 1u << rank);
+            copy_bulk(weights + at, from + at, SLICE_BYTES, have_rows + s);
+            if (last) copy_bulk(weights + at + SLICE_BYTES, from, BEHIND, have_rows + s);
         }
     }
 

@@ -49,11 +49,6 @@ DEVICE uint32_t cluster_size() {
 DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// The same for blocks that end: it orders no memory.
-DEVICE void leave_cluster() {
-    asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
-}
-
 // An address in the shared memory of another block of the cluster: the same place there.
 DEVICE uint32_t address_in_block(const void *shared, uint32_t rank) {
     uint32_t address;
@@ -129,13 +124,24 @@ DEVICE void barrier_wait_for_stores(uint64_t *barrier, uint32_t parity) {
 
 // ---- Copies ------------------------------------------------------------------------------------
 
-// Sixteen bytes or a multiple, between places at sixteen bytes, to the same place in every block of
-// `ranks`, where the bytes count for the barrier in the same place.
+// Sixteen bytes or a multiple, between places at sixteen bytes; they count for the barrier.
 DEVICE void copy_bulk(unsigned char *shared, const unsigned char *global, uint32_t bytes,
-                      uint64_t *barrier, uint32_t ranks) {
+                      uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+// The same to the same place in every block of the cluster, where they count for its barrier.
+DEVICE void copy_bulk_to_all(unsigned char *shared, const unsigned char *global, uint32_t bytes,
+                             uint64_t *barrier) {
+    const uint32_t blocks = cluster_size();
+    // A launch without clusters need not know of them.
+    if (blocks == 1) return copy_bulk(shared, global, bytes, barrier);
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
                  ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"((uint16_t)ranks)
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier)),
+                 "h"((uint16_t)((1u << blocks) - 1))
                  : "memory");
 }
 // Eight bytes to the same place in a block of the cluster, where they count for its barrier.
@@ -260,3 +266,12 @@ DEVICE void products_end(float (&c)[N][4]) {
 #else
 #include "sm90_host.h"
 #endif
+
+// Where so many rounds take turns with STAGES stages: until the last of each is empty. No other block
+// then arrives at these barriers any more, so this one may end.
+template <int STAGES>
+DEVICE void wait_until_empty(uint64_t *empty, uint32_t rounds) {
+    for (uint32_t i = 0; i < STAGES && i < rounds; i++) {
+        barrier_wait(empty + i, (rounds - 1 - i) / STAGES % 2);
+    }
+}

@@ -14,7 +14,6 @@ DEVICE void take_registers() {}
 DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
 DEVICE void sync_cluster() { simt::sync_cluster(); }
-DEVICE void leave_cluster() { simt::sync_cluster(); }
 
 DEVICE void sync_group(uint32_t group) { simt::sync_group(group, false); }
 DEVICE bool any_in_group(uint32_t group, bool x) { return simt::sync_group(group, x); }
@@ -37,9 +36,13 @@ DEVICE void barrier_wait_for_stores(uint64_t *barrier, uint32_t parity) {
 }
 
 DEVICE void copy_bulk(unsigned char *shared, const unsigned char *global, uint32_t bytes,
-                      uint64_t *barrier, uint32_t ranks) {
-    for (uint32_t rank = 0; rank < 32; rank++) {
-        if (ranks >> rank & 1) simt::copy_bulk(shared, global, bytes, barrier, rank);
+                      uint64_t *barrier) {
+    simt::copy_bulk(shared, global, bytes, barrier, simt::cluster_rank());
+}
+DEVICE void copy_bulk_to_all(unsigned char *shared, const unsigned char *global, uint32_t bytes,
+                             uint64_t *barrier) {
+    for (uint32_t rank = 0; rank < simt::cluster_size(); rank++) {
+        simt::copy_bulk(shared, global, bytes, barrier, rank);
     }
 }
 DEVICE void store_in_block(float *shared, FloatPair pair, uint64_t *barrier, uint32_t rank) {

@@ -2044,13 +2044,13 @@ fn every_missing_barrier_and_wait_of_a_cluster_is_caught() {
         ("encode_sm90.cu", encode, "wait_for_the_one_before();", ""),
         ("encode_sm90.cu", encode, "sync_block();", ""),
         ("encode_sm90.cu", encode, "sync_cluster();", ""),
-        ("encode_sm90.cu", encode, "leave_cluster();", ""),
+        ("encode_sm90.cu", encode, "wait_until_empty<", "if (false) wait_until_empty<"),
         ("encode_sm90.cu", encode, "sync_group(group);", ""),
         ("encode_sm90.cu", encode, "copy_wait<", "if (false) copy_wait<"),
         ("encode_sm90.cu", encode, "barrier_wait(", "if (false) barrier_wait("),
         ("gradient_sm90.cu", gradient, "wait_for_the_one_before();", ""),
         ("gradient_sm90.cu", gradient, "sync_cluster();", ""),
-        ("gradient_sm90.cu", gradient, "leave_cluster();", ""),
+        ("gradient_sm90.cu", gradient, "wait_until_empty<", "if (false) wait_until_empty<"),
         ("gradient_sm90.cu", gradient, "barrier_wait(", "if (false) barrier_wait("),
     ] {
         check_without(source, kernels, call, without);
