@@ -209,7 +209,8 @@ struct Dots {
         now++;
     }
 
-    // All parts are in, and a token's scale, which the norm gives it. The first row in this lane is `token`.
+    // After the last slice: all parts, times the scale that a norm gives each token. The first row in
+    // this lane is `token`.
     DEVICE_MEMBER void finish(const EncodeParams &p, uint64_t token) {
         end_part();
         if (!p.token_scales) return;
@@ -286,7 +287,8 @@ DEVICE void write_latents(const EncodeParams &p, const Dots<TILES_M, TILES_N> &d
     }
 }
 
-// Coefficients of a warp's finished tiles, and to lanes 0 to 3 of each column its loss: losses[8n + 2q + i].
+// Coefficients of a warp's finished tiles, and to lanes 0 to 3 of each column its loss:
+// losses[8n + 2q + i].
 template <int TILES_M, int TILES_N>
 DEVICE void write_penalty(const EncodeParams &p, const Dots<TILES_M, TILES_N> &dots, uint64_t token,
                           uint32_t latent, double *losses) {

@@ -5,9 +5,10 @@
 //   simt run JOB OUT     OUT: the memory after each order, one after the other
 //
 // A job is a sequence of 64-bit words: address and bytes of the memory; number of orders, orders;
-// number of regions, start and bytes of each: the rest of the memory may not be touched; where in the
-// memory that of callers begins, behind a plan's; number of launches; of each the name (8 words), blocks, blocks of a cluster, threads, shared bytes, parameter
-// bytes, parameters (whole words). The memory follows.
+// number of regions, start and bytes of each: the rest of the memory may not be touched; where in
+// the memory that of callers begins, behind a plan's; number of launches; of each the name (8
+// words), blocks, blocks of a cluster, threads, shared bytes, parameter bytes, parameters (whole
+// words). The memory follows.
 #include <fcntl.h>
 #include <sanitizer/asan_interface.h>
 #include <stddef.h>
