@@ -23,7 +23,7 @@ from .._steering import Steering, activation_scale
 from .._torch_cache import base_model_digest
 from ..judges import Grade, Judge
 from ..torch import steered
-from ..torch._site import layer_of
+from ..torch._target import layer_of
 from ..torch._stack import Call, as_base, evaluating, find, peft_of
 from ._grading import Grading
 from ._progress import Progress

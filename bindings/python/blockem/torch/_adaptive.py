@@ -165,9 +165,9 @@ class Adaptive:
             Swap(**{name: tuple(x) if isinstance(x, list) else x for name, x in swap.items()})
             for swap in state["swaps"]
         ]
-        for site in self._handle._sites:
-            if site.layer in self._caches:
-                self._caches[site.layer].use(site.plan)
+        for target in self._handle._targets:
+            if target.layer in self._caches:
+                self._caches[target.layer].use(target.plan)
 
     def _answer(self, watch: Watch, alarm: Alarm) -> None:
         layer, step = alarm.layer, self._handle.steps
@@ -179,7 +179,7 @@ class Adaptive:
         if found is None:
             log.info("blockem: the alarm found no latent")
             return
-        old = watch._site.plan.latents
+        old = watch._target.plan.latents
         union = _first(old.union(found, conflicts=self._conflicts), self._max_latents, old)
         if len(union) == len(old):
             log.info("blockem: the alarm found no latent that K has room for")

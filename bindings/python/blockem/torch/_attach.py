@@ -29,7 +29,7 @@ from ._references import (
     references_of,
 )
 from ._results import Calibration, Check, Term
-from ._site import Site, expect_choice, sites_of
+from ._target import Target, expect_choice, targets_of
 from ._spread import Held, gathered, group_of, held
 from ._stack import Stack, find, restored_modes, without_parallel
 from .lambdas import DualAscent, ratio_lambda
@@ -105,16 +105,16 @@ def attach(
     Raises Error INVALID_ARGUMENT, SHAPE, DEVICE_MISMATCH.
     """
     expect("model", model, nn.Module)
-    sites = sites_of(plan, layer, lam, reduction)
+    targets = targets_of(plan, layer, lam, reduction)
     expect_choice("tokens", tokens, ("labels", "all"))
     expect_choice("gradients", gradients, ("mean", "sum"))
-    stack = find(model, [site.layer for site in sites], layers)
+    stack = find(model, [target.layer for target in targets], layers)
     source = references_of(reference, model, stack, layers)
-    for site in sites:
-        source.expect_latents(site.plan)
-    ranks = Ranks(process_group, tensor_group, sites[0].plan.device)
+    for target in targets:
+        source.expect_latents(target.plan)
+    ranks = Ranks(process_group, tensor_group, targets[0].plan.device)
     settings = _Settings(reduction, tokens, gradients, tolerance, diagnostics)
-    return Handle(model, stack, sites, source, ranks, settings)
+    return Handle(model, stack, targets, source, ranks, settings)
 
 
 class Handle:
@@ -130,14 +130,14 @@ class Handle:
         self,
         model: nn.Module,
         stack: Stack,
-        sites: list[Site],
+        targets: list[Target],
         source: Source,
         ranks: Ranks,
         settings: _Settings,
     ) -> None:
-        self._model, self._stack, self._sites = model, stack, sites
+        self._model, self._stack, self._targets = model, stack, targets
         self._source, self._ranks, self._settings = source, ranks, settings
-        self._recorder = Recorder(stack, sites[0].plan.device)
+        self._recorder = Recorder(stack, targets[0].plan.device)
         self._watches: list[Watch] = []
         # The step's count, and whether ranks that have the same tokens each added theirs.
         self._count: torch.Tensor | float | None = None
@@ -149,8 +149,8 @@ class Handle:
         self._empty_steps: torch.Tensor | int = 0
         #: The last :class:`Check` of any token; the first penalty that has one makes it.
         self.last_check: Check | None = None
-        for site in sites:
-            log.info("blockem: %s", self._place(site))
+        for target in targets:
+            log.info("blockem: %s", self._place(target))
 
     def begin_step(self, batches: Iterable[Any] | float, *, copies: int = 1) -> None:
         """Counts the tokens of an optimizer step, by which all its penalties are divided.
@@ -166,8 +166,8 @@ class Handle:
         """
         # A step that was begun and not ended leaves nothing.
         self._micro = 0
-        for site in self._sites:
-            site.step_sum = torch.zeros_like(site.step_sum)
+        for target in self._targets:
+            target.step_sum = torch.zeros_like(target.step_sum)
         self._counted_by_all = not isinstance(batches, (int, float))
         if isinstance(batches, (int, float)):
             count: torch.Tensor = torch.tensor(float(batches), dtype=torch.float64)
@@ -199,8 +199,8 @@ class Handle:
         """
         forward = self._recorder.take()
         mask = self._mask(batch)
-        for site, hidden in zip(self._sites, forward.hidden, strict=True):
-            self._expect_gradient(site, hidden)
+        for target, hidden in zip(self._targets, forward.hidden, strict=True):
+            self._expect_gradient(target, hidden)
         held = self._held(forward.hidden, mask)
         references, base = self._references(forward, batch, mask)
         if self.last_check is None:
@@ -209,15 +209,15 @@ class Handle:
             group = self._ranks.tensor_group
             with torch.no_grad(), self._recorder.paused():
                 observe(
-                    self._watches, self._sites, self._source, forward, base, batch, mask, group
+                    self._watches, self._targets, self._source, forward, base, batch, mask, group
                 )
         self._autocast = forward.call.autocast
         parts, total = [], None
-        for site, one, reference in zip(self._sites, held, references, strict=True):
+        for target, one, reference in zip(self._targets, held, references, strict=True):
             at = mask.to(one.values.device)
-            part = site.measure(one, reference, at, self._settings.diagnostics)
+            part = target.measure(one, reference, at, self._settings.diagnostics)
             parts.append(part)
-            share = self._lambda(site, part.loss_sum) * part.loss_sum
+            share = self._lambda(target, part.loss_sum) * part.loss_sum
             total = share if total is None else total + share.to(total.device)
         self._micro += 1
         return Term(total, tuple(parts), tuple(forward.hidden), tuple(held), self._factor())
@@ -226,9 +226,9 @@ class Handle:
         """After the optimizer's step: closes the step's count and moves adaptive lambdas."""
         if self._count is None:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "end_step without begin_step")
-        for site in self._sites:
-            if isinstance(site.lam, DualAscent):
-                site.lam.update(self._ranks.all_reduce(site.step_sum) / self._count_of_all())
+        for target in self._targets:
+            if isinstance(target.lam, DualAscent):
+                target.lam.update(self._ranks.all_reduce(target.step_sum) / self._count_of_all())
         self._count = None
         self._steps, self._micro = self._steps + 1, 0
 
@@ -271,16 +271,16 @@ class Handle:
                 _ffi.STATUS_INVALID_ARGUMENT,
                 "latents are swapped between steps: after end_step and before begin_step",
             )
-        site = self._site(layer)
-        plan = site.plan_for(latents)
+        target = self._target(layer)
+        plan = target.plan_for(latents)
         if cache is not self._source.cache:
             self._source.expect_latents(plan)
         if cache is not None:
-            if cache.layer != site.layer:
+            if cache.layer != target.layer:
                 fail(
                     _ffi.STATUS_INVALID_ARGUMENT,
                     f"the cache has z of decoder block {cache.layer}; the latents of block "
-                    f"{site.layer} are swapped",
+                    f"{target.layer} are swapped",
                 )
             expect_adapters_only(self._source.peft)
             with self._as_trained():
@@ -293,11 +293,11 @@ class Handle:
                     progress=progress,
                     process_group=self._ranks.process_group,
                 )
-        site.swap(plan)
+        target.swap(plan)
         self._swapped()
         for watch in self._watches:
-            watch._swapped(site)
-        log.info("blockem: %s", self._place(site))
+            watch._swapped(target)
+        log.info("blockem: %s", self._place(target))
 
     def discard(self) -> None:
         """Forgets a training forward whose penalty is not wanted: call it in an ``except`` around a
@@ -326,13 +326,13 @@ class Handle:
         """
         self._expect_tokens()
         found: dict[str, float] = {}
-        for site in self._sites:
-            prefix = self._prefix(site.layer)
-            totals = self._ranks.all_reduce(site.totals)
-            site_metrics = site.metrics(totals, self._mean_factor(site))
-            found |= {prefix + name: value for name, value in site_metrics.items()
+        for target in self._targets:
+            prefix = self._prefix(target.layer)
+            totals = self._ranks.all_reduce(target.totals)
+            target_metrics = target.metrics(totals, self._mean_factor(target))
+            found |= {prefix + name: value for name, value in target_metrics.items()
                       if per_latent or not name.startswith("latent/")}
-            site.totals = torch.zeros_like(site.totals)
+            target.totals = torch.zeros_like(target.totals)
         for watch in self._watches:
             found |= {self._prefix(watch.layer) + name: x for name, x in watch.metrics().items()}
         return found
@@ -415,9 +415,9 @@ class Handle:
                 "the reference gives z of K alone, and movers are of the whole dictionary: attach with "
                 'reference="adapters_off" or a model',
             )
-        site = self._site_of(stats, layer)
-        site.expect_dictionary(stats)
-        sums, at = stats.fresh(), self._sites.index(site)
+        target = self._target_of(stats, layer)
+        target.expect_dictionary(stats)
+        sums, at = stats.fresh(), self._targets.index(target)
         with restored_modes(self._model), torch.no_grad():
             self._model.eval()
             for batch in batches:
@@ -442,7 +442,7 @@ class Handle:
             "version": 1,
             "steps": self._steps,
             "reduction": self._settings.reduction,
-            "sites": [site.state_dict() for site in self._sites],
+            "sites": [target.state_dict() for target in self._targets],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -452,20 +452,20 @@ class Handle:
         if state.get("version") != 1:
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"unknown state version {state.get('version')!r}")
         mine = self.state_dict()
-        if state["reduction"] != mine["reduction"] or len(state["sites"]) != len(self._sites):
+        if state["reduction"] != mine["reduction"] or len(state["sites"]) != len(self._targets):
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
                 f"the state has reduction {state['reduction']} and {len(state['sites'])} layers, "
-                f"the handle {mine['reduction']} and {len(self._sites)}",
+                f"the handle {mine['reduction']} and {len(self._targets)}",
             )
-        plans = [site.plan_of(theirs) for site, theirs in zip(self._sites, state["sites"])]
-        for site, theirs in zip(self._sites, state["sites"]):
-            site.lam.load_state_dict(theirs["lambda"])
-        for site, plan, theirs in zip(self._sites, plans, state["sites"]):
-            if plan is not site.plan:
-                site.swap(plan)
+        plans = [target.plan_of(theirs) for target, theirs in zip(self._targets, state["sites"])]
+        for target, theirs in zip(self._targets, state["sites"]):
+            target.lam.load_state_dict(theirs["lambda"])
+        for target, plan, theirs in zip(self._targets, plans, state["sites"]):
+            if plan is not target.plan:
+                target.swap(plan)
                 self._swapped()
-            site.version = theirs.get("latents_version", 0)
+            target.version = theirs.get("latents_version", 0)
         self._steps, self._micro = state["steps"], 0
 
     @property
@@ -476,30 +476,30 @@ class Handle:
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plan of each layer, as it is now."""
-        return tuple(site.plan for site in self._sites)
+        return tuple(target.plan for target in self._targets)
 
     def __repr__(self) -> str:
-        return f"Handle({'; '.join(map(self._place, self._sites))}; {self._source.name})"
+        return f"Handle({'; '.join(map(self._place, self._targets))}; {self._source.name})"
 
     def _prefix(self, layer: int) -> str:
-        return "blockem/" if len(self._sites) == 1 else f"blockem/layer{layer}/"
+        return "blockem/" if len(self._targets) == 1 else f"blockem/layer{layer}/"
 
-    def _site(self, layer: int | None) -> Site:
+    def _target(self, layer: int | None) -> Target:
         """The one of this layer; None is the only one."""
-        layers = [site.layer for site in self._sites]
+        layers = [target.layer for target in self._targets]
         if layer is None and len(layers) == 1:
-            return self._sites[0]
+            return self._targets[0]
         if layers.count(layer) != 1:
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
                 f"layer is {layer}; expected one of {', '.join(map(str, layers))}, attached once",
             )
-        return self._sites[layers.index(layer)]
+        return self._targets[layers.index(layer)]
 
-    def _site_of(self, stats: Stats, layer: int | None) -> Site:
+    def _target_of(self, stats: Stats, layer: int | None) -> Target:
         """The one of this layer; where there are several, of that of the statistics' SAE."""
-        several = layer is None and len(self._sites) > 1
-        return self._site(stats.layer if several else layer)
+        several = layer is None and len(self._targets) > 1
+        return self._target(stats.layer if several else layer)
 
     def _as_trained(self) -> contextlib.AbstractContextManager:
         """Autocast as in the last training forward."""
@@ -512,10 +512,10 @@ class Handle:
         """The new latents are checked as at the start of a run that goes on."""
         self.last_check = None
 
-    def _place(self, site: Site) -> str:
+    def _place(self, target: Target) -> str:
         return (
-            f"{site.plan.num_latents} latents on the output of decoder block {site.layer} "
-            f"(0-based), hidden_states[{site.layer + 1}], {self._stack.name}.{site.layer}"
+            f"{target.plan.num_latents} latents on the output of decoder block {target.layer} "
+            f"(0-based), hidden_states[{target.layer + 1}], {self._stack.name}.{target.layer}"
         )
 
     def _mask(self, batch: Any) -> torch.Tensor:
@@ -547,15 +547,16 @@ class Handle:
         for h in hidden:
             if self._ranks.tensor_group is None:
                 self._ranks.tensor_group = group_of(h)
-        return [self._hold(site, h, mask) for site, h in zip(self._sites, hidden, strict=True)]
+        pairs = zip(self._targets, hidden, strict=True)
+        return [self._hold(target, h, mask) for target, h in pairs]
 
-    def _hold(self, site: Site, hidden: torch.Tensor, mask: torch.Tensor) -> Held:
-        return held(site.plan, hidden, mask.shape, self._ranks.tensor_group)
+    def _hold(self, target: Target, hidden: torch.Tensor, mask: torch.Tensor) -> Held:
+        return held(target.plan, hidden, mask.shape, self._ranks.tensor_group)
 
     def _references(self, forward: Forward, batch: Any, mask: torch.Tensor) -> References:
-        hold = lambda site, hidden: self._hold(site, hidden, mask)
+        hold = lambda target, hidden: self._hold(target, hidden, mask)
         with torch.no_grad(), self._recorder.paused():
-            return self._source.references(forward, batch, self._sites, hold)
+            return self._source.references(forward, batch, self._targets, hold)
 
     def _check(
         self,
@@ -565,7 +566,7 @@ class Handle:
         mask: torch.Tensor,
     ) -> Check:
         bound, must_hold = self._settings.tolerance, self._source.checked
-        found = compare(self._sites, held, references, mask, "tuned")
+        found = compare(self._targets, held, references, mask, "tuned")
         # All ranks or none run another pass, now and with the next penalty: layers may be sharded.
         own = torch.tensor([float(found.difference > bound), float(found.tokens)])
         differs, tokens = self._ranks.all_reduce(own).tolist()
@@ -574,7 +575,7 @@ class Handle:
                 stand_in = self._source.stand_in(forward)
             if stand_in is not None:
                 held = self._held(stand_in, mask)
-                found = compare(self._sites, held, references, mask, "adapters off")
+                found = compare(self._targets, held, references, mask, "adapters off")
             elif self._steps:
                 # Trained weights differ from the copy's, and nothing can stand in for them.
                 must_hold = False
@@ -603,22 +604,22 @@ class Handle:
         mask = self._mask(batch)
         held = self._held(forward.hidden, mask)
         references, _ = self._references(forward, batch, mask)
-        for i, (site, one, reference) in enumerate(
-            zip(self._sites, held, references, strict=True)
+        for i, (target, one, reference) in enumerate(
+            zip(self._targets, held, references, strict=True)
         ):
-            parts = site.parts(one, reference, mask)
-            factor = self._mean_factor(site)
+            parts = target.parts(one, reference, mask)
+            factor = self._mean_factor(target)
             totals["penalty"] += parts.loss_sum.item() * factor
             totals["count"] += parts.count.item() if i == 0 else 0.0
 
-    def _lambda(self, site: Site, like: torch.Tensor) -> torch.Tensor | float:
-        lam = site.lam.value
+    def _lambda(self, target: Target, like: torch.Tensor) -> torch.Tensor | float:
+        lam = target.lam.value
         if isinstance(lam, torch.Tensor):
             lam = lam.to(like.device, like.dtype)
-        return lam * self._mean_factor(site)
+        return lam * self._mean_factor(target)
 
-    def _mean_factor(self, site: Site) -> float:
-        return 1.0 / site.plan.num_latents if self._settings.reduction == "mean" else 1.0
+    def _mean_factor(self, target: Target) -> float:
+        return 1.0 / target.plan.num_latents if self._settings.reduction == "mean" else 1.0
 
     def _factor(self) -> torch.Tensor | float | None:
         """What a term is multiplied by; None before begin_step."""
@@ -636,11 +637,11 @@ class Handle:
             self._empty_steps = 0
             fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
 
-    def _expect_gradient(self, site: Site, hidden: torch.Tensor) -> None:
+    def _expect_gradient(self, target: Target, hidden: torch.Tensor) -> None:
         if not hidden.requires_grad:
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"the output of decoder block {site.layer} needs no gradient, so the penalty "
+                f"the output of decoder block {target.layer} needs no gradient, so the penalty "
                 "trains nothing: no trained parameter lies at or below it, or reentrant gradient "
                 "checkpointing needs model.enable_input_require_grads()",
             )

@@ -9,12 +9,12 @@ import torch
 
 from ._ops import encode
 from ._results import Check
-from ._site import Site
+from ._target import Target
 from ._spread import Held
 
 
 def compare(
-    sites: Sequence[Site],
+    targets: Sequence[Target],
     held: Sequence[Held],
     references: Sequence[torch.Tensor],
     mask: torch.Tensor,
@@ -22,14 +22,14 @@ def compare(
 ) -> Check:
     """z of the hidden states against the references. A difference of infinity stands for NaN."""
     worst = penalty = active = tokens = 0.0
-    for site, one, reference in zip(sites, held, references, strict=True):
+    for target, one, reference in zip(targets, held, references, strict=True):
         mask = mask.to(one.values.device)
         kept = one.own(mask) != 0
         z = encode(one.plan, one.values.detach())[kept]
         distance = (z - one.own(reference)[kept]).abs().flatten()
         distance = torch.where(distance.isnan(), math.inf, distance)
         worst = max(worst, one.greatest(torch.cat([distance, distance.new_zeros(1)]).max()))
-        active += (z != 0).sum().item() / max(z.numel(), 1) / len(sites)
-        parts = site.parts(one.detached(), reference, mask != 0)
+        active += (z != 0).sum().item() / max(z.numel(), 1) / len(targets)
+        parts = target.parts(one.detached(), reference, mask != 0)
         penalty, tokens = penalty + parts.loss_sum.item(), max(tokens, parts.count.item())
     return Check(compared, int(tokens), penalty, worst, active)

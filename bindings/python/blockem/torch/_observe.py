@@ -9,7 +9,7 @@ import torch
 
 from ._recorder import Forward
 from ._references import Source
-from ._site import Site
+from ._target import Target
 from ._spread import gathered
 from ._stack import rows_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def observe(
     watches: Sequence[Watch],
-    sites: Sequence[Site],
+    targets: Sequence[Target],
     source: Source,
     forward: Forward,
     base: Sequence[torch.Tensor] | None,
@@ -29,8 +29,8 @@ def observe(
 ) -> None:
     """Gives the watches the rows that they draw; mostly there are none, and nothing is done.
 
-    base: the base model's hidden states of all rows, for each site, where the references came from
-        them; else one pass serves all watches.
+    base: the base model's hidden states of all rows, for each target, where the references came
+        from them; else one pass serves all watches.
     """
     wanted = [(watch, watch._rows(mask)) for watch in watches]
     drawn = sorted({row for _, mine in wanted for row in mine})
@@ -43,7 +43,7 @@ def observe(
     for watch, mine in wanted:
         if not mine:
             continue
-        at = sites.index(watch._site)
+        at = targets.index(watch._target)
         whole = lambda hidden, rows, count: gathered(
             hidden, rows, (count, length), tensor_group, watch.stats.d_in
         )

@@ -18,19 +18,19 @@ from .._core import Plan
 from .._library import fail
 from ._ops import encode
 from ._recorder import Forward
-from ._site import Site
+from ._target import Target
 from ._spread import Held
 from ._stack import Stack, adapters_off, find, peft_of
 
 #: How a layer's output lies on the ranks.
-Hold = Callable[[Site, torch.Tensor], Held]
+Hold = Callable[[Target, torch.Tensor], Held]
 
-#: Given a batch, z of the base model for each site.
+#: Given a batch, z of the base model for each target.
 Provider = Callable[[Any], torch.Tensor | Sequence[torch.Tensor]]
 
 
 class References(NamedTuple):
-    """Of the base model, for each site."""
+    """Of the base model, for each target."""
 
     #: z: of this rank's tokens, or of all
     latents: list[torch.Tensor]
@@ -80,7 +80,7 @@ class Source:
         self.peft, self.stack = peft, stack
 
     def references(
-        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
+        self, forward: Forward, batch: Any, targets: Sequence[Target], hold: Hold
     ) -> References:
         raise NotImplementedError
 
@@ -130,11 +130,11 @@ class AdaptersOff(Source):
         expect_adapters_only(peft)
 
     def references(
-        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
+        self, forward: Forward, batch: Any, targets: Sequence[Target], hold: Hold
     ) -> References:
         with self.adapters_off():
             hidden = self.stack.run(forward.call)
-        return References(_encode_all(sites, hidden, hold), hidden)
+        return References(_encode_all(targets, hidden, hold), hidden)
 
 
 class FrozenCopy(Source):
@@ -149,10 +149,10 @@ class FrozenCopy(Source):
         self.copied = copied
 
     def references(
-        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
+        self, forward: Forward, batch: Any, targets: Sequence[Target], hold: Hold
     ) -> References:
         hidden = self.copied.run(forward.call)
-        return References(_encode_all(sites, hidden, hold), hidden)
+        return References(_encode_all(targets, hidden, hold), hidden)
 
 
 class Provided(Source):
@@ -172,17 +172,17 @@ class Provided(Source):
         self.cache = owner if isinstance(owner, Cache) else None
 
     def references(
-        self, forward: Forward, batch: Any, sites: Sequence[Site], hold: Hold
+        self, forward: Forward, batch: Any, targets: Sequence[Target], hold: Hold
     ) -> References:
-        for site in sites:
+        for target in targets:
             # A cache may have been given another plan meanwhile.
-            self.expect_latents(site.plan)
+            self.expect_latents(target.plan)
         given = self.provider(batch)
         given = [given] if isinstance(given, torch.Tensor) else list(given)
-        if len(given) != len(sites):
+        if len(given) != len(targets):
             fail(
                 _ffi.STATUS_SHAPE,
-                f"reference gave {len(given)} tensors for {len(sites)} layers",
+                f"reference gave {len(given)} tensors for {len(targets)} layers",
             )
         latents = [z.to(h.device, non_blocking=True) for z, h in zip(given, forward.hidden)]
         return References(latents, None)
@@ -216,9 +216,9 @@ def _listed(ids: np.ndarray) -> str:
 
 
 def _encode_all(
-    sites: Sequence[Site], hidden: Sequence[torch.Tensor], hold: Hold
+    targets: Sequence[Target], hidden: Sequence[torch.Tensor], hold: Hold
 ) -> list[torch.Tensor]:
-    held = [hold(site, h) for site, h in zip(sites, hidden, strict=True)]
+    held = [hold(target, h) for target, h in zip(targets, hidden, strict=True)]
     return [encode(one.plan, one.values) for one in held]
 
 

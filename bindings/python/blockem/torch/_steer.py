@@ -14,7 +14,7 @@ from .._arrays import Array
 from .._core import expect
 from .._library import fail
 from .._steering import Conditions, Steering
-from ._site import layer_of
+from ._target import layer_of
 from ._spread import is_dtensor
 from ._stack import _eager, find, hidden_of
 

@@ -18,7 +18,7 @@ from .._library import fail
 from .._stats import Movers, Stats
 from ._attach import Handle
 from ._references import Provided, expect_adapters_only
-from ._site import Site
+from ._target import Target
 
 __all__ = ["Alarm", "AlarmRule", "Drift", "Watch"]
 
@@ -269,17 +269,17 @@ class Watch:
         ):
             if not right:
                 fail(_ffi.STATUS_INVALID_ARGUMENT, f"{name} is {value}; expected {expected}")
-        self._handle, self._site = handle, handle._site_of(stats, layer)
-        self._site.expect_dictionary(stats)
-        if any(watch._site is self._site for watch in handle._watches):
-            at = self._site.layer
+        self._handle, self._target = handle, handle._target_of(stats, layer)
+        self._target.expect_dictionary(stats)
+        if any(watch._target is self._target for watch in handle._watches):
+            at = self._target.layer
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"decoder block {at} has a watch already")
         if base is None and isinstance(handle._source, Provided):
             # A cache has z of K alone: the base model runs for the sampled rows.
             _expect_base(handle._source)
         if known is not None:
             _expect_ids(known, stats.d_sae)
-        self.layer, self.stats, self.base = self._site.layer, stats.fresh(), base
+        self.layer, self.stats, self.base = self._target.layer, stats.fresh(), base
         self.share, self.together, self.seed, self.known = share, together, seed, known
         self.top, self.memory, self.min_tokens, self.rule = top, memory, min_tokens, rule
         self._listeners = [on_alarm] if on_alarm is not None else []
@@ -430,9 +430,9 @@ class Watch:
         place = lambda x: x.detach().to(self.stats.device, non_blocking=True)
         self.stats.update(place(hidden), place(base), place(mask))
 
-    def _swapped(self, site: Site) -> None:
+    def _swapped(self, target: Target) -> None:
         """Another K has another outside: its baseline is taken anew."""
-        if site is self._site:
+        if target is self._target:
             self._since_swap = self._streak = 0
             self._baseline = None
 
@@ -480,7 +480,7 @@ class Watch:
         }
 
     def _drift(self, sums: _Sums) -> Drift:
-        latents = self._site.plan.latents
+        latents = self._target.plan.latents
         row = lambda name: sums.state[_ffi.STATS_STATE[name]] / sums.count
         delta = row("sum") - row("base_sum")
         wrong = np.flatnonzero(~np.isfinite(delta))

@@ -1,4 +1,4 @@
-"""A plan on a layer: its penalty, its lambda, and the sums for logs."""
+"""A plan at a place of the model: its penalty, its lambda, and the sums for logs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ._spread import Held
 from .lambdas import DualAscent, Fixed, as_lambda
 
 
-class Site:
-    """A plan on a layer, its lambda and its sums."""
+class Target:
+    """A plan at a place of the model, its lambda and its sums."""
 
     def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
         self.layer, self.lam = layer, lam
@@ -171,12 +171,12 @@ class Site:
         return plan
 
 
-def sites_of(
+def targets_of(
     plan: Plan | Sequence[Plan],
     layer: int | Sequence[int] | None,
     lam: float | DualAscent | Sequence[float | DualAscent],
     reduction: str,
-) -> list[Site]:
+) -> list[Target]:
     expect_choice("reduction", reduction, ("sum", "mean"))
     plans = [plan] if isinstance(plan, Plan) else list(plan)
     for one in plans:
@@ -195,7 +195,7 @@ def sites_of(
             f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
         )
     return [
-        Site(one, layer_of(one, at), as_lambda(value))
+        Target(one, layer_of(one, at), as_lambda(value))
         for one, at, value in zip(plans, layers, lams)
     ]
 
