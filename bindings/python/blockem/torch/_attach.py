@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -152,13 +153,17 @@ class Handle:
         for target in targets:
             log.info("blockem: %s", self._place(target))
 
-    def begin_step(self, batches: Iterable[Any] | float, *, copies: int = 1) -> None:
+    def begin_step(
+        self, batches: Iterable[Any] | float, *, copies: int = 1, may_be_empty: bool = False
+    ) -> None:
         """Counts the tokens of an optimizer step, by which all its penalties are divided.
 
         batches: every micro-batch of the step on this rank, as :meth:`penalty` will get them
             (mappings with labels, or masks); or the step's count: each token once, over all ranks.
         copies: how many ranks of process_group were given these same batches here, of which each
             gets other tokens later (context parallelism).
+        may_be_empty: the whole step may have no counted token: then its penalty is 0, and an adaptive
+            lambda stays as it is.
 
         A micro-batch may have no counted token. Raises Error INVALID_ARGUMENT where the whole step
         has none: at once for counts in host memory; for those of a device by :meth:`metrics` and
@@ -176,14 +181,18 @@ class Handle:
             parts = [_share(mask).sum() for mask in masks]
             count = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
             count = self._ranks.all_reduce(count) / copies
-        if count.device.type == "cpu":
-            if not count.item() > 0:
-                fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
-            self._count = count.item()
-        else:
-            empty = count == 0
+        empty = count == 0
+        if may_be_empty:
+            for target in self._targets:
+                # No penalty was measured: not finite, by which no lambda moves.
+                at = empty.to(target.step_sum.device)
+                target.step_sum = target.step_sum.masked_fill(at, math.nan)
+        elif count.device.type != "cpu":
             self._empty_steps = self._empty_steps + empty.long()
-            self._count = torch.where(empty, 1.0, count)
+        elif not count.item() > 0:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, _NO_TOKENS)
+        count = torch.where(empty, 1.0, count)
+        self._count = count.item() if count.device.type == "cpu" else count
 
     def penalty(self, batch: Any) -> Term:
         """The penalty of the last training forward, once: add its ``loss`` to the task loss.

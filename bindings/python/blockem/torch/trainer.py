@@ -1,4 +1,4 @@
-"""The penalty in transformers.Trainer and in trainers built on it, such as TRL's SFTTrainer."""
+"""The penalty in transformers.Trainer and in trainers built on it, such as TRL's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .._library import fail
 from ._adaptive import Adaptive
 from ._attach import Handle, attach
 from ._spread import is_dtensor
+from ._trl import kind_of
 from ._watch import Watch
 
 __all__ = ["PenaltyMixin"]
@@ -42,6 +43,16 @@ class PenaltyMixin:
         several layers. Its reports come with the logs, where enough was seen since the last.
     adaptive: the arguments of :class:`blockem.torch.Adaptive` after handle and watches; rewind puts
         back the trainer's own optimizer.
+    completions: which completions of DPOTrainer, KTOTrainer, CPOTrainer and ORPOTrainer count: "all",
+        or the "chosen" alone (in KTOTrainer those whose label is true).
+
+    In TRL's SFTTrainer, as in Trainer, the tokens count whose label is not -100. In DPOTrainer,
+    KTOTrainer, CPOTrainer, ORPOTrainer, GRPOTrainer, GMPOTrainer, RLOOTrainer and DistillationTrainer
+    those of the completions do: chosen and rejected ones, because a model learns from both; not what
+    a tool answered, nor completions that were masked because they were truncated. With
+    ``penalty=dict(tokens="all")`` the prompts count too; RewardTrainer needs that. A step of
+    generated or chosen completions may have no such token: its penalty is 0, and an adaptive lambda
+    stays as it is.
 
     The penalty is divided by the counted tokens of the whole optimizer step, over micro-batches and
     ranks. The trainer's logs get :meth:`blockem.torch.Handle.metrics` (so TensorBoard and others
@@ -58,7 +69,9 @@ class PenaltyMixin:
     gives. Raises Error UNSUPPORTED under FSDP1, context and sequence parallelism and
     torch.nn.DataParallel: what the trainer does there with hidden states, layers or batches has not
     been tested with the penalty; and with model_init, whose model of train() (as in
-    hyperparameter_search) is not the one that has the hooks.
+    hyperparameter_search) is not the one that has the hooks; and for TRL's other trainers. Raises
+    INVALID_ARGUMENT where the tokens whose penalty was taken are not those of the optimizer step's
+    batches: at once for counts in host memory, else with the next log.
     """
 
     def __init__(
@@ -69,8 +82,17 @@ class PenaltyMixin:
         per_latent: bool = False,
         watch: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
         adaptive: Mapping[str, Any] | None = None,
+        completions: str = "all",
         **kwargs: Any,
     ) -> None:
+        self._kind = kind_of(type(self), completions, penalty.get("tokens", "labels"))
+        self._completions = completions
+        # Of a step: what a trainer that generates is to make completions of, and those made.
+        self._prompts: list[Any] = []
+        self._made: list[Any] = []
+        # Tokens of the step whose penalty was not taken yet; steps that left some.
+        self._left: torch.Tensor | int = 0
+        self._astray: torch.Tensor | int = 0
         super().__init__(*args, **kwargs)
         _expect_whole(self)
         self.penalty: Handle = attach(self.model, **penalty)
@@ -103,8 +125,34 @@ class PenaltyMixin:
         if batches:
             # Of a forward that ran out of memory, where the trainer begins again with smaller batches.
             self.penalty.discard()
-            self.penalty.begin_step(batches)
+            self._prompts, self._made = list(batches), []
+            if not self._kind.generates:
+                self._begin(batches)
         return batches, items
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if not (self._kind.generates and self.model.training):
+            return super()._prepare_inputs(inputs)
+        if not self._made:
+            # All of the step's, for its count; no weights change in between.
+            first = self._step
+            for self._step, prompts in enumerate(self._prompts, first):
+                self._made.append(super()._prepare_inputs(prompts))
+            self._step = first
+            self._begin(self._made)
+        return self._made.pop(0)
+
+    def _begin(self, batches: Sequence[Any]) -> None:
+        translated = [self._translate(batch) for batch in batches]
+        empty = self._kind.may_be_empty(self._completions)
+        self.penalty.begin_step(translated, may_be_empty=empty)
+        self._left = sum(self._tokens(batch) for batch in translated)
+
+    def _translate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return self._kind.translate(self, inputs, self._completions == "chosen")
+
+    def _tokens(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        return self.penalty._mask(batch).sum()
 
     def compute_loss(
         self,
@@ -113,8 +161,7 @@ class PenaltyMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        # Trainers take labels out of inputs.
-        batch = dict(inputs)
+        batch = self._translate(inputs)
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -122,6 +169,7 @@ class PenaltyMixin:
             return result
         loss, *rest = result if return_outputs else (result,)
         term = self.penalty.penalty(batch)
+        self._left = self._left - self._tokens(batch)
         if self._cosine_steps and self.state.global_step % self._cosine_steps == 0:
             self._cosines.append(term.cosine(loss))
         total = loss + term.loss.to(loss.device) * self._division(num_items_in_batch)
@@ -129,11 +177,29 @@ class PenaltyMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            self._expect_all_counted()
             logs |= self.penalty.metrics(per_latent=self._per_latent)
             if self._cosines:
                 logs["blockem/cosine"] = torch.stack(self._cosines).mean().item()
                 self._cosines.clear()
         super().log(logs, *args, **kwargs)
+
+    def _end(self) -> None:
+        self.penalty.end_step()
+        left = self._left
+        self._astray = self._astray + (left != 0)
+        if not isinstance(left, torch.Tensor) or left.device.type == "cpu":
+            self._expect_all_counted()
+
+    def _expect_all_counted(self) -> None:
+        if int(self._astray):
+            self._astray = 0
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the tokens whose penalty {type(self).__name__} took are not those of the step's "
+                "batches, by which it is divided: the trainer changes its batches after "
+                "get_batch_samples, or has a loss of its own that does not call compute_loss",
+            )
 
     def _load_watches(self, state: Mapping[str, Any]) -> None:
         for watch, theirs in zip(self.watches, state["watches"], strict=True):
@@ -168,7 +234,7 @@ class _Steps(TrainerCallback):
                 trainer._past = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.handle.end_step()
+        self.trainer._end()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every rank has the same state and may have to say that a step was empty.
