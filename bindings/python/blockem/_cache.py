@@ -199,7 +199,7 @@ class Cache:
             where the model gets them, such as a DataLoader of the training set.
         layers: dotted name of the list of decoder layers, where it cannot be found.
         packed: see :meth:`reference`.
-        progress: shows a bar on standard error.
+        progress: shows a bar of tqdm on standard error, where tqdm is installed.
 
         Raises Error: CACHE_STALE (hidden has another dtype), NON_FINITE, INVALID_ARGUMENT, SHAPE, IO.
         """

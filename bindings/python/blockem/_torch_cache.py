@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,22 +260,11 @@ def _base_name(name: str) -> str:
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches, with a progress bar: tqdm's where it is installed."""
+    """The batches, with a bar of tqdm where that is installed."""
     if not progress:
         return batches
     try:
         from tqdm import tqdm
     except ImportError:
-        return _counted(batches)
+        return batches
     return tqdm(batches, desc="reference cache", unit="batch")
-
-
-def _counted(batches: Iterable[Any]) -> Iterator[Any]:
-    total = f" of {len(batches)}" if hasattr(batches, "__len__") else ""
-    count, told = 0, time.monotonic()
-    for count, batch in enumerate(batches, 1):
-        yield batch
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            print(f"reference cache: {count}{total} batches", file=sys.stderr)
-    print(f"reference cache: {count}{total} batches, done", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .. import _ffi
 from .._core import Sae, expect
@@ -26,7 +27,6 @@ from ..torch import steered
 from ..torch._target import layer_of
 from ..torch._stack import Call, as_base, evaluating, find, peft_of
 from ._grading import Grading
-from ._progress import Progress
 from ._prompts import Prompt, chat_template, check_disjoint, chunks, counted, padded, tokenised
 from ._stages import Rates, Screening, Shifts, Swept, screened, swept
 from ._store import Store
@@ -101,7 +101,7 @@ class Study:
     scale: the unit of strengths; None takes the median norm over the tokens of `prompts` that
         count (:func:`blockem.activation_scale`).
     layers: dotted name of the list of decoder layers, where it cannot be found.
-    progress: a line with the time left, on standard error.
+    progress: shows bars of tqdm on standard error, with the time left.
 
     Raises ValueError, Error INVALID_ARGUMENT, SHAPE, LATENT_RANGE, TENSOR_MISSING (no decoder), and
     what the judge raises; what was generated until then is kept.
@@ -175,8 +175,8 @@ class Study:
         )
         kept = self._store.value(name)
         if kept is None:
-            with Progress("Stage 1", len(self._prompts), self._progress) as progress:
-                _, sums = stage1(stats, self._both(progress))
+            with self._bar("Stage 1", len(self._prompts)) as bar:
+                _, sums = stage1(stats, self._both(bar))
             self._store.put_value(name, sums.delta.tobytes())
             kept = self._store.value(name)
         provenance = self._provenance(weights, activation=self.activation)
@@ -304,8 +304,8 @@ class Study:
             graded = self._store.grades(pairs)
             ungraded += [pair for pair in pairs if pair not in graded]
         with (
-            Progress(stage, len(missing) + len(ungraded), self._progress) as progress,
-            Grading(self.judge, self._store, progress.add) as grading,
+            self._bar(stage, len(missing) + len(ungraded)) as bar,
+            Grading(self.judge, self._store, bar.update) as grading,
         ):
             for pairs in chunks(ungraded, self.batch_size):
                 grading.add(pairs)
@@ -378,15 +378,17 @@ class Study:
 
     # ---- Hidden states ---------------------------------------------------------------------------
 
-    def _both(
-        self, progress: Progress
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _bar(self, stage: str, total: int) -> tqdm:
+        """Nothing is shown for work that is already done."""
+        return tqdm(total=total, desc=stage, disable=not self._progress or total == 0)
+
+    def _both(self, bar: tqdm) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Hidden states of the tuned and the base model, and the tokens that count."""
         for batch in chunks(self._prompts, self.batch_size):
             inputs = padded(batch, self._pad, "right", self._device)
             counts = counted(batch, inputs).to(self._layer_device)
             yield self._hidden(inputs, True), self._hidden(inputs, False), counts
-            progress.add(len(batch))
+            bar.update(len(batch))
 
     def _of_base(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in chunks(self._prompts, self.batch_size):
