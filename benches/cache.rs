@@ -32,7 +32,7 @@ pub fn group(c: &mut Criterion) {
     };
     let cache = Cache::open(&path, &options).unwrap();
     let keys: Vec<Key> =
-        (0..EXAMPLES as i64).map(|i| cache.example_key(&[i], None).unwrap()).collect();
+        (0..EXAMPLES as i64).map(|i| cache.example_key(&[i], None, &[]).unwrap()).collect();
     let mut z = vec![1.0f32; BATCH * TOKENS * LATENTS];
     for batch in keys.chunks(64) {
         let one = Tensor::from_slice(&z[..TOKENS * LATENTS], &[TOKENS, LATENTS]).unwrap();
@@ -74,7 +74,7 @@ pub fn group(c: &mut Criterion) {
         b.iter_batched(
             || {
                 let ids = next.by_ref().take(BATCH);
-                ids.map(|i| cache.example_key(&[i], None).unwrap()).collect::<Vec<Key>>()
+                ids.map(|i| cache.example_key(&[i], None, &[]).unwrap()).collect::<Vec<Key>>()
             },
             |keys| {
                 let one = Tensor::from_slice(&source[..TOKENS * LATENTS], &[TOKENS, LATENTS]);

@@ -1219,6 +1219,40 @@ typedef struct blockem_cache_info {
 } blockem_cache_info;
 
 /**
+ * What the base model sees of an example.
+ */
+typedef struct blockem_cache_example {
+  /**
+   * sizeof(blockem_cache_example), set by BLOCKEM_CACHE_EXAMPLE_INIT.
+   */
+  size_t struct_size;
+  /**
+   * [num_tokens] of the tokens whose z is stored (without padding).
+   */
+  const int64_t *token_ids;
+  /**
+   * [num_tokens] as the model gets them; NULL means 0, 1, 2, ...
+   */
+  const int64_t *positions;
+  /**
+   * At least 1.
+   */
+  size_t num_tokens;
+  /**
+   * [context_size] bytes, or NULL with 0 for a model that sees tokens and positions alone. It must
+   * tell apart all else that changes hidden states of the example: pixels of its images and their
+   * grids, audio features and their masks, token types, positions in more than one dimension, gaps
+   * that an attention mask leaves between its tokens. The bytes themselves will do, or a digest of
+   * them; whoever reads must make them as whoever stored, dtype included.
+   */
+  const void *context;
+  /**
+   * Bytes of context.
+   */
+  size_t context_size;
+} blockem_cache_example;
+
+/**
  * What statistics are of. Filled by blockem_stats_info_get.
  */
 typedef struct blockem_stats_info {
@@ -1797,7 +1831,7 @@ blockem_status blockem_penalty(const struct blockem_plan *plan,
  * options: required; see blockem_cache_options.
  * out: a new handle, to be freed with blockem_cache_free; untouched on error.
  * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, DTYPE, IO, FORMAT (no cache, or damaged),
- * UNSUPPORTED (of another version), CACHE_STALE (the message has both sides), CACHE_BUSY (a writer
+ * UNSUPPORTED (of another format: make a new one), CACHE_STALE (the message has both sides), CACHE_BUSY (a writer
  * has it, or this one would write and readers have it). Thread-safe.
  */
 BLOCKEM_API
@@ -1814,7 +1848,19 @@ blockem_status blockem_cache_info_get(const struct blockem_cache *cache,
                                       struct blockem_cache_info *info);
 
 /**
- * The key of an example: a digest of what the cache belongs to, the token ids and their positions.
+ * The key of an example: a digest of what the cache belongs to, the token ids, their positions and
+ * the context.
+ * example: required; see blockem_cache_example.
+ * key: [BLOCKEM_CACHE_KEY_SIZE] bytes, written.
+ * Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT (no tokens), LAYOUT. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_key(const struct blockem_cache *cache,
+                                 const struct blockem_cache_example *example,
+                                 uint8_t *key);
+
+/**
+ * blockem_cache_key of an example without context: of a model that sees tokens and positions alone.
  * token_ids: [n], n at least 1, of the tokens whose z is stored (without padding).
  * positions: [n] as the model gets them; NULL means 0, 1, 2, ...
  * key: [BLOCKEM_CACHE_KEY_SIZE] bytes, written.
@@ -1826,6 +1872,34 @@ blockem_status blockem_cache_example_key(const struct blockem_cache *cache,
                                          const int64_t *positions,
                                          size_t n,
                                          uint8_t *key);
+
+/**
+ * Keeps a short text beside the examples, such as how their contexts were made. It is written once:
+ * the same again changes nothing, another is CACHE_STALE.
+ * name: 1 to 255 bytes of UTF-8.
+ * text: up to 65536 bytes of UTF-8.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (opened with READ; name or text has another length),
+ * CACHE_STALE, IO, FORMAT (damaged), FORKED. Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_put_note(const struct blockem_cache *cache,
+                                      const char *name,
+                                      const char *text);
+
+/**
+ * Reads what blockem_cache_put_note stored.
+ * buf: at most cap bytes are written, with the final NUL; buf NULL or cap 0 writes nothing.
+ * length: written: bytes of the text without the NUL, so that a second call can bring a larger
+ * buffer. 0 where there is no such note.
+ * Errors: NULL_POINTER, INVALID_ARGUMENT (the name's length), IO, FORMAT (damaged), FORKED.
+ * Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_cache_get_note(const struct blockem_cache *cache,
+                                      const char *name,
+                                      char *buf,
+                                      size_t cap,
+                                      size_t *length);
 
 /**
  * Which examples lack which latents of a plan.
@@ -2172,6 +2246,7 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, 0, 0, 1.0, BLOCKEM_TENSOR_INIT, NULL, 0 }
 #define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL }
+#define BLOCKEM_CACHE_EXAMPLE_INIT { sizeof(blockem_cache_example), NULL, NULL, 0, NULL, 0 }
 #define BLOCKEM_CACHE_INFO_INIT { sizeof(blockem_cache_info), 0, 0, 0, 0, 0, { 0 }, { 0 } }
 #define BLOCKEM_STATS_INFO_INIT \
   { sizeof(blockem_stats_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, { 0 } }

@@ -702,16 +702,37 @@ class Cache : public detail::Handle<blockem_cache, blockem_cache_free> {
   }
 
   /// The key of an example; positions empty means 0, 1, 2, ...
+  /// context: all else that the model sees of the example, or a digest of it; see
+  /// blockem_cache_example.
   Key example_key(const std::vector<std::int64_t>& token_ids,
-                  const std::vector<std::int64_t>& positions = std::vector<std::int64_t>()) const {
+                  const std::vector<std::int64_t>& positions = std::vector<std::int64_t>(),
+                  const std::vector<std::uint8_t>& context = std::vector<std::uint8_t>()) const {
     if (!positions.empty() && positions.size() != token_ids.size()) {
       throw Error(BLOCKEM_STATUS_SHAPE, "token_ids and positions must have one length");
     }
+    blockem_cache_example example = BLOCKEM_CACHE_EXAMPLE_INIT;
+    example.token_ids = token_ids.data();
+    example.positions = positions.empty() ? nullptr : positions.data();
+    example.num_tokens = token_ids.size();
+    example.context = context.empty() ? nullptr : context.data();
+    example.context_size = context.size();
     Key key;
-    check(blockem_cache_example_key(get(), token_ids.data(),
-                                    positions.empty() ? nullptr : positions.data(),
-                                    token_ids.size(), key.data()));
+    check(blockem_cache_key(get(), &example, key.data()));
     return key;
+  }
+
+  /// Keeps a short text beside the examples; it is written once.
+  void put_note(const std::string& name, const std::string& text) const {
+    check(blockem_cache_put_note(get(), name.c_str(), text.c_str()));
+  }
+
+  /// The text that put_note stored; empty where there is none.
+  std::string note(const std::string& name) const {
+    std::size_t length = 0;
+    check(blockem_cache_get_note(get(), name.c_str(), nullptr, 0, &length));
+    std::vector<char> text(length + 1);
+    check(blockem_cache_get_note(get(), name.c_str(), text.data(), text.size(), &length));
+    return std::string(text.data(), length);
   }
 
   /// [n, K] row-major: 1 where z of a latent is not stored for an example.

@@ -1,9 +1,9 @@
 //! Reference caches: z of the base model at the blocked latents, for each example, in one file.
 //!
-//! A file belongs to one base model, layer, dtype of hidden and numerics; that is its [`Identity`].
-//! In it an example is known by a digest of the identity, its token ids and positions, a latent by
-//! [`Plan::column_digest`]. The columns of an example that are stored by one call are one record: a
-//! group. Sets that share latents share columns, and new latents add a group to an example.
+//! A file belongs to one base model, site, dtype of hidden and numerics; that is its [`Identity`].
+//! In it an example is known by its [`Key`], a latent by [`Plan::column_digest`]. The columns of an
+//! example that are stored by one call are one record: a group. Sets that share latents share
+//! columns, and new latents add a group to an example.
 
 mod record;
 mod store;
@@ -11,6 +11,7 @@ mod store;
 mod tests;
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::path::Path;
 
 use redb::{ReadableTable, ReadableTableMetadata};
@@ -20,14 +21,22 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result, Status, bail};
 use crate::plan::Plan;
 use crate::tensor::{DType, Device, Tensor, TensorMut};
-use record::{joined, seal, unseal};
+use record::{Header, Kind, joined, seal, unseal};
 use store::{COLUMNS, EXAMPLES, GROUPS, META, Store, VALUES};
 
-/// What [`Cache::example_key`] makes of an example.
+/// What [`Cache::example_key`] makes of an example: 16 bytes of a digest of the identity, token ids
+/// and positions, then 16 of its context, which are zero without one.
 pub type Key = [u8; 32];
+
+/// The part of a key that does not depend on the context.
+const TEXT: usize = 16;
 
 /// Longest name of a base model, in bytes: longer ones are for the caller to digest.
 pub const MAX_BASE_MODEL: usize = 255;
+
+/// Longest name of a note, and longest note, in bytes.
+pub const MAX_NOTE_NAME: usize = 255;
+pub const MAX_NOTE: usize = 1 << 16;
 
 /// How a cache is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,7 +139,15 @@ impl Cache {
 
     /// Digest of an example: the cache's identity, the token ids, and the positions that the model
     /// gives them, which are 0, 1, 2, ... when absent.
-    pub fn example_key(&self, token_ids: &[i64], positions: Option<&[i64]>) -> Result<Key> {
+    ///
+    /// context: all else of the example that the base model sees, such as an image's pixels or a
+    /// digest of them; empty when there is nothing.
+    pub fn example_key(
+        &self,
+        token_ids: &[i64],
+        positions: Option<&[i64]>,
+        context: &[u8],
+    ) -> Result<Key> {
         if token_ids.is_empty() {
             bail!(InvalidArgument, "an example has at least one token");
         }
@@ -145,7 +162,7 @@ impl Cache {
             );
         }
         let mut hash = Sha256::new();
-        hash.update(b"blockem example 1");
+        hash.update(b"blockem example 2");
         hash.update(self.digest);
         hash.update((token_ids.len() as u64).to_le_bytes());
         for id in token_ids {
@@ -154,7 +171,53 @@ impl Cache {
         for i in 0..token_ids.len() {
             hash.update(positions.map_or(i as i64, |p| p[i]).to_le_bytes());
         }
-        Ok(hash.finalize().into())
+        let mut key = [0; 32];
+        key[..TEXT].copy_from_slice(&hash.finalize()[..TEXT]);
+        if !context.is_empty() {
+            let digest = Sha256::new().chain_update(b"blockem context 2").chain_update(context);
+            key[TEXT..].copy_from_slice(&digest.finalize()[..32 - TEXT]);
+        }
+        Ok(key)
+    }
+
+    /// What [`Cache::put_note`] stored under this name.
+    pub fn note(&self, name: &str) -> Result<Option<String>> {
+        let key = note_key(name)?;
+        self.store.read(|transaction| {
+            let Some(sealed) = transaction.open_table(META)?.get(key.as_slice())? else {
+                return Ok(None);
+            };
+            match str::from_utf8(unseal(&key, sealed.value())?) {
+                Ok(text) => Ok(Some(text.to_owned())),
+                Err(_) => bail!(Format, "damaged: its note '{name}' is not UTF-8"),
+            }
+        })
+    }
+
+    /// Keeps a short text beside the examples, such as how a caller made their contexts. It is
+    /// written once: the same again changes nothing, another is refused.
+    pub fn put_note(&self, name: &str, text: &str) -> Result<()> {
+        let key = note_key(name)?;
+        if text.is_empty() || text.len() > MAX_NOTE {
+            bail!(
+                InvalidArgument,
+                "the note '{name}' has {} bytes; 1 to {MAX_NOTE} are possible",
+                text.len()
+            );
+        }
+        if self.note(name)?.is_none() {
+            self.store.write(|transaction| {
+                let mut meta = transaction.open_table(META)?;
+                if meta.get(key.as_slice())?.is_none() {
+                    meta.insert(key.as_slice(), seal(&key, text.bytes()).as_slice())?;
+                }
+                Ok(())
+            })?;
+        }
+        match self.note(name)?.unwrap_or_default() {
+            there if there == text => Ok(()),
+            there => self.stale(&format!("note '{name}'"), there, text),
+        }
     }
 
     /// [n, K], row-major: which examples lack which of the plan's latents.
@@ -213,11 +276,14 @@ impl Cache {
                 let members: Vec<u8> = new.iter().flat_map(|k| columns[*k].digest).collect();
                 let group: Key = Sha256::digest(&members).into();
                 if groups.get(group.as_slice())?.is_none() {
-                    groups.insert(group.as_slice(), seal(&group, members).as_slice())?;
+                    let record = seal(&group, Kind::Latents.head().into_iter().chain(members));
+                    groups.insert(group.as_slice(), record.as_slice())?;
                 }
                 let name = joined(key, &group);
+                let head = Header::latents(new.len()).to_bytes();
                 let elements = new.iter().flat_map(|k| (0..tokens).map(|t| element(z, t, *k)));
-                let record = seal(&name, elements.flat_map(f32::to_le_bytes));
+                let record =
+                    seal(&name, head.into_iter().chain(elements.flat_map(f32::to_le_bytes)));
                 values.insert(name.as_slice(), record.as_slice())?;
                 example.groups.push(group);
                 examples.insert(key.as_slice(), example.to_record(key).as_slice())?;
@@ -287,12 +353,15 @@ impl Cache {
                     let Some(sealed) = values.get(name.as_slice())? else {
                         bail!(Format, "damaged: a record of example {} is lost", hexadecimal(key));
                     };
-                    let bytes = unseal(&name, sealed.value())?.len();
-                    if bytes as u64 != example.tokens * 4 * group.members as u64 {
+                    let z =
+                        Header::latents(group.members).elements(unseal(&name, sealed.value())?)?;
+                    if Some(z.len() as u64) != example.tokens.checked_mul(4 * group.members as u64)
+                    {
                         bail!(
                             Format,
-                            "damaged: a record of example {} has {bytes} bytes",
-                            hexadecimal(key)
+                            "damaged: a record of example {} has {} bytes",
+                            hexadecimal(key),
+                            z.len()
                         );
                     }
                     found += group.places.len();
@@ -303,7 +372,7 @@ impl Cache {
                 }
             }
             for (i, group, sealed) in records {
-                let (z, bytes) = (&mut latents[i], record::payload(sealed.value()));
+                let (z, bytes) = (&mut latents[i], record::elements(sealed.value()));
                 let column = z.view().shape()[0] * 4;
                 for (k, place) in &groups.get(&group)?.places {
                     write_column(z, *k, &bytes[place * column..][..column]);
@@ -330,6 +399,10 @@ impl Cache {
             let ids = columns(plan).into_iter().zip(rows[first]).filter(|(_, absent)| **absent);
             let ids: Vec<String> = ids.map(|(column, _)| column.id.to_string()).collect();
             format!("lacks z of the latents {}", ids.join(", "))
+        } else if self.knows_text(&keys[first])? {
+            "is not in the cache: its token ids and positions are, with another context (images, \
+             audio, token types and the like)"
+                .into()
         } else {
             "is not in the cache: its token ids or positions are not those that were stored".into()
         };
@@ -345,32 +418,45 @@ impl Cache {
         )))
     }
 
+    /// Whether there is an example of these token ids and positions, of any context.
+    fn knows_text(&self, key: &Key) -> Result<bool> {
+        let (mut first, mut last) = (*key, *key);
+        first[TEXT..].fill(0);
+        last[TEXT..].fill(u8::MAX);
+        self.store.read(|transaction| {
+            let examples = transaction.open_table(EXAMPLES)?;
+            let mut range = examples.range(first.as_slice()..=last.as_slice())?;
+            Ok(range.next().transpose()?.is_some())
+        })
+    }
+
     fn check(&self, expected: &Expected) -> Result<()> {
         let found = &self.identity;
-        let differs = |what: &str,
-                       found: &dyn std::fmt::Display,
-                       wanted: &dyn std::fmt::Display| {
-            let message = format!(
-                "stale: it holds z for the {what} '{found}', expected '{wanted}'; open the cache \
-                 that was made for it, or make a new file"
-            );
-            Err(self.store.name(Error::new(Status::CacheStale, message)))
-        };
         match expected {
             Expected { base_model: Some(name), .. } if *name != found.base_model => {
-                differs("base model", &found.base_model, name)
+                self.stale("base model", &found.base_model, name)
             }
             Expected { layer: Some(layer), .. } if *layer != found.layer => {
-                differs("layer", &found.layer, layer)
+                self.stale("layer", found.layer, layer)
             }
             Expected { dtype: Some(dtype), .. } if *dtype != found.dtype => {
-                differs("dtype of hidden", &found.dtype.name(), &dtype.name())
+                self.stale("dtype of hidden", found.dtype.name(), dtype.name())
             }
             Expected { numerics: Some(numerics), .. } if *numerics != found.numerics => {
-                differs("numerics", &found.numerics, numerics)
+                self.stale("numerics", &found.numerics, numerics)
             }
             _ => Ok(()),
         }
+    }
+
+    fn stale(&self, what: &str, found: impl Display, wanted: impl Display) -> Result<()> {
+        Err(self.store.name(Error::new(
+            Status::CacheStale,
+            format!(
+                "stale: it holds z for the {what} '{found}', expected '{wanted}'; open the cache \
+                 that was made for it, or make a new file"
+            ),
+        )))
     }
 
     fn check_plan(&self, plan: &Plan) -> Result<()> {
@@ -412,9 +498,11 @@ impl Cache {
 }
 
 const IDENTITY: &[u8] = b"identity";
+/// Before the name of a note.
+const NOTE: &[u8] = b"note ";
 
 /// The version of the tables, keys and records.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 
 impl Identity {
     fn to_json(&self) -> Vec<u8> {
@@ -434,7 +522,8 @@ impl Identity {
         if value["format"] != json!(FORMAT) {
             bail!(
                 Unsupported,
-                "it has the format {}, this version reads {FORMAT}; fill a new file",
+                "a reference cache of format {}, and this version reads format {FORMAT}; what it \
+                 holds can be computed again: make a new file (mode CREATE) and fill it",
                 value["format"]
             );
         }
@@ -450,7 +539,7 @@ impl Identity {
 
     fn digest(&self) -> Key {
         let mut hash = Sha256::new();
-        for text in ["blockem cache 1", &self.base_model, self.dtype.name(), &self.numerics] {
+        for text in ["blockem cache 2", &self.base_model, self.dtype.name(), &self.numerics] {
             hash.update((text.len() as u64).to_le_bytes());
             hash.update(text);
         }
@@ -541,11 +630,12 @@ impl Example {
     fn read(table: &impl Table, key: &Key) -> Result<Option<Example>> {
         let Some(sealed) = table.get(key.as_slice())? else { return Ok(None) };
         let record = unseal(key, sealed.value())?;
-        let Some((tokens, groups)) = record.split_first_chunk() else {
-            bail!(Format, "damaged: example {} has no length", hexadecimal(key));
+        let Some((tokens, Some(groups))) =
+            record.split_first_chunk().map(|(tokens, rest)| (tokens, digests(rest)))
+        else {
+            bail!(Format, "damaged: example {} has no length or half a group", hexadecimal(key));
         };
-        let groups = groups.chunks_exact(32).map(|g| g.try_into().expect("32 bytes")).collect();
-        Ok(Some(Example { tokens: u64::from_le_bytes(*tokens), groups }))
+        Ok(Some(Example { tokens: u64::from_le_bytes(*tokens), groups: groups.to_vec() }))
     }
 
     fn to_record(&self, key: &Key) -> Vec<u8> {
@@ -569,11 +659,19 @@ impl Group {
         let Some(sealed) = table.get(digest.as_slice())? else {
             bail!(Format, "damaged: the latents of a record are lost");
         };
-        let members: Vec<&[u8]> = unseal(digest, sealed.value())?.chunks_exact(32).collect();
+        let Some(members) = digests(Kind::Latents.body(unseal(digest, sealed.value())?)?) else {
+            bail!(Format, "damaged: the latents of a record are cut short");
+        };
         let place = |column: &Column| members.iter().position(|m| *m == column.digest);
         let places = columns.iter().enumerate().filter_map(|(k, c)| Some((k, place(c)?))).collect();
         Ok(Group { members: members.len(), places })
     }
+}
+
+/// Digests that follow each other; None where the last is cut.
+fn digests(bytes: &[u8]) -> Option<&[Key]> {
+    let (digests, rest) = bytes.as_chunks();
+    rest.is_empty().then_some(digests)
 }
 
 /// The groups that a call has met.
@@ -659,6 +757,18 @@ fn write_column(latents: &mut TensorMut, k: usize, bytes: &[u8]) {
         // SAFETY: `check_latents` saw host f32 [T, K]; the record was checked to hold T elements.
         unsafe { to.add(t * step + column).write_unaligned(z) };
     }
+}
+
+/// The key of a note in its table.
+fn note_key(name: &str) -> Result<Vec<u8>> {
+    if name.is_empty() || name.len() > MAX_NOTE_NAME {
+        bail!(
+            InvalidArgument,
+            "the name of a note has {} bytes; 1 to {MAX_NOTE_NAME} are possible",
+            name.len()
+        );
+    }
+    Ok([NOTE, name.as_bytes()].concat())
 }
 
 fn hexadecimal(key: &Key) -> String {

@@ -1,4 +1,5 @@
-//! A disk that is full from the n-th write on, for each n.
+//! A disk that is full from the n-th write on, and a process that is killed in its n-th write, for
+//! each n.
 
 use std::io;
 use std::ops::Bound;
@@ -19,33 +20,18 @@ const EXAMPLES: u64 = 12;
 
 #[test]
 fn a_full_disk_is_an_error_at_every_write() {
+    let plan = plan();
     let folder = tempfile::tempdir().unwrap();
     let (original, path) = (folder.path().join("original"), folder.path().join("reference.cache"));
-    let plan = plan();
-    let options = CacheOptions {
-        mode: Mode::Create,
-        base_model: Some("base"),
-        layer: Some(0),
-        dtype: Some(DType::F32),
-        plan: Some(&plan),
-    };
-    put(&Cache::open(&original, &options).unwrap(), &plan, 0).unwrap();
+    let cache = Cache::open(&original, &options(Mode::Create, &plan)).unwrap();
+    put(&cache, &plan, 0).unwrap();
+    drop(cache);
     let mut failed = 0;
     for writes in 0.. {
         std::fs::copy(&original, &path).unwrap();
         let (stored, full) = put_until_full(&path, &plan, writes);
         failed += full as usize;
-        for mode in [Mode::Read, Mode::Write] {
-            let cache = Cache::open(&path, &CacheOptions { mode, ..options })
-                .unwrap_or_else(|e| panic!("{mode:?} after {writes} writes: {e}"));
-            for i in 0..stored {
-                assert_holds(&cache, &plan, i, writes);
-            }
-            if mode == Mode::Write {
-                put(&cache, &plan, stored).unwrap();
-                assert_holds(&cache, &plan, stored, writes);
-            }
-        }
+        assert_goes_on(&path, &plan, stored, writes);
         if !full {
             break;
         }
@@ -53,13 +39,89 @@ fn a_full_disk_is_an_error_at_every_write() {
     assert!(failed > 20, "only {failed} places to fail");
 }
 
+/// What was stored is there for readers and writers, and the next one is stored.
+fn assert_goes_on(path: &Path, plan: &Plan, stored: u64, writes: u64) {
+    for mode in [Mode::Read, Mode::Write] {
+        let cache = Cache::open(path, &options(mode, plan))
+            .unwrap_or_else(|e| panic!("{mode:?} after {writes} writes: {e}"));
+        for i in 0..stored {
+            assert_holds(&cache, plan, i, writes);
+        }
+        if mode == Mode::Write {
+            put(&cache, plan, stored).unwrap();
+            assert_holds(&cache, plan, stored, writes);
+        }
+    }
+}
+
+fn options(mode: Mode, plan: &Plan) -> CacheOptions<'_> {
+    CacheOptions {
+        mode,
+        base_model: Some("base"),
+        layer: Some(0),
+        dtype: Some(DType::F32),
+        plan: Some(plan),
+    }
+}
+
+/// The kill comes in the middle of a write to the file, of which there are a few in every put.
+#[test]
+#[cfg(unix)]
+fn a_kill_in_any_write_loses_nothing_that_was_acknowledged() {
+    use std::os::unix::process::ExitStatusExt;
+
+    const KILLED_EXAMPLES: u64 = 4;
+    let plan = plan();
+    let folder = tempfile::tempdir().unwrap();
+    let (original, path) = (folder.path().join("original"), folder.path().join("reference.cache"));
+    drop(Cache::open(&original, &options(Mode::Create, &plan)).unwrap());
+    let (mut kills, mut before_the_last) = (0, 0);
+    for writes in 0.. {
+        std::fs::copy(&original, &path).unwrap();
+        let writer = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "cache::tests::killed_in_a_write", "--ignored", "--nocapture"])
+            .env("BLOCKEM_TEST_CACHE", &path)
+            .env("BLOCKEM_TEST_WRITES", format!("{writes} {KILLED_EXAMPLES}"))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&writer.stdout);
+        let stored = said.lines().filter(|line| line.starts_with("stored ")).count() as u64;
+        assert_goes_on(&path, &plan, stored, writes);
+        if writer.status.success() {
+            assert_eq!(stored, KILLED_EXAMPLES);
+            break;
+        }
+        assert_eq!(writer.status.signal(), Some(libc::SIGKILL), "{writes} writes: {said}");
+        kills += 1;
+        before_the_last += (stored < KILLED_EXAMPLES) as usize;
+    }
+    // Those after the last put are in the close.
+    assert!(before_the_last > 10, "only {before_the_last} of {kills} kills were in a put");
+}
+
+#[test]
+#[cfg(unix)]
+#[ignore = "a process of the test above"]
+fn killed_in_a_write() {
+    let path = std::env::var_os("BLOCKEM_TEST_CACHE").unwrap();
+    let numbers = std::env::var("BLOCKEM_TEST_WRITES").unwrap();
+    let (writes, examples) = numbers.split_once(' ').unwrap();
+    let (path, plan) = (Path::new(&path), plan());
+    let (cache, left) = open_on_a_disk(path, || {
+        // SAFETY: ends this process and nothing else.
+        unsafe { libc::raise(libc::SIGKILL) };
+    });
+    left.store(writes.parse().unwrap(), Ordering::SeqCst);
+    for i in 0..examples.parse().unwrap() {
+        put(&cache, &plan, i).unwrap();
+        println!("stored {i}");
+    }
+}
+
 /// How many examples were stored, and whether the disk was full then. The write that fails leaves
 /// half of its bytes.
 fn put_until_full(path: &Path, plan: &Plan, writes: u64) -> (u64, bool) {
-    let left = Arc::new(AtomicU64::new(u64::MAX));
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-    let disk = Disk { file: FileBackend::new(file).unwrap(), left: left.clone() };
-    let cache = Cache::of(Store::on(path, disk)).unwrap();
+    let (cache, left) = open_on_a_disk(path, || {});
     left.store(writes, Ordering::SeqCst);
     for i in 1..EXAMPLES {
         if let Err(e) = put(&cache, plan, i) {
@@ -73,11 +135,21 @@ fn put_until_full(path: &Path, plan: &Plan, writes: u64) -> (u64, bool) {
     (EXAMPLES, false)
 }
 
+/// A cache on a disk, and how many writes the disk takes before it is full.
+fn open_on_a_disk(path: &Path, on_full: fn()) -> (Cache, Arc<AtomicU64>) {
+    let left = Arc::new(AtomicU64::new(u64::MAX));
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let disk = Disk { file: FileBackend::new(file).unwrap(), left: left.clone(), on_full };
+    (Cache::of(Store::on(path, disk)).unwrap(), left)
+}
+
 /// Writes so many times, then is full.
 #[derive(Debug)]
 struct Disk {
     file: FileBackend,
     left: Arc<AtomicU64>,
+    /// Called when half of the write that fails is in the file.
+    on_full: fn(),
 }
 
 impl StorageBackend for Disk {
@@ -87,6 +159,7 @@ impl StorageBackend for Disk {
             return self.file.write(offset, data);
         }
         self.file.write(offset, &data[..data.len() / 2])?;
+        (self.on_full)();
         Err(io::ErrorKind::StorageFull.into())
     }
 

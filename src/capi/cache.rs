@@ -1,11 +1,11 @@
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 
 use super::latents::array;
 use super::plan::blockem_plan;
 use super::tensor::blockem_tensor;
 use super::{
     blockem_status, check_out, fixed_text, free, guard, handle, read_path, read_struct, read_text,
-    versioned, write_struct,
+    required_text, versioned, write_struct, write_text,
 };
 use crate::cache::{Cache, CacheOptions, Key, Mode};
 use crate::error::{Result, bail};
@@ -80,7 +80,7 @@ versioned!(blockem_cache_info, first_size = 360, last = numerics: [c_char; 64]);
 /// options: required; see blockem_cache_options.
 /// out: a new handle, to be freed with blockem_cache_free; untouched on error.
 /// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT, DTYPE, IO, FORMAT (no cache, or damaged),
-/// UNSUPPORTED (of another version), CACHE_STALE (the message has both sides), CACHE_BUSY (a writer
+/// UNSUPPORTED (of another format: make a new one), CACHE_STALE (the message has both sides), CACHE_BUSY (a writer
 /// has it, or this one would write and readers have it). Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_cache_open(
@@ -126,7 +126,62 @@ pub unsafe extern "C" fn blockem_cache_info_get(
     })
 }
 
-/// The key of an example: a digest of what the cache belongs to, the token ids and their positions.
+/// What the base model sees of an example.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct blockem_cache_example {
+    /// sizeof(blockem_cache_example), set by BLOCKEM_CACHE_EXAMPLE_INIT.
+    pub struct_size: usize,
+    /// [num_tokens] of the tokens whose z is stored (without padding).
+    pub token_ids: *const i64,
+    /// [num_tokens] as the model gets them; NULL means 0, 1, 2, ...
+    pub positions: *const i64,
+    /// At least 1.
+    pub num_tokens: usize,
+    /// [context_size] bytes, or NULL with 0 for a model that sees tokens and positions alone. It must
+    /// tell apart all else that changes hidden states of the example: pixels of its images and their
+    /// grids, audio features and their masks, token types, positions in more than one dimension, gaps
+    /// that an attention mask leaves between its tokens. The bytes themselves will do, or a digest of
+    /// them; whoever reads must make them as whoever stored, dtype included.
+    pub context: *const c_void,
+    /// Bytes of context.
+    pub context_size: usize,
+}
+versioned!(blockem_cache_example, first_size = 48, last = context_size: usize);
+
+/// The key of an example: a digest of what the cache belongs to, the token ids, their positions and
+/// the context.
+/// example: required; see blockem_cache_example.
+/// key: [BLOCKEM_CACHE_KEY_SIZE] bytes, written.
+/// Errors: NULL_POINTER, STRUCT_SIZE, INVALID_ARGUMENT (no tokens), LAYOUT. Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_cache_key(
+    cache: *const blockem_cache,
+    example: *const blockem_cache_example,
+    key: *mut u8,
+) -> blockem_status {
+    guard(|| {
+        check_out("key", key)?;
+        // SAFETY: a live handle and a sized struct, or NULL.
+        let (cache, example) =
+            unsafe { (&handle("cache", cache)?.0, read_struct("example", example)?) };
+        let (n, positions) = (example.num_tokens, example.positions);
+        // SAFETY: arrays of n elements, context_size bytes.
+        let (token_ids, positions, context) = unsafe {
+            (
+                array("token_ids", example.token_ids, n)?,
+                if positions.is_null() { None } else { Some(array("positions", positions, n)?) },
+                array("context", example.context.cast::<u8>(), example.context_size)?,
+            )
+        };
+        let digest = cache.example_key(token_ids, positions, context)?;
+        // SAFETY: the caller's key has 32 bytes.
+        unsafe { key.cast::<Key>().write(digest) };
+        Ok(())
+    })
+}
+
+/// blockem_cache_key of an example without context: of a model that sees tokens and positions alone.
 /// token_ids: [n], n at least 1, of the tokens whose z is stored (without padding).
 /// positions: [n] as the model gets them; NULL means 0, 1, 2, ...
 /// key: [BLOCKEM_CACHE_KEY_SIZE] bytes, written.
@@ -139,19 +194,60 @@ pub unsafe extern "C" fn blockem_cache_example_key(
     n: usize,
     key: *mut u8,
 ) -> blockem_status {
+    let example = blockem_cache_example {
+        struct_size: size_of::<blockem_cache_example>(),
+        token_ids,
+        positions,
+        num_tokens: n,
+        context: std::ptr::null(),
+        context_size: 0,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { blockem_cache_key(cache, &example, key) }
+}
+
+/// Keeps a short text beside the examples, such as how their contexts were made. It is written once:
+/// the same again changes nothing, another is CACHE_STALE.
+/// name: 1 to 255 bytes of UTF-8.
+/// text: up to 65536 bytes of UTF-8.
+/// Errors: NULL_POINTER, INVALID_ARGUMENT (opened with READ; name or text has another length),
+/// CACHE_STALE, IO, FORMAT (damaged), FORKED. Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_cache_put_note(
+    cache: *const blockem_cache,
+    name: *const c_char,
+    text: *const c_char,
+) -> blockem_status {
     guard(|| {
-        check_out("key", key)?;
-        // SAFETY: a live handle or NULL; arrays of n elements.
-        let (cache, token_ids, positions) = unsafe {
-            (
-                &handle("cache", cache)?.0,
-                array("token_ids", token_ids, n)?,
-                if positions.is_null() { None } else { Some(array("positions", positions, n)?) },
-            )
+        // SAFETY: a live handle and NUL-terminated texts, or NULL.
+        let (cache, name, text) = unsafe {
+            (&handle("cache", cache)?.0, required_text("name", name)?, required_text("text", text)?)
         };
-        let digest = cache.example_key(token_ids, positions)?;
-        // SAFETY: the caller's key has 32 bytes.
-        unsafe { key.cast::<Key>().write(digest) };
+        cache.put_note(name, text)
+    })
+}
+
+/// Reads what blockem_cache_put_note stored.
+/// buf: at most cap bytes are written, with the final NUL; buf NULL or cap 0 writes nothing.
+/// length: written: bytes of the text without the NUL, so that a second call can bring a larger
+/// buffer. 0 where there is no such note.
+/// Errors: NULL_POINTER, INVALID_ARGUMENT (the name's length), IO, FORMAT (damaged), FORKED.
+/// Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_cache_get_note(
+    cache: *const blockem_cache,
+    name: *const c_char,
+    buf: *mut c_char,
+    cap: usize,
+    length: *mut usize,
+) -> blockem_status {
+    guard(|| {
+        check_out("length", length)?;
+        // SAFETY: a live handle and a NUL-terminated name, or NULL.
+        let (cache, name) = unsafe { (&handle("cache", cache)?.0, required_text("name", name)?) };
+        let text = cache.note(name)?.unwrap_or_default();
+        // SAFETY: the caller's buffer has cap bytes; length was checked.
+        unsafe { *length = write_text(&text, buf, cap) };
         Ok(())
     })
 }

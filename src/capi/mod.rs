@@ -197,6 +197,16 @@ unsafe fn read_text<'a>(name: &str, text: *const c_char) -> Result<Option<&'a st
 
 /// # Safety
 /// As [`read_text`].
+unsafe fn required_text<'a>(name: &str, text: *const c_char) -> Result<&'a str> {
+    // SAFETY: the caller's promise.
+    match unsafe { read_text(name, text)? } {
+        Some(text) => Ok(text),
+        None => bail!(NullPointer, "{name} is NULL"),
+    }
+}
+
+/// # Safety
+/// As [`read_text`].
 unsafe fn read_path(path: *const c_char) -> Result<PathBuf> {
     if path.is_null() {
         bail!(NullPointer, "path is NULL");

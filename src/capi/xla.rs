@@ -1,8 +1,8 @@
 use std::ffi::{c_char, c_void};
 
 use super::plan::blockem_plan;
-use super::{blockem_status, guard, handle, read_text, status};
-use crate::error::{Status, bail};
+use super::{blockem_status, guard, handle, required_text, status};
+use crate::error::Status;
 use crate::xla::{self, Frame, Platform, Work};
 
 /// Makes a plan known to the XLA handlers of this process by a name, for as long as it lives.
@@ -23,8 +23,7 @@ pub unsafe extern "C" fn blockem_xla_bind(
 ) -> blockem_status {
     guard(|| {
         // SAFETY: a live handle and a NUL-terminated string, or NULL.
-        let (plan, name) = unsafe { (&handle("plan", plan)?.0, read_text("name", name)?) };
-        let Some(name) = name else { bail!(NullPointer, "name is NULL") };
+        let (plan, name) = unsafe { (&handle("plan", plan)?.0, required_text("name", name)?) };
         xla::bind(plan, name);
         Ok(())
     })

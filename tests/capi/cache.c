@@ -1,6 +1,7 @@
 /*
- * A reference cache: what is stored comes back bit for bit, a batch at a time; a handle in a child
- * of fork is refused and freed there without harm to the parent's.
+ * A reference cache: what is stored comes back bit for bit, a batch at a time; examples of the same
+ * tokens and other images are apart; a handle in a child of fork is refused and freed there without
+ * harm to the parent's.
  */
 
 #include "support.h"
@@ -78,6 +79,53 @@ static void round_trip(const char *path, const blockem_plan *plan) {
   free(hidden);
 }
 
+/* Two images for the same tokens, and none: three examples. Another writer finds the note. */
+static void images_are_apart(const char *path, const blockem_plan *plan) {
+  blockem_cache *cache = open_cache(path, BLOCKEM_CACHE_MODE_CREATE, plan);
+  blockem_cache_example example = BLOCKEM_CACHE_EXAMPLE_INIT;
+  float pixels[2][64] = {{0}}, *z = random_floats(N * SMALL_K, 5), *back = floats(N * SMALL_K);
+  uint8_t keys[N * BLOCKEM_CACHE_KEY_SIZE], again[BLOCKEM_CACHE_KEY_SIZE];
+  blockem_tensor latents[N];
+  char text[8];
+  size_t length = 77;
+  int i, j;
+
+  pixels[1][63] = 1e-3f;
+  example.token_ids = token_ids;
+  example.num_tokens = 1;
+  for (i = 0; i < N; i++) {
+    example.context = i < 2 ? pixels[i] : NULL;
+    example.context_size = i < 2 ? sizeof pixels[i] : 0;
+    CHECK_OK(blockem_cache_key(cache, &example, keys + i * BLOCKEM_CACHE_KEY_SIZE));
+    for (j = 0; j < i; j++) {
+      CHECK(memcmp(keys + i * BLOCKEM_CACHE_KEY_SIZE, keys + j * BLOCKEM_CACHE_KEY_SIZE,
+                   BLOCKEM_CACHE_KEY_SIZE) != 0);
+    }
+    latents[i] = f32_2(z + i * SMALL_K, 1, SMALL_K);
+  }
+  CHECK_OK(blockem_cache_example_key(cache, token_ids, NULL, 1, again));
+  CHECK(memcmp(again, keys + 2 * BLOCKEM_CACHE_KEY_SIZE, sizeof again) == 0);
+  CHECK_OK(blockem_cache_put(cache, plan, keys, latents, 2, NULL));
+  for (i = 0; i < N; i++) latents[i] = f32_2(back + i * SMALL_K, 1, SMALL_K);
+  CHECK_OK(blockem_cache_get(cache, plan, keys, latents, 2));
+  CHECK(memcmp(back, z, 2 * SMALL_K * sizeof *z) == 0);
+  CHECK_STATUS(blockem_cache_get(cache, plan, keys, latents, N), BLOCKEM_STATUS_CACHE_MISS);
+  CHECK(message_has("example 2 ") && message_has("another context"));
+
+  CHECK_OK(blockem_cache_get_note(cache, "towers", NULL, 0, &length));
+  CHECK(length == 0);
+  CHECK_OK(blockem_cache_put_note(cache, "towers", "pixels, f32"));
+  CHECK_OK(blockem_cache_get_note(cache, "towers", text, sizeof text, &length));
+  CHECK(length == 11 && strcmp(text, "pixels,") == 0);
+  CHECK_OK(blockem_cache_put_note(cache, "towers", "pixels, f32"));
+  CHECK_STATUS(blockem_cache_put_note(cache, "towers", "pixels, bf16"),
+               BLOCKEM_STATUS_CACHE_STALE);
+  CHECK_STATUS(blockem_cache_put_note(cache, "", "x"), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  blockem_cache_free(cache);
+  free(back);
+  free(z);
+}
+
 /* What the child does; its exit status says what went wrong. */
 static int child(blockem_cache *cache, const blockem_plan *plan, const char *path) {
   float z[LONGEST * SMALL_K] = {0};
@@ -128,6 +176,9 @@ int main(int argc, char **argv) {
   char *path;
   if (argc != 2) return 2;
   plan = small_plan(BLOCKEM_BACKEND_CPU, 1);
+  path = join_path(argv[1], "images.cache");
+  images_are_apart(path, plan);
+  free(path);
   path = join_path(argv[1], "reference.cache");
   round_trip(path, plan);
   fork_with_a_writer(path, plan);

@@ -340,6 +340,10 @@ void caches(const std::string& folder) {
   CHECK(keys[0] == cache.example_key({1, 2, 3, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6}));
   CHECK(keys[0] != cache.example_key({1, 2, 3, 4, 5, 6, 7}, {1, 2, 3, 4, 5, 6, 7}));
   throws(BLOCKEM_STATUS_SHAPE, "length", [&] { cache.example_key({1, 2}, {1}); });
+  CHECK(keys[0] != cache.example_key({1, 2, 3, 4, 5, 6, 7}, {}, {9}));
+  CHECK(cache.note("towers").empty());
+  cache.put_note("towers", "pixels");
+  CHECK(cache.note("towers") == "pixels");
   CHECK(cache.missing(plan, keys) == std::vector<std::uint8_t>(K, 1));
   throws(BLOCKEM_STATUS_SHAPE, "length", [&] { cache.put(plan, keys, {}); });
   CHECK(cache.put(plan, keys, {tensor(z, {T, K})}) == K);

@@ -311,6 +311,8 @@ static void cache(const char *folder) {
   blockem_tensor latents = f32_2(z, T, SMALL_K), absent = BLOCKEM_TENSOR_INIT;
   blockem_cache_options options = BLOCKEM_CACHE_OPTIONS_INIT;
   blockem_cache_info info = BLOCKEM_CACHE_INFO_INIT;
+  blockem_cache_example example = BLOCKEM_CACHE_EXAMPLE_INIT;
+  size_t length;
   blockem_cache *out = UNTOUCHED(blockem_cache), *made = NULL;
 
   options.mode = BLOCKEM_CACHE_MODE_CREATE;
@@ -331,6 +333,23 @@ static void cache(const char *folder) {
   CHECK_STATUS(blockem_cache_example_key(made, tokens, NULL, T, NULL),
                BLOCKEM_STATUS_NULL_POINTER);
   CHECK_OK(blockem_cache_example_key(made, tokens, NULL, T, key));
+  CHECK_STATUS(blockem_cache_key(NULL, &example, key), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_key(made, NULL, key), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_key(made, &example, key), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  example.num_tokens = T;
+  CHECK_STATUS(blockem_cache_key(made, &example, key), BLOCKEM_STATUS_NULL_POINTER);
+  example.token_ids = tokens;
+  CHECK_STATUS(blockem_cache_key(made, &example, NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_OK(blockem_cache_key(made, &example, key));
+  example.context_size = 1;
+  CHECK_STATUS(blockem_cache_key(made, &example, key), BLOCKEM_STATUS_NULL_POINTER);
+
+  CHECK_STATUS(blockem_cache_put_note(NULL, "n", "x"), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_put_note(made, NULL, "x"), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_put_note(made, "n", NULL), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get_note(NULL, "n", NULL, 0, &length), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get_note(made, NULL, NULL, 0, &length), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_cache_get_note(made, "n", NULL, 0, NULL), BLOCKEM_STATUS_NULL_POINTER);
 
   CHECK_STATUS(blockem_cache_missing(NULL, of, key, 1, missing), BLOCKEM_STATUS_NULL_POINTER);
   CHECK_STATUS(blockem_cache_missing(made, NULL, key, 1, missing), BLOCKEM_STATUS_NULL_POINTER);

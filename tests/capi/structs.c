@@ -101,12 +101,13 @@ static void inputs(const char *folder) {
   LONGER(blockem_penalty_args) penalty = {BLOCKEM_PENALTY_ARGS_INIT};
   LONGER(blockem_raw_penalty_args) raw = {BLOCKEM_RAW_PENALTY_ARGS_INIT};
   LONGER(blockem_cache_options) cache_options = {BLOCKEM_CACHE_OPTIONS_INIT};
+  LONGER(blockem_cache_example) example = {BLOCKEM_CACHE_EXAMPLE_INIT};
   LONGER(blockem_stats_args) update = {BLOCKEM_STATS_ARGS_INIT};
   LONGER(blockem_steer_args) steer = {BLOCKEM_STEER_ARGS_INIT};
   LONGER(blockem_token_norms_args) norms = {BLOCKEM_TOKEN_NORMS_ARGS_INIT};
   LONGER(blockem_mask_options) mask_options = {BLOCKEM_MASK_OPTIONS_INIT};
   static const int64_t offsets[] = {0, 3};
-  uint8_t mask[1];
+  uint8_t mask[1], key[BLOCKEM_CACHE_KEY_SIZE];
 
   tensors[0].data = weight;
   tensors[1].data = bias;
@@ -172,6 +173,11 @@ static void inputs(const char *folder) {
   CHECK_INPUT(blockem_cache_options, 0, cache_options,
               blockem_cache_open(cache_path, &cache_options.now, &cache),
               blockem_cache_free(cache));
+  CHECK_OK(blockem_cache_open(cache_path, &cache_options.now, &cache));
+  example.now.token_ids = rows;
+  example.now.num_tokens = 1;
+  CHECK_INPUT(blockem_cache_example, 0, example, blockem_cache_key(cache, &example.now, key), (void)0);
+  blockem_cache_free(cache);
 
   plan_options.now.num_threads = 1;
   CHECK_INPUT(blockem_plan_options, 32, plan_options,

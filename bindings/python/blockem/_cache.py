@@ -7,7 +7,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ctypes import byref
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,11 @@ class Cache:
         cache = blockem.Cache("base.cache", plan, base_model=name, dtype="bfloat16")
         reference = cache.reference(batch)             # [B, T, K], no forward pass
 
-    An example is known by its token ids and positions. Each latent is a column of its own: plans
-    that share latents share columns, and a larger set adds only what is new. The file belongs to
-    one base model, layer, dtype of hidden and numerics; another one is CACHE_STALE.
+    An example is known by all that the base model sees of it: token ids, positions, and the rest of
+    its batch, such as images, audio and token types (:meth:`reference` has the rules). What no key
+    covers is refused. Each latent is a column of its own: plans that share latents share columns, and
+    a larger set adds only what is new. The file belongs to one base model, layer, dtype of hidden and
+    numerics; another one is CACHE_STALE.
 
     What was stored survives a process that is killed at any moment. One process writes, or any
     number read (CACHE_BUSY otherwise). Threads may share a Cache; processes each open their own,
@@ -46,8 +48,11 @@ class Cache:
     dtype: of the hidden states that are encoded ("float32", "float16", "bfloat16"); None, for an
         existing file, compares nothing.
     mode: "read", "write" (the file is there) or "create" (it is made if it is not).
+    ignore: names of a batch's items that the model is not given.
+    context: names of other inputs of the model, and of whom their rows are: "row" ([B, ...]), "token"
+        ([B, T, ...]), or "batch" (all of it belongs to every example of the batch).
 
-    Attributes: ``plan``, ``base_model``, ``layer``, ``dtype``, ``numerics``.
+    Attributes: ``plan``, ``base_model``, ``layer``, ``dtype``, ``numerics``, ``ignore``, ``context``.
 
     Raises Error: CACHE_STALE, CACHE_BUSY, IO (also OSError), FORMAT, INVALID_ARGUMENT, DTYPE,
     UNSUPPORTED.
@@ -62,8 +67,17 @@ class Cache:
         layer: int | None = None,
         dtype: object = None,
         mode: str = "read",
+        ignore: Iterable[str] = (),
+        context: Mapping[str, str] | None = None,
     ) -> None:
         expect("plan", plan, Plan)
+        self.ignore, self.context = _names(ignore), dict(context or {})
+        for name, belongs in self.context.items():
+            if belongs not in ("row", "token", "batch"):
+                fail(
+                    _ffi.STATUS_INVALID_ARGUMENT,
+                    f'context has {name}: {belongs!r}; expected "row", "token" or "batch"',
+                )
         dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         options = _ffi.CacheOptions(
             mode=_code("mode", mode, _ffi.CACHE_MODES),
@@ -74,6 +88,8 @@ class Cache:
         )
         if base_model is not None and "\0" in base_model:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "base_model holds a NUL character")
+        # Of each medium, the token that stands for it, when they were read.
+        self._placeholders: dict[str, int] | None = None
         self._options, self._gate, self._running = options, threading.Lock(), 0
         self.path = os.fspath(path)
         # The options point to the first plan; another may be used later.
@@ -119,9 +135,18 @@ class Cache:
         """Examples of which any z is stored."""
         return self._info().num_examples
 
-    def key(self, token_ids: Array | Sequence[int], positions: Any = None) -> bytes:
+    def key(
+        self,
+        token_ids: Array | Sequence[int],
+        positions: Any = None,
+        *,
+        context: bytes = b"",
+    ) -> bytes:
         """Digest of an example: token ids (without padding), and their positions as the model gets
         them, which are 0, 1, 2, ... by default.
+
+        context: all else that the model sees of the example, or a digest of it: pixels, audio, token
+            types. :meth:`fill` and :meth:`reference` make it of the items of a batch.
 
         Raises Error: INVALID_ARGUMENT, SHAPE, FORKED.
         """
@@ -129,16 +154,37 @@ class Cache:
         places = None if positions is None else _whole_numbers("positions", positions, np.int64)
         if ids.ndim != 1 or (places is not None and places.shape != ids.shape):
             fail(_ffi.STATUS_SHAPE, "token_ids and positions of an example must be [n]")
-        key = ctypes.create_string_buffer(_ffi.CACHE_KEY_SIZE)
-        kind = ctypes.POINTER(ctypes.c_int64)
-        self._call(
-            library.blockem_cache_example_key,
-            ids.ctypes.data_as(kind),
-            None if places is None else places.ctypes.data_as(kind),
-            len(ids),
-            key,
+        example = _ffi.CacheExample(
+            token_ids=ids.ctypes.data,
+            positions=None if places is None else places.ctypes.data,
+            num_tokens=len(ids),
+            context=context,
+            context_size=len(context),
         )
+        key = ctypes.create_string_buffer(_ffi.CACHE_KEY_SIZE)
+        self._call(library.blockem_cache_key, byref(example), key)
         return key.raw
+
+    def note(self, name: str) -> str | None:
+        """The text that :meth:`put_note` stored; None where there is none.
+
+        Raises Error: IO, FORMAT, FORKED.
+        """
+        length = ctypes.c_size_t()
+        self._call(library.blockem_cache_get_note, name.encode(), None, 0, byref(length))
+        text = ctypes.create_string_buffer(length.value + 1)
+        self._call(library.blockem_cache_get_note, name.encode(), text, len(text), byref(length))
+        return text.value.decode() or None
+
+    def put_note(self, name: str, text: str) -> None:
+        """Keeps a short text (up to 64 KiB) beside the examples. It is written once: the same again
+        changes nothing. :meth:`fill` keeps the model's placeholder tokens so.
+
+        Raises Error: CACHE_STALE (there is another of this name), INVALID_ARGUMENT, IO, FORMAT, FORKED.
+        """
+        if "\0" in name + text:
+            fail(_ffi.STATUS_INVALID_ARGUMENT, f"the note {name!r} holds a NUL character")
+        self._call(library.blockem_cache_put_note, name.encode(), text.encode())
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
         """[n, K] bool: where z of a latent is not stored for an example.
@@ -192,16 +238,20 @@ class Cache:
         """Runs the base model on the examples that are not complete, and stores their z. Returns how
         many it stored. Stopped at any moment, it goes on where it was.
 
-        model: a Hugging Face causal language model; of a PeftModel, the base (adapters off). It runs
-            in eval mode without gradients and stops after the layer. Use the autocast and attention
-            of the training run: z carries their rounding.
-        batches: mappings with ``input_ids`` [B, T], and ``attention_mask`` and ``position_ids``
-            where the model gets them, such as a DataLoader of the training set.
+        model: a Hugging Face causal language model, with its vision or audio towers where it has any;
+            of a PeftModel, the base (adapters off). It runs in eval mode without gradients and stops
+            after the layer. Use the autocast and attention of the training run: z carries their
+            rounding.
+        batches: mappings such as a DataLoader of the training set gives, with all that the model is
+            given: ``input_ids`` [B, T], ``attention_mask``, ``position_ids``, ``pixel_values`` and so
+            on; see :meth:`reference`.
         layers: dotted name of the list of decoder layers, where it cannot be found.
         packed: see :meth:`reference`.
         progress: shows a bar of tqdm on standard error, where tqdm is installed.
 
-        Raises Error: CACHE_STALE (hidden has another dtype), NON_FINITE, INVALID_ARGUMENT, SHAPE, IO.
+        Raises Error: CACHE_STALE (hidden has another dtype, or the file was filled from a model with
+        other placeholder tokens), NON_FINITE, INVALID_ARGUMENT (also: a batch has an item that no key
+        covers), SHAPE, UNSUPPORTED (a model with an encoder), IO.
         """
         from . import _torch_cache
 
@@ -262,14 +312,23 @@ class Cache:
         """[B, T, K] float32 on the device of ``input_ids``: z of the base model at each token, and 0
         at padding. For ``blockem.torch``, whose references may be a callable.
 
-        batch: a mapping with ``input_ids`` [B, T]; ``attention_mask`` [B, T] tells padding,
-            ``position_ids`` the positions, which otherwise are those in the row. On the host it
-            costs no wait for the device.
+        batch: a mapping with ``input_ids`` [B, T]; ``attention_mask`` [B, T] of 0 and 1 tells padding,
+            ``position_ids`` the positions ([B, T], or [n, B, T] for positions in n dimensions), which
+            otherwise are those in the row. On the host it costs no wait for the device.
+
+            Token types and the like [B, T, ...] count at the example's tokens. Images, videos and
+            audio belong to the examples whose placeholder tokens they fill, also where patches of
+            all images lie in one tensor with a grid (``image_grid_thw``); where that cannot be told,
+            it is an error that says what to do. Labels, return flags and text change nothing. Every
+            other item is an error: name it in ``ignore`` or ``context`` of the cache. What counts
+            does so bit for bit, floating point in the dtype that it has (whole numbers by value), so
+            give batches as the data collator makes them, and pad features of audio to one length.
         packed: a row holds several examples, and one begins where positions fall back, as in
             padding-free training. The model must keep them apart; else z of an example would depend
             on its neighbours.
 
-        Raises Error: CACHE_MISS (names the example), CACHE_STALE, SHAPE, IO, FORMAT, FORKED.
+        Raises Error: CACHE_MISS (names the example), CACHE_STALE, INVALID_ARGUMENT (an item that no
+        key covers), SHAPE, IO, FORMAT, FORKED.
         """
         from . import _torch_cache
 
@@ -320,6 +379,12 @@ class Cache:
                 self._running -= 1
                 if self._closed and self._running == 0:
                     self._free()
+
+
+def _names(names: Iterable[str]) -> frozenset[str]:
+    if isinstance(names, str):
+        raise TypeError(f"ignore is the text {names!r}; expected names, like ({names!r},)")
+    return frozenset(names)
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:

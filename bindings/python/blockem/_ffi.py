@@ -269,6 +269,17 @@ class CacheInfo(Sized):
     ]
 
 
+class CacheExample(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("num_tokens", c_size_t),
+        ("context", c_char_p),
+        ("context_size", c_size_t),
+    ]
+
+
 class StatsInfo(Sized):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -397,9 +408,15 @@ FUNCTIONS = {
     "blockem_penalty": (c_int32, [c_void_p, POINTER(PenaltyArgs), c_void_p]),
     "blockem_cache_open": (c_int32, [c_char_p, POINTER(CacheOptions), POINTER(c_void_p)]),
     "blockem_cache_info_get": (c_int32, [c_void_p, POINTER(CacheInfo)]),
+    "blockem_cache_key": (c_int32, [c_void_p, POINTER(CacheExample), c_char_p]),
     "blockem_cache_example_key": (
         c_int32,
         [c_void_p, POINTER(c_int64), POINTER(c_int64), c_size_t, c_char_p],
+    ),
+    "blockem_cache_put_note": (c_int32, [c_void_p, c_char_p, c_char_p]),
+    "blockem_cache_get_note": (
+        c_int32,
+        [c_void_p, c_char_p, c_char_p, c_size_t, POINTER(c_size_t)],
     ),
     "blockem_cache_missing": (c_int32, [c_void_p, c_void_p, c_char_p, c_size_t, c_void_p]),
     "blockem_cache_put": (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,18 @@ from . import _ffi
 from ._cache import Cache
 from ._core import Plan
 from ._library import fail
+from ._torch_context import MEDIA, PACKING, TEXT, Example, Inputs, examples_of
 from .torch._ranks import Ranks
 from .torch._spread import is_dtensor
-from .torch._stack import Call, Stack, as_base, find
+from .torch._stack import Stack, as_base, find, without_parallel
 
 __all__ = ["base_model_digest", "extend", "fill", "reference"]
 
 
 def reference(cache: Cache, batch: Mapping[str, Any], *, packed: bool) -> torch.Tensor:
     """See :meth:`Cache.reference`."""
-    ids = batch["input_ids"]
     found = _examples(cache, batch, packed)
+    ids, keys = batch["input_ids"], [_key(cache, e) for e in found]
     # torch.zeros would wake torch's threads for a few kilobytes.
     z = torch.from_numpy(np.zeros((*ids.shape, cache.plan.num_latents), np.float32))
     if ids.device.type == "cuda":
@@ -36,14 +38,14 @@ def reference(cache: Cache, batch: Mapping[str, Any], *, packed: bool) -> torch.
         torch.empty(len(e.columns), z.shape[-1]) if place is None else place
         for e, place in zip(found, places, strict=True)
     ]
-    cache.get([e.key for e in found], parts)
+    cache.get(keys, parts)
     for e, place, part in zip(found, places, parts, strict=True):
         if place is None:
             z[e.row, e.columns] = part
     return z.to(ids.device, non_blocking=True)
 
 
-def _place(z: torch.Tensor, example: _Example) -> torch.Tensor | None:
+def _place(z: torch.Tensor, example: Example) -> torch.Tensor | None:
     """z of an example in place, unless padding parts its tokens."""
     first, count = int(example.columns[0]), len(example.columns)
     if int(example.columns[-1]) - first == count - 1:
@@ -61,31 +63,33 @@ def fill(
     progress: bool,
 ) -> int:
     """See :meth:`Cache.fill`."""
-    stored = 0
+    stored, base = 0, _base(without_parallel(model))
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        fail(
+            _ffi.STATUS_UNSUPPORTED,
+            f"{type(base).__name__} has an encoder, whose input no key covers: use a reference by a "
+            'pass, like attach(reference="adapters_off")',
+        )
     stack = find(model, [cache.layer], layers)
+    _keep_placeholders(cache, base)
     with as_base(model), torch.no_grad():
         for batch in _shown(batches, progress):
             found = _examples(cache, batch, packed)
-            absent = cache.missing([e.key for e in found]).any(axis=1)
-            wanted = [e for e, is_absent in zip(found, absent, strict=True) if is_absent]
+            keys = [_key(cache, e) for e in found]
+            absent = cache.missing(keys).any(axis=1)
+            wanted = [pair for pair, is_absent in zip(zip(found, keys), absent) if is_absent]
             if not wanted:
                 continue
-            rows = sorted({e.row for e in wanted})
-            hidden = _hidden_after(stack, batch, rows)
-            if str(hidden.dtype) != f"torch.{cache.dtype}":
-                fail(
-                    _ffi.STATUS_CACHE_STALE,
-                    f"{cache.path}: the layer puts out {hidden.dtype}, the cache holds z of "
-                    f"{cache.dtype}: run the model as in training, or make a cache with that dtype",
-                )
+            rows = sorted({e.row for e, _ in wanted})
+            hidden = _hidden_after(cache, stack, batch, rows)
             z = [
                 cache.plan.encode(
                     hidden[rows.index(e.row), e.columns.to(hidden.device)].to(cache.plan.device)
                 ).cpu()
-                for e in wanted
+                for e, _ in wanted
             ]
-            cache.put([e.key for e in wanted], z)
-            stored += len({e.key for e in wanted})
+            cache.put([key for _, key in wanted], z)
+            stored += len({key for _, key in wanted})
     return stored
 
 
@@ -118,7 +122,7 @@ def extend(
 def _writer(cache: Cache, plan: Plan) -> Cache:
     return Cache(
         cache.path, plan, base_model=cache.base_model, layer=cache.layer, dtype=cache.dtype,
-        mode="write",
+        mode="write", ignore=cache.ignore, context=cache.context,
     )  # fmt: skip
 
 
@@ -186,57 +190,77 @@ def base_model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class _Example:
-    key: bytes
-    row: int
-    #: [n] where its tokens stand in the row
-    columns: torch.Tensor
-
-
-def _examples(cache: Cache, batch: Mapping[str, Any], packed: bool) -> list[_Example]:
+def _examples(cache: Cache, batch: Mapping[str, Any], packed: bool) -> list[Example]:
     """The examples of a batch, without their padding."""
-    ids = batch["input_ids"]
-    shape = ids.shape
-    if ids.ndim != 2:
-        fail(_ffi.STATUS_SHAPE, f"input_ids has the shape {list(shape)}; expected [B, T]")
-    ids = ids.cpu()
-    mask, positions = (_of_tokens(batch, n, shape) for n in ("attention_mask", "position_ids"))
-    if packed and positions is None:
-        fail(_ffi.STATUS_INVALID_ARGUMENT, "packed rows are told apart by position_ids: give them")
-    found = []
-    for row in range(shape[0]):
-        kept = torch.arange(shape[1])
-        if mask is not None:
-            kept = kept[mask[row] != 0]
-        places = kept if positions is None else positions[row, kept]
-        starts = (places.diff() <= 0).nonzero().flatten() + 1 if packed else kept[:0]
-        for columns, at in zip(kept.tensor_split(starts), places.tensor_split(starts), strict=True):
-            if len(columns):
-                key = cache.key(ids[row, columns].numpy(), at.numpy())
-                found.append(_Example(key, row, columns))
-    return found
+    inputs = _inputs(cache)
+    media = set(inputs.of(batch).values()).intersection(MEDIA)
+    return examples_of(batch, inputs, _placeholders(cache) if media else {}, packed=packed)
 
 
-def _of_tokens(batch: Mapping[str, Any], name: str, shape: torch.Size) -> torch.Tensor | None:
-    values = batch.get(name)
-    if values is None:
-        return None
-    if values.shape != shape:
+def _inputs(cache: Cache) -> Inputs:
+    return Inputs(cache.ignore, cache.context)
+
+
+def _key(cache: Cache, example: Example) -> bytes:
+    ids, positions = example.token_ids.numpy(), example.positions.numpy()
+    return cache.key(ids, positions, context=example.context)
+
+
+#: The note of a cache that has, of each medium, the token that stands for it.
+_PLACEHOLDERS = "placeholders"
+
+
+def _placeholders(cache: Cache) -> dict[str, int]:
+    if cache._placeholders is None:
+        cache._placeholders = json.loads(cache.note(_PLACEHOLDERS) or "null")
+    return cache._placeholders or {}
+
+
+def _keep_placeholders(cache: Cache, base: nn.Module) -> None:
+    """Whoever reads the cache has no model, whose configuration says them."""
+    config, found = getattr(base, "config", None), {}
+    for medium in MEDIA:
+        names = (f"{medium}_token_id", f"{medium}_token_index")
+        token = next((t for n in names if isinstance(t := getattr(config, n, None), int)), None)
+        if token is not None:
+            found[medium] = token
+    if found:
+        cache.put_note(_PLACEHOLDERS, json.dumps(found))
+
+
+def _hidden_after(
+    cache: Cache, stack: Stack, batch: Mapping[str, Any], rows: Sequence[int]
+) -> torch.Tensor:
+    """Hidden states of these rows after the layer, where the pass ends."""
+    shape, context = batch["input_ids"].shape, _inputs(cache).of(batch)
+    # The rows of other inputs need not be those of the batch.
+    alone = not context and all(batch.get(name) is None for name in PACKING)
+    accepted = inspect.signature(stack.outermost.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    device, inputs = next(stack.outermost.parameters()).device, {}
+    for name in (*TEXT, *PACKING, *context):
+        value = batch.get(name)
+        if value is None or not (takes_all or name in accepted):
+            continue
+        if isinstance(value, torch.Tensor):
+            value = value.to(device)
+            if alone:
+                value = value[..., rows, :]
+        inputs[name] = value
+    (hidden,) = stack.run(stack.call(inputs))
+    if hidden.shape[:-1] != (len(rows) if alone else shape[0], shape[1]):
         fail(
             _ffi.STATUS_SHAPE,
-            f"{name} has the shape {list(values.shape)}; expected {list(shape)}, as input_ids",
+            f"hidden states of the layer have the shape {list(hidden.shape)} for the tokens "
+            f"{list(shape)} of the batch: they are not one for each token",
         )
-    return values.cpu()
-
-
-def _hidden_after(stack: Stack, batch: Mapping[str, Any], rows: list[int]) -> torch.Tensor:
-    """Hidden states of these rows after the layer, where the pass ends."""
-    device = next(stack.decoder.parameters()).device
-    names = ("input_ids", "attention_mask", "position_ids")
-    inputs = {n: batch[n][rows].to(device) for n in names if batch.get(n) is not None}
-    (hidden,) = stack.run(Call((), inputs, autocast=None))
-    return hidden
+    if str(hidden.dtype) != f"torch.{cache.dtype}":
+        fail(
+            _ffi.STATUS_CACHE_STALE,
+            f"{cache.path}: the layer puts out {hidden.dtype}, the cache holds z of {cache.dtype}: "
+            "run the model as in training, or make a cache with that dtype",
+        )
+    return hidden if alone else hidden[list(rows)]
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -1086,8 +1086,9 @@ def test_ranks_that_share_rows_report_as_one(case: str, ranks: dict) -> None:
 def test_ranks_swap_with_a_cache_that_they_share(ranks: dict) -> None:
     found = ranks["watch, rows"]
     first, second = found["said"]
-    assert first == "KeyError: 'input_ids'"
-    assert second == "ArgumentError: the first rank could not fill the cache: KeyError: 'input_ids'"
+    why = "ArgumentError: the batch has no input_ids, by which a cache knows its examples"
+    assert first == why
+    assert second == f"ArgumentError: the first rank could not fill the cache: {why}"
     handle = attach(parallel.model(), DICTIONARY.plan, lam=1.0)
     handle.swap(DICTIONARY.latents.union(blockem.Latents([2, 9], [1, -1])))
     step_of(handle, handle._model, parallel.step_of(2))

@@ -25,6 +25,8 @@ class Call:
     autocast: tuple[str, bool, torch.dtype] | None
     #: the layers were given a cache of keys and values
     cached: bool = False
+    #: of the outermost module, which computes what the decoder is given
+    whole: bool = False
 
     def of_rows(self, rows: Sequence[int], count: int) -> Call:
         """For some of the `count` rows of its batch."""
@@ -36,9 +38,16 @@ class Stack:
     """A decoder, which owns the list of its layers, and the indices of some of them (0-based)."""
 
     def __init__(
-        self, decoder: nn.Module, name: str, layers: nn.ModuleList, indices: Sequence[int]
+        self,
+        decoder: nn.Module,
+        name: str,
+        layers: nn.ModuleList,
+        indices: Sequence[int],
+        outermost: nn.Module | None = None,
     ) -> None:
         self.decoder, self.name, self.layers = decoder, name, layers
+        #: the model, which may have vision and audio towers
+        self.outermost = outermost or decoder
         self.indices = tuple(indices)
         for index in self.indices:
             if not 0 <= index < len(layers):
@@ -47,6 +56,10 @@ class Stack:
                     f"layer {index} does not exist: {name} has the blocks 0 to {len(layers) - 1} "
                     "(0-based; the output of block N is hidden_states[N + 1])",
                 )
+
+    def call(self, inputs: Mapping[str, Any]) -> Call:
+        """The call of the outermost module with these inputs."""
+        return Call((), inputs, autocast=None, whole=True)
 
     def run(self, call: Call, *, training: bool = False) -> list[torch.Tensor]:
         """The outputs of the layers for a call that is given up right after the last of them.
@@ -77,8 +90,9 @@ class Stack:
             kwargs = dict(call.kwargs)
             if "use_cache" in kwargs or _accepts(self.decoder, "use_cache"):
                 kwargs["use_cache"] = call.cached and _may_be_packed(kwargs)
+            called = self.outermost if call.whole else self.decoder
             try:
-                self.decoder(*call.args, **kwargs)
+                called(*call.args, **kwargs)
             except _Stop:
                 return [outputs[index] for index in self.indices]
         fail(
@@ -290,7 +304,7 @@ def _named(model: nn.Module, name: str, indices: Sequence[int]) -> Stack:
             _ffi.STATUS_INVALID_ARGUMENT,
             f"{name} of {type(model).__name__} is not a torch.nn.ModuleList of decoder layers",
         )
-    return Stack(model.get_submodule(name.rpartition(".")[0]), name, layers, indices)
+    return Stack(model.get_submodule(name.rpartition(".")[0]), name, layers, indices, model)
 
 
 def _num_layers(model: nn.Module) -> int | None:
