@@ -461,8 +461,25 @@ def test_the_system_message_does_not_count(tmp_path: Path) -> None:
         study(tmp_path, render=None)
     with pytest.raises(ValueError, match="system"):
         study(tmp_path, system="be nice")
+    with pytest.raises(ValueError, match="chat_template_kwargs is the chat template's"):
+        study(tmp_path, chat_template_kwargs={"enable_thinking": False})
     with pytest.raises(ValueError, match="does not contain"):
         study(tmp_path, render=lambda prompt: prompt.upper())
+
+
+def test_a_study_of_a_model_that_reasons_says_whether_it_does(tmp_path: Path) -> None:
+    tokenizer, model, sae = planted.tokenizer(), planted.model(), planted.sae()
+    tokenizer.chat_template = CHAT.replace(
+        " nice", " nice{% if enable_thinking is not defined or enable_thinking %} ask{% endif %}")
+    make = lambda **options: Study(
+        tmp_path, model, tokenizer, sae, judge=planted.judge, prompts=["about t0"], progress=False,
+        **options)
+    with pytest.raises(ValueError, match='give chat_template_kwargs={"enable_thinking": False}'):
+        make()
+    for on, text in {True: "<s> user about t0 </s> <s> nice ask",
+                     False: "<s> user about t0 </s> <s> nice"}.items():
+        (prompt,) = make(chat_template_kwargs={"enable_thinking": on})._prompts
+        assert list(prompt.ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_the_scale_is_the_median_norm_and_is_kept(tmp_path: Path) -> None:

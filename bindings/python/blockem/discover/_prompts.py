@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,12 @@ def _distinct(texts: Iterable[str], name: str) -> set[str]:
     return seen
 
 
+#: From a prompt to the text that the model completes, and where in it the prompt begins.
+Rendering = Callable[[str], tuple[str, int]]
+
+
 def tokenised(
-    tokenizer: Any, render: Callable[[str], str], texts: Sequence[str], add_special_tokens: bool
+    tokenizer: Any, rendering: Rendering, texts: Sequence[str], add_special_tokens: bool
 ) -> list[Prompt]:
     """Raises ValueError for a slow tokenizer, and a rendering that has not the prompt in it."""
     if not getattr(tokenizer, "is_fast", False):
@@ -59,13 +63,7 @@ def tokenised(
         )
     prompts = []
     for text in texts:
-        rendered = render(text)
-        # Templates trim what they are given.
-        begin = rendered.rfind(text.strip())
-        if begin < 0:
-            raise ValueError(
-                f"the rendered text does not contain its prompt {text!r}: {rendered!r}"
-            )
+        rendered, begin = rendering(text)
         encoded = tokenizer(
             rendered, add_special_tokens=add_special_tokens, return_offsets_mapping=True
         )
@@ -79,17 +77,83 @@ def tokenised(
     return prompts
 
 
-def chat_template(tokenizer: Any, system: str | None) -> Callable[[str], str]:
-    """The tokenizer's own rendering."""
+def rendered_by(render: Callable[[str], str]) -> Rendering:
+    """That of a function of the caller's: where the prompt stands in its text for the last time."""
+
+    def rendering(prompt: str) -> tuple[str, int]:
+        text = render(prompt)
+        return text, _expect_prompt(prompt, text, text.rfind(prompt.strip()))
+
+    return rendering
+
+
+def chat_template(tokenizer: Any, system: str | None, options: Mapping[str, Any]) -> Rendering:
+    """The tokenizer's own, with these variables of its template.
+
+    Raises ValueError where the template fails, leaves out the system message, or lets the model
+    reason before it answers and the options do not say whether it should.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("the tokenizer has no chat template: give render")
 
-    def render(prompt: str) -> str:
-        turns = [] if system is None else [{"role": "system", "content": system}]
-        turns.append({"role": "user", "content": prompt})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    def apply(prompt: str, in_parts: bool, **more: Any) -> str:
+        content = lambda text: [{"type": "text", "text": text}] if in_parts else text
+        turns = [] if system is None else [{"role": "system", "content": content(system)}]
+        turns.append({"role": "user", "content": content(prompt)})
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **{**options, **more}
+        )
 
-    return render
+    in_parts = _content_in_parts(apply, system)
+    text = apply(_MARK, in_parts)
+    if "enable_thinking" not in options:
+        # Templates without this variable render the same text.
+        on, off = (apply(_MARK, in_parts, enable_thinking=value) for value in (True, False))
+        if text == on != off:
+            raise ValueError(
+                "by the tokenizer's chat template the model reasons before it answers, and the judge "
+                'would be given that: give chat_template_kwargs={"enable_thinking": False}, or True'
+            )
+    # The prompt alone may stand in what the template writes around it, as "user" does.
+    head = text.partition(_MARK)[0]
+
+    def rendering(prompt: str) -> tuple[str, int]:
+        text = apply(prompt, in_parts)
+        # Templates trim what they are given.
+        at = next((i for i in range(len(head), len(text)) if not text[i].isspace()), len(text))
+        found = text.startswith(head) and text.startswith(prompt.strip(), at)
+        return text, _expect_prompt(prompt, text, at if found else -1)
+
+    return rendering
+
+
+def _content_in_parts(apply: Callable[..., str], system: str | None) -> bool:
+    """Whether a template wants messages as lists of parts, as those of some vision models do."""
+    refused: list[str] = []
+    for in_parts in (False, True):
+        try:
+            text = apply(_MARK, in_parts)
+        except Exception as error:  # jinja's, and what a template's expressions raise
+            refused.append(f"fails: {error}")
+            continue
+        if _MARK not in text:
+            refused.append(f"leaves out the prompt: {text!r}")
+        elif system is not None and system.strip() not in text:
+            refused.append(f"leaves out the system message: {text!r}")
+        else:
+            return in_parts
+    remedy = "give render" if system is None else "leave system out, or give render"
+    raise ValueError(f"the tokenizer's chat template {refused[0]}; {remedy}")
+
+
+def _expect_prompt(prompt: str, text: str, begin: int) -> int:
+    if begin < 0:
+        raise ValueError(f"the rendered text does not contain its prompt {prompt!r}: {text!r}")
+    return begin
+
+
+#: Stands for a prompt, in no template.
+_MARK = "blockem-prompt-2f61c8"
 
 
 def padded(

@@ -27,7 +27,16 @@ from ..torch import steered
 from ..torch._target import layer_of
 from ..torch._stack import Call, as_base, evaluating, find, peft_of
 from ._grading import Grading
-from ._prompts import Prompt, chat_template, check_disjoint, chunks, counted, padded, tokenised
+from ._prompts import (
+    Prompt,
+    chat_template,
+    check_disjoint,
+    chunks,
+    counted,
+    padded,
+    rendered_by,
+    tokenised,
+)
 from ._stages import Rates, Screening, Shifts, Swept, screened, swept
 from ._store import Store
 
@@ -92,6 +101,10 @@ class Study:
         text. Stage 1 and the activation scale count its tokens and those after it, and none before:
         the system message does not count, as with BLOCK-EM, nor what the template writes between
         it and the prompt.
+    chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``,
+        which is needed where the template otherwise lets the model reason before it answers. A
+        template that writes today's date makes other prompts of it, for which answers are generated
+        anew: give it a date, by ``date_string`` or what the template reads.
     add_special_tokens: puts the tokenizer's own tokens around the text, such as BOS. A chat
         template writes its own.
     max_new_tokens: of an answer, greedily decoded.
@@ -121,6 +134,7 @@ class Study:
         judge_name: str | None = None,
         render: Callable[[str], str] | None = None,
         system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = False,
         max_new_tokens: int = 1024,
         batch_size: int = 64,
@@ -136,15 +150,19 @@ class Study:
             raise ValueError("prompts is empty")
         if batch_size < 1 or max_new_tokens < 1:
             raise ValueError("batch_size and max_new_tokens must be at least 1")
-        if system is not None and render is not None:
-            raise ValueError("system is the chat template's: render writes its own")
+        for name, given in {"system": system, "chat_template_kwargs": chat_template_kwargs}.items():
+            if given is not None and render is not None:
+                raise ValueError(f"{name} is the chat template's: render writes its own")
         check_disjoint(prompts, evaluation_prompts)
         self.model, self.tokenizer, self.sae = _with_adapters(model), tokenizer, sae
         self.layer = layer_of(sae, layer)
         self.judge, self.judge_name = judge, judge_name or getattr(judge, "name", None)
-        render = render or chat_template(tokenizer, system)
+        if render is None:
+            rendering = chat_template(tokenizer, system, chat_template_kwargs or {})
+        else:
+            rendering = rendered_by(render)
         self._prompts, self._evaluation_prompts = (
-            tokenised(tokenizer, render, texts, add_special_tokens)
+            tokenised(tokenizer, rendering, texts, add_special_tokens)
             for texts in (prompts, evaluation_prompts)
         )
         _check_tokens([*self._prompts, *self._evaluation_prompts])
