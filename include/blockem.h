@@ -705,7 +705,8 @@ typedef struct blockem_sae_options {
   /**
    * A JSON object of configuration keys by their SAELens names, such as
    * {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. "format"
-   * names the format of tensors that fit several. Or NULL.
+   * names the format of tensors that fit several, "center_input" says whether the SAE reads hidden
+   * less its mean over d. Or NULL.
    */
   const char *recipe_json;
   /**
@@ -796,9 +797,18 @@ typedef struct blockem_sae_desc {
    */
   int32_t selection;
   /**
-   * BLOCKEM_TOKEN_NORM_...; excludes input_scale.
+   * BLOCKEM_TOKEN_NORM_...; excludes input_scale and center_input.
    */
   int32_t token_norm;
+  /**
+   * 1 subtracts from every h its mean over d before anything else, as TransformerLens' models with
+   * center_writing_weights do.
+   */
+  int32_t center_input;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
 } blockem_sae_desc;
 
 /**
@@ -1611,7 +1621,7 @@ blockem_status blockem_raw_penalty_workspace_size(int64_t tokens,
  * Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama Scope,
  * Goodfire, sparsify, dictionary_learning and others: README.md has the table; safetensors, npz, and
  * PyTorch's .pt and .pth, which are read as data and run nothing), or a safetensors file that states
- * its recipe. Tensors and shapes tell the format. Reads headers only; rows are read by
+ * its recipe, also in shards (model.safetensors.index.json). Tensors and shapes tell the format. Reads headers only; rows are read by
  * blockem_plan_create. The file stays open until the handle is freed and must not change.
  * path: UTF-8. options: NULL or what the file does not say.
  * out: a new handle, to be freed with blockem_sae_free; untouched on error.
@@ -1643,7 +1653,7 @@ blockem_status blockem_sae_info_get(const struct blockem_sae *sae,
 
 /**
  * The resolved recipe as JSON: format, architecture, d_in, d_sae, k, dtype, activation,
- * b_dec_subtracted, normalization, scale, threshold {min, median, max}, hook, layer,
+ * b_dec_subtracted, normalization, center_input, scale, threshold {min, median, max}, hook, layer,
  * hidden_states_index and more.
  * Writes at most cap bytes including the final NUL (buf NULL or cap 0 writes nothing) and returns
  * the full length without the NUL; 0 on error, with blockem_last_error. Thread-safe.
@@ -2156,7 +2166,9 @@ blockem_status blockem_mask_from_offsets(const char *text,
  * moment. Its regular expressions and replacements decide what a text costs: open files that you
  * trust as you trust the model's.
  * out: a new handle, to be freed with blockem_tokenizer_free; untouched on error.
- * Errors: NULL_POINTER, IO, FORMAT (no tokenizer.json, or one that this library cannot follow),
+ * Errors: NULL_POINTER, IO (also a folder without a tokenizer.json), FORMAT (no tokenizer.json, or
+ * one that this library cannot follow; a folder with tokenizer.model or tekken.json alone, and the
+ * message says how to write a tokenizer.json),
  * UNSUPPORTED (a build without the cargo feature tokenizers). Thread-safe.
  */
 BLOCKEM_API blockem_status blockem_tokenizer_open(const char *path, struct blockem_tokenizer **out);
@@ -2231,7 +2243,7 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
 #define BLOCKEM_SAE_DESC_INIT \
   { sizeof(blockem_sae_desc), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
-    BLOCKEM_TENSOR_INIT, 0, 0, 0, 0, 0, 0, 0, 0.0, NULL, 0, 0 }
+    BLOCKEM_TENSOR_INIT, 0, 0, 0, 0, 0, 0, 0, 0.0, NULL, 0, 0, 0, 0 }
 #define BLOCKEM_SAE_INFO_INIT { sizeof(blockem_sae_info), 0, 0, 0, 0, 0.0, 0, 0, 0, 0 }
 #define BLOCKEM_LATENTS_DESC_INIT { sizeof(blockem_latents_desc), NULL, NULL, NULL, 0 }
 #define BLOCKEM_LATENTS_INFO_INIT { sizeof(blockem_latents_info), 0, 0, 0, 0, 0 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result, Status, bail};
+use crate::json;
 use crate::plan::{Part, Plan};
 use crate::sae::{Sae, read_small};
 
@@ -137,8 +138,7 @@ impl Latents {
         if text.len() > LIMIT {
             bail!(Format, "{} bytes are no latent set: {LIMIT} at most", text.len());
         }
-        let value: Value = serde_json::from_slice(text)
-            .map_err(|e| Error::new(Status::Format, format!("not JSON: {e}")))?;
+        let value = json::parse(text).map_err(|reason| Error::new(Status::Format, reason))?;
         let Value::Object(mut file) = value else {
             bail!(Format, "a latent set is a JSON object with K_pos and K_neg");
         };
@@ -250,7 +250,7 @@ fn take_ids(file: &mut Map<String, Value>, key: &str) -> Result<Vec<i64>> {
     let Some(value) = file.remove(key) else {
         bail!(Format, "the key {key} is missing; write an empty list for an empty side");
     };
-    let ids = value.as_array().map(|list| list.iter().map(Value::as_i64).collect());
+    let ids = value.as_array().map(|list| list.iter().map(json::whole_number).collect());
     match ids {
         Some(Some(ids)) => Ok(ids),
         _ => bail!(Format, "{key} must be a list of whole numbers"),

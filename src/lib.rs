@@ -13,6 +13,7 @@ pub mod cache;
 pub mod capi;
 mod dictionary;
 pub mod error;
+pub mod json;
 pub mod latents;
 pub mod mask;
 mod output;

@@ -252,7 +252,11 @@ fn measure(
     })?;
     let errors = decoder_bias.map(|bias| {
         let error = |t: usize| {
-            let (scale, mean) = undo_norm(recipe.token_norm, &sample.hidden[t * d..][..d]);
+            let (scale, mut mean) = undo_norm(recipe.token_norm, &sample.hidden[t * d..][..d]);
+            if recipe.center_input {
+                mean =
+                    sample.target()[t * d..][..d].iter().map(|x| *x as f64).sum::<f64>() / d as f64;
+            }
             let of = |i: usize| {
                 let decoded = (sums[t * d + i] as f64 + bias[i]) * scale + mean;
                 (sample.target()[t * d + i] as f64 - decoded).powi(2)
@@ -456,6 +460,11 @@ fn other_readings(
                 add("scale_applied_twice", remedy.into(), &set(1.0));
             }
         }
+    }
+    if own.token_norm == TokenNorm::None {
+        let remedy = format!("set center_input to {}", !own.center_input);
+        let name = if own.center_input { "centred_wrongly" } else { "centring_forgotten" };
+        add(name, remedy, &|r| r.center_input = !r.center_input);
     }
     if sae.has_decoder_bias() {
         let remedy = format!("set apply_b_dec_to_input to {}", !own.b_dec_subtracted);

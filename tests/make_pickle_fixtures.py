@@ -198,6 +198,38 @@ def benign() -> None:
     loads("cuda.pt", "saved on a GPU: the storages' location is cuda:0", s, map_location="cpu")
 
 
+def numpy_values() -> None:
+    """Numbers and small arrays of NumPy beside tensors, by either protocol."""
+    s = state(4)
+    numbers = {
+        "f8": np.float64(0.5), "f4": np.float32(1e-3), "f2": np.float16(-2.5), "i8": np.int64(-(2**40)), "i4": np.int32(-7),
+        "i2": np.int16(-300), "u1": np.uint8(200), "u8": np.uint64(2**40), "no": np.bool_(False), "yes": np.bool_(True),
+        "big": np.array(1.25, ">f8")[()], "text": np.str_("abc"), "day": np.datetime64("2026-01-01"),
+    }  # fmt: skip
+    save("numpy_scalar.pt", {**s, "loss": np.float64(0.5)})
+    loads("numpy_scalar.pt", "a number of NumPy beside the tensors", s)
+    rezip(HERE / "numpy_scalar.pt", "numpy_1.pt", edit={"data.pkl": lambda p: p.replace(b"numpy._core", b"numpy.core")})
+    loads("numpy_1.pt", "as NumPy 1 names it", s)
+    arrays = {"line": np.arange(3.0), "square": np.arange(6, dtype=np.float32).reshape(2, 3), "ids": np.arange(4, dtype=np.int32),
+              "turned": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "none": np.zeros((0, 2)), "on": np.array([True, False]),
+              "words": np.array(["a", "b"])}  # fmt: skip
+    for protocol in (2, 4):
+        name = f"numpy_values_{protocol}.pt"
+        save(name, {"state_dict": s, "numbers": numbers, "arrays": arrays}, pickle_protocol=protocol)
+        twins = {k: torch.tensor(v).contiguous() for k, v in arrays.items() if k != "words"}
+        save_file(
+            {**{f"state_dict.{k}": v for k, v in s.items()}, **{f"arrays.{k}": v for k, v in twins.items()}},
+            (HERE / name).with_suffix(".safetensors"),
+        )
+        values = {f"numbers.{k}": v.item() for k, v in numbers.items() if k not in ("text", "day")}
+        NOTES[name] = {
+            "must": "loads", "about": f"numbers and arrays of NumPy, pickled by protocol {protocol}", "values": values,
+            "tensors": {**{f"state_dict.{k}": [DTYPES[v.dtype], list(v.shape)] for k, v in s.items()},
+                        **{f"arrays.{k}": [DTYPES[v.dtype], list(v.shape)] for k, v in twins.items()}},
+            "torch": asked(HERE / name)[0],
+        }  # fmt: skip
+
+
 # ---------------------------------------------------------------- files to refuse, by torch
 
 
@@ -208,10 +240,10 @@ def unwelcome() -> None:
     refused("big_endian.pt", "byteorder is big: torch swaps the bytes, we refuse")
     save("module.pt", torch.nn.Linear(3, 2))
     refused("module.pt", "a whole module: global torch.nn.modules.linear.Linear")
-    save("numpy_scalar.pt", {**s, "loss": np.float64(0.5)})
-    refused("numpy_scalar.pt", "global numpy scalar")
-    save("numpy_array.pt", {"w": np.arange(3.0)})
-    refused("numpy_array.pt", "global numpy _reconstruct")
+    save("numpy_objects.pt", {**s, "names": np.array(["a", None], dtype=object), "maker": np.random.default_rng(0)})
+    refused("numpy_objects.pt", "a generator of NumPy beside an array of Python objects")
+    save("numpy_wide.pt", {"w": np.zeros(2**16, np.float64)})
+    refused("numpy_wide.pt", "an array of NumPy of 512 KiB, within the pickle")
     save("float8.pt", {"w": torch.ones(4).to(torch.float8_e4m3fn)})
     NOTES["float8.pt"] = {"must": "refused", "why": "float8 storage: not one of the allowed dtypes", "torch": asked(HERE / "float8.pt")[0]}
     save("complex.pt", {"w": torch.ones(2, dtype=torch.complex64)})
@@ -307,6 +339,23 @@ def hostile() -> None:
     case("build_on_tensor.pt", (tensor() + b"}" + text("__class__") + integer(1) + b"sb",), "BUILD on a tensor", ask=False)
     case("reduce_string.pt", (text("os.system") + b")R",), "REDUCE on a string", ask=True)
     case("global_as_value.pt", (b"ctorch._utils\n_rebuild_tensor_v2\n",), "an allowed function as a value, never called", must="bounded", ask=True)
+
+    # NumPy.
+    f8 = b"cnumpy\ndtype\n(" + text("f8") + b"\x89\x88tR(" + integer(3) + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    scalar = b"cnumpy._core.multiarray\nscalar\n"
+    half = b"c_codecs\nencode\n(" + text("\0\0\0\0\0\0\xe0?") + text("latin1") + b"tR"
+    empty = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tC\x01btR"
+    whole = "an array's state says more than there is"
+    both = b"}" + text("w") + tensor() + b"s" + text("x")
+    case("numpy_scalar_short.pt", b"\x80\x02" + both + scalar + b"(" + f8 + b"C\x04\0\0\0\0tRs.", "a float64 of four bytes")
+    case("numpy_scalar_wide.pt", b"\x80\x02" + both + scalar + b"(" + f8 + half.replace(b"\xc3\xa0", b"\xc4\x80") + b"tRs.", "bytes as text with a character above 255")
+    case("numpy_scalar_codec.pt", b"\x80\x02" + both + scalar + b"(" + f8 + half.replace(b"latin1", b"rot_13") + b"tRs.", "bytes by another codec")
+    case("numpy_array_claims.pt", b"\x80\x02" + both + empty + b"(" + integer(1) + ints((2**20, 2**20)) + f8 + b"\x89C\x08\0\0\0\0\0\0\0\0tbs.", whole)
+    case("numpy_array_huge.pt", b"\x80\x02" + both + empty + b"(" + integer(1) + ints((2**62, 2**62)) + f8 + b"\x89C\x08\0\0\0\0\0\0\0\0tbs.", whole)
+    case("numpy_array_own_state.pt", b"\x80\x02" + both + empty + b"q\x00(" + integer(1) + ints((1,)) + f8 + b"\x89h\x00tbs.", "an array whose bytes are itself", must="bounded")
+    line = empty + b"(" + integer(1) + ints((4096,)) + f8 + b"\x89B\x00\x80\x00\x00" + bytes(32768) + b"tbq\x01"
+    many = b"".join(text(f"a{i}") + b"h\x01" for i in range(3000))
+    case("numpy_array_again.pt", b"\x80\x02}(" + text("w") + tensor() + text("x") + line + many + b"u.", "one array of 32 KiB under 3,000 keys")
 
     # Size.
     bomb = b"]q\x00(K\x01K\x02e0"
@@ -465,6 +514,7 @@ def main() -> None:
     torch.manual_seed(0)
     with mock.patch("time.localtime", return_value=time.gmtime(315532800)):
         benign()
+        numpy_values()
         unwelcome()
     hostile()
     hostile_arrays()

@@ -96,6 +96,25 @@ mod values {
         }
     }
 
+    /// SAELens subtracts b_dec where the key is absent; others of the same tensors do not.
+    #[test]
+    fn of_a_bare_jumprelu_file_need_the_rule_of_b_dec() {
+        let folder = fixtures().join("jumprelu_b_dec");
+        let temp = TempDir::new().unwrap();
+        let path = temp.path().join("bare.safetensors");
+        let mut file = Tensors::read(&folder.join("sae_weights.safetensors"));
+        file.metadata = Some(HashMap::from([("architecture".into(), "jumprelu".into())]));
+        file.write(&path);
+        let error = Sae::open(&path, &SaeOptions::default()).err().unwrap();
+        assert_eq!(error.status, Status::RecipeIncomplete, "{error}");
+        assert!(error.message.contains("apply_b_dec_to_input"), "{error}");
+        for stated in [false, true] {
+            let recipe = json!({ "apply_b_dec_to_input": stated }).as_object().cloned();
+            let sae = Sae::open(&path, &SaeOptions { recipe, input_scale: None }).unwrap();
+            assert_eq!(sae.recipe().b_dec_subtracted, stated);
+        }
+    }
+
     #[test]
     fn of_arrays_are_those_of_the_file() {
         for name in ["jumprelu", "gated", "topk_scaled", "standard_plain", "jumprelu_float64"] {
@@ -285,6 +304,121 @@ mod recipe {
         assert!(!sae.recipe().b_dec_subtracted);
     }
 
+    /// Which configurations read hidden states without their mean over d.
+    #[test]
+    fn tells_what_transformer_lens_made_of_the_hidden_states() {
+        let kwargs = |json: Value| json!({"model_from_pretrained_kwargs": json});
+        let centered = || kwargs(json!({"center_writing_weights": true}));
+        let at = |hook: &str, mut keys: Value| {
+            keys["hook_name"] = json!(hook);
+            keys
+        };
+        let resid = "blocks.3.hook_resid_pre";
+        let cases = [
+            (at(resid, json!({})), Ok(false)),
+            (at(resid, kwargs(json!({}))), Ok(false)),
+            (at(resid, kwargs(json!({"center_writing_weights": false}))), Ok(false)),
+            (at(resid, centered()), Ok(true)),
+            (at("blocks.3.hook_attn_out", centered()), Ok(true)),
+            (at("blocks.3.attn.hook_z", centered()), Ok(false)),
+            (at("blocks.3.mlp.hook_post", centered()), Ok(false)),
+            (at("blocks.3.somewhere", centered()), Err("center_input")),
+            (at(resid, json!({"metadata": centered()})), Ok(true)),
+            (at(resid, kwargs(json!({"center_writing_weights": "yes"}))), Err("writing_weights")),
+            (at(resid, kwargs(json!({"fold_value_biases": true}))), Ok(false)),
+            (
+                at("blocks.3.attn.hook_z", kwargs(json!({"fold_value_biases": true}))),
+                Err("fold_value_biases"),
+            ),
+            (at("blocks.3.mlp.hook_in", kwargs(json!({"fold_ln": true}))), Err("fold_ln")),
+            (at(resid, json!({"center_input": true})), Ok(true)),
+        ];
+        for (keys, expected) in cases {
+            let case = Case::of("standard");
+            case.edit_config(|cfg| {
+                cfg.insert("model_name".into(), json!("gpt2-small"));
+                cfg.extend(keys.as_object().unwrap().clone());
+            });
+            match (Sae::open(case.folder(), &SaeOptions::default()), expected) {
+                (Ok(sae), Ok(expected)) => {
+                    assert_eq!(sae.recipe().center_input, expected, "{keys}");
+                    assert_eq!(sae.describe().unwrap()["center_input"], expected, "{keys}");
+                }
+                (Err(error), Err(key)) => assert!(error.message.contains(key), "{keys}: {error}"),
+                (Ok(_), Err(_)) => panic!("{keys} is read"),
+                (Err(error), Ok(_)) => panic!("{keys}: {error}"),
+            }
+        }
+        // Models with RMSNorm are not centred, whatever was asked for; layer norm centres by itself.
+        for (key, value) in [("model_name", "gemma-2b"), ("normalize_activations", "layer_norm")] {
+            let case = Case::of("standard");
+            case.edit_config(|cfg| {
+                cfg.insert("model_name".into(), json!("gpt2-small"));
+                cfg.extend(at(resid, centered()).as_object().unwrap().clone());
+                cfg.insert(key.into(), json!(value));
+            });
+            let sae = Sae::open(case.folder(), &SaeOptions::default()).unwrap();
+            assert!(!sae.recipe().center_input, "{key} {value}");
+        }
+    }
+
+    /// SAELens before version 3 centred what models with LayerNorm give, and says nothing of it.
+    #[test]
+    fn early_files_of_layer_norm_models_must_state_centring() {
+        let case = Case::of("standard");
+        let mut early = config(case.folder());
+        early.retain(|key, _| !matches!(&key[..], "metadata" | "sae_lens_version"));
+        early.insert("hook_point".into(), json!("blocks.8.hook_resid_pre"));
+        early.insert("model_name".into(), json!("gpt2-small"));
+        early.shift_remove("hook_name");
+        case.write("cfg.json", &Value::Object(early.clone()).to_string());
+        case.fails(
+            Status::RecipeIncomplete,
+            &["cfg.json", "key center_input", "gpt2-small-res-jb"],
+        );
+        for stated in [false, true] {
+            let recipe = json!({ "center_input": stated }).as_object().cloned();
+            let sae = Sae::open(case.folder(), &SaeOptions { recipe, input_scale: None }).unwrap();
+            assert_eq!(sae.recipe().center_input, stated);
+        }
+        // SAELens' own index tells it of three repositories.
+        let cached = case.path("models--jbloom--GPT2-Small-SAEs-Reformatted/snapshots/0a/blocks.8");
+        fs::create_dir_all(&cached).unwrap();
+        for name in ["cfg.json", "sae_weights.safetensors"] {
+            fs::copy(case.path(name), cached.join(name)).unwrap();
+        }
+        assert!(Sae::open(&cached, &SaeOptions::default()).unwrap().recipe().center_input);
+    }
+
+    /// W · (h − mean(h)) by rows without their mean; the other arrays stay.
+    #[test]
+    fn centred_rows_are_rows_less_their_mean() {
+        let read = |center: bool| {
+            let recipe = json!({ "center_input": center }).as_object().cloned();
+            let options = SaeOptions { recipe, input_scale: None };
+            Sae::open(fixtures().join("gated_scaled"), &options).unwrap()
+        };
+        let (plain, centered) = (read(false), read(true));
+        let (p, c) = (gather_all(&plain), gather_all(&centered));
+        assert_eq!((&p.bias, &p.gate, &p.threshold), (&c.bias, &c.gate, &c.threshold));
+        for (p, c) in p.weight.chunks(p.d_in).zip(c.weight.chunks(c.d_in)) {
+            let mean = p.iter().map(|w| *w as f64).sum::<f64>() / p.len() as f64;
+            let largest = p.iter().fold(0.0f32, |m, w| m.max(w.abs())) as f64;
+            assert!(mean.abs() > 1e-4, "a row without a mean shows nothing");
+            for (p, c) in p.iter().zip(c) {
+                assert!(
+                    (*p as f64 - mean - *c as f64).abs() <= 2.0 * f32::EPSILON as f64 * largest
+                );
+            }
+        }
+        let temp = TempDir::new().unwrap();
+        let out = temp.path().join("out.safetensors");
+        centered.convert(None, &out, &mut |_, _| {}).unwrap();
+        let again = Sae::open(&out, &SaeOptions::default()).unwrap();
+        assert_eq!(gather_all(&again), c);
+        assert!(again.recipe().center_input);
+    }
+
     #[test]
     fn the_file_has_a_sha256() {
         let folder = fixtures().join("standard");
@@ -309,7 +443,7 @@ mod incomplete {
         fs::remove_file(case.path("sae_weights.safetensors")).unwrap();
         case.fails(Status::Io, &["sae_weights.safetensors", "cfg.json"]);
         fs::remove_file(case.path("cfg.json")).unwrap();
-        case.fails(Status::Io, &["cfg.json"]);
+        case.fails(Status::Format, &["no known format", "expected.safetensors"]);
         let gone = case.path("gone.safetensors");
         let error = Sae::open(&gone, &SaeOptions::default()).err().unwrap();
         assert_eq!(error.status, Status::Io);
@@ -381,9 +515,11 @@ mod wrong {
         let set = |key: &'static str, value: Value| {
             move |cfg: &mut Map<String, Value>| drop(cfg.insert(key.to_string(), value.clone()))
         };
-        let cases: [(Status, &str, Value); 12] = [
-            (Status::Unsupported, "architecture", json!("skip_transcoder")),
-            (Status::Unsupported, "architecture", json!("batchtopk")),
+        let cases: [(Status, &str, Value); 14] = [
+            (Status::Unsupported, "architecture", json!("matching_pursuit")),
+            (Status::Unsupported, "architecture", json!("temporal")),
+            (Status::Unsupported, "architecture", json!("of tomorrow")),
+            (Status::Format, "model_from_pretrained_kwargs", json!(true)),
             (Status::Format, "architecture", json!(7)),
             (Status::Format, "architecture", json!("jumprelu")),
             (Status::Unsupported, "normalize_activations", json!("covariance_whitening")),
@@ -405,6 +541,20 @@ mod wrong {
             assert!(error.message.contains(key), "{key} {value}: {error}");
             assert!(error.message.contains("cfg.json"), "{key} {value}: {error}");
         }
+        // A transcoder's b_dec is not the input's; a running threshold says for what it is.
+        let case = Case::of("standard");
+        case.edit_config(set("architecture", json!("skip_transcoder")));
+        case.fails(Status::Format, &["cfg.json", "apply_b_dec_to_input", "transcoder"]);
+        case.edit_config(set("architecture", json!("batchtopk")));
+        case.fails(Status::RecipeIncomplete, &["cfg.json", "rescale_acts_by_decoder_norm"]);
+        case.edit_config(set("rescale_acts_by_decoder_norm", json!(true)));
+        case.fails(Status::TensorMissing, &["topk_threshold", "holds"]);
+        let case = Case::of("jumprelu");
+        case.edit(|file| {
+            let threshold = file.tensors["threshold"].clone();
+            file.tensors.insert("log_threshold".into(), threshold);
+        });
+        case.fails(Status::Format, &["threshold and log_threshold"]);
         for k in [0, 65] {
             let case = Case::of("topk");
             case.edit_config(set("k", json!(k)));
@@ -426,6 +576,14 @@ mod wrong {
         case.fails(Status::Format, &["cfg.json"]);
         case.write("cfg.json", &"[".repeat(100_000));
         case.fails(Status::Format, &["cfg.json"]);
+        let text = Value::Object(config(&fixtures().join("standard"))).to_string();
+        case.write("cfg.json", &text.replacen('{', "{\"lr\": NaN, ", 1));
+        case.fails(Status::Format, &["cfg.json", "the key lr holds NaN"]);
+        case.write("cfg.json", &format!("\u{feff}{text}"));
+        assert_eq!(
+            Sae::open(case.folder(), &SaeOptions::default()).unwrap().recipe(),
+            open("standard").unwrap().recipe()
+        );
     }
 
     #[test]
@@ -755,6 +913,143 @@ mod hostile {
     }
 }
 
+/// Names and places that trainers and libraries put around the same tensors.
+mod wrapped {
+    use super::*;
+
+    #[test]
+    fn names_of_wrappers_are_taken_away() {
+        let plain = open("jumprelu").unwrap();
+        for prefix in [
+            "_orig_mod.",
+            "module.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "model._orig_mod.",
+            "state_dict.module.",
+            "_fsdp_wrapped_module.",
+            "sae.",
+        ] {
+            let case = Case::of("jumprelu");
+            case.edit(|file| file.rename(|name| format!("{prefix}{name}")));
+            let sae = Sae::open(case.folder(), &SaeOptions::default()).unwrap();
+            assert_eq!(gather_all(&sae), gather_all(&plain), "{prefix}");
+        }
+        // A trainer's own tensors beside the model's are not the model's.
+        let case = Case::of("jumprelu");
+        case.edit(|file| {
+            let moments = file.tensors["b_enc"].clone();
+            file.rename(|name| format!("model_state_dict.{name}"));
+            file.tensors.insert("optimizer_state_dict.state.0.exp_avg".into(), moments);
+        });
+        let sae = Sae::open(case.folder(), &SaeOptions::default()).unwrap();
+        assert_eq!(gather_all(&sae), gather_all(&plain));
+        // But two models are not told apart.
+        let case = Case::of("jumprelu");
+        case.edit(|file| {
+            let other = file.tensors["b_enc"].clone();
+            file.tensors.insert("_orig_mod.b_enc".into(), other);
+        });
+        case.fails(Status::Format, &["b_enc", "twice"]);
+        let case = Case::of("jumprelu");
+        case.edit(|file| file.rename(|name| format!("left.{name}")));
+        case.fails(Status::TensorMissing, &["W_enc", "holds", "left.b_enc"]);
+    }
+
+    /// Writes the tensors of a fixture as two files and their index.
+    fn shards(case: &Case, keep: bool) {
+        let whole = Tensors::read(&case.path("sae_weights.safetensors"));
+        let name = |part: usize| format!("model-{part:05}-of-00002.safetensors");
+        let mut map = Map::new();
+        for part in [1, 2] {
+            let first = |name: &str| matches!(name, "W_enc" | "b_dec");
+            let mut shard = Tensors { tensors: HashMap::new(), metadata: whole.metadata.clone() };
+            for (tensor, value) in &whole.tensors {
+                if first(tensor) == (part == 1) {
+                    shard.tensors.insert(tensor.clone(), value.clone());
+                    map.insert(tensor.clone(), json!(name(part)));
+                }
+            }
+            shard.write(&case.path(&name(part)));
+        }
+        let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
+        case.write("model.safetensors.index.json", &index.to_string());
+        if !keep {
+            fs::remove_file(case.path("sae_weights.safetensors")).unwrap();
+        }
+    }
+
+    #[test]
+    fn tensors_are_read_across_files() {
+        let plain = open("topk_rescaled").unwrap();
+        let case = Case::of("topk_rescaled");
+        shards(&case, false);
+        let sae = Sae::open(case.folder(), &SaeOptions::default()).unwrap();
+        assert_eq!(gather_all(&sae), gather_all(&plain));
+        assert_eq!(sae.recipe(), plain.recipe());
+        let error = sae.file_sha256(&mut |_, _| {}).unwrap_err();
+        assert_eq!(error.status, Status::Unsupported, "{error}");
+        assert!(error.message.contains("several files"), "{error}");
+        // No shard is overwritten by what is made of it.
+        let shard = case.path("model-00002-of-00002.safetensors");
+        let error = sae.convert(None, &shard, &mut |_, _| {}).unwrap_err();
+        assert_eq!(error.status, Status::InvalidArgument, "{error}");
+        let out = case.path("one.safetensors");
+        sae.convert(None, &out, &mut |_, _| {}).unwrap();
+        let again = Sae::open(&out, &SaeOptions::default()).unwrap();
+        assert_eq!(gather_all(&again), gather_all(&plain));
+        // The index itself, with the recipe beside the tensors or given.
+        let recipe = config(case.folder());
+        let options = SaeOptions { recipe: Some(recipe), input_scale: None };
+        let index = Sae::open(case.path("model.safetensors.index.json"), &options).unwrap();
+        assert_eq!(gather_all(&index), gather_all(&plain));
+    }
+
+    #[test]
+    fn faults_of_an_index_are_named() {
+        let case = Case::of("standard");
+        shards(&case, false);
+        let sound = fs::read_to_string(case.path("model.safetensors.index.json")).unwrap();
+        let change = |from: &str, to: &str| {
+            assert!(sound.contains(from), "{sound}");
+            case.write("model.safetensors.index.json", &sound.replace(from, to));
+        };
+        let (first, second) =
+            ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+        let outside = case.path("model-00009-of-00002.safetensors");
+        for (from, to, status, words) in [
+            (second, "../outside.safetensors", Status::Format, ["beside the index", "../outside"]),
+            (second, "/etc/passwd", Status::Format, ["beside the index", "/etc/passwd"]),
+            (second, "a\\\\b", Status::Format, ["beside the index", "a\\\\b"]),
+            (second, "gone.safetensors", Status::Io, ["gone.safetensors", "missing"]),
+            (second, first, Status::TensorMissing, ["b_enc is not in", first]),
+            ("weight_map", "weights", Status::Format, ["weight_map", "index.json"]),
+            ("{\"total_size\":1}", "NaN", Status::Format, ["index.json", "the key metadata"]),
+        ] {
+            change(from, to);
+            case.fails(status, &words);
+        }
+        case.write("model.safetensors.index.json", &sound);
+        fs::rename(case.path(second), &outside).unwrap();
+        case.fails(Status::Io, &[second, "missing"]);
+        fs::rename(outside, case.path(second)).unwrap();
+        fs::remove_file(case.path("model.safetensors.index.json")).unwrap();
+        case.fails(Status::Io, &[first, second, "model.safetensors.index.json) is missing"]);
+        // JSON is not taken for weights.
+        case.write("notes.json", "{\"meta\": 1}");
+        let error = Sae::open(case.path("notes.json"), &SaeOptions::default()).err().unwrap();
+        assert!(error.message.contains("weight_map"), "{error}");
+    }
+
+    #[test]
+    fn unknown_tensors_are_listed() {
+        let case = Case::of("standard");
+        fs::remove_file(case.path("cfg.json")).unwrap();
+        case.edit(|file| file.rename(|name| format!("left.{name}")));
+        case.fails(Status::Format, &["no known format", "left.W_enc"]);
+    }
+}
+
 mod convert {
     use super::*;
 
@@ -1016,6 +1311,11 @@ struct Tensors {
 }
 
 impl Tensors {
+    fn rename(&mut self, new: impl Fn(&str) -> String) {
+        let old = std::mem::take(&mut self.tensors);
+        self.tensors = old.into_iter().map(|(name, tensor)| (new(&name), tensor)).collect();
+    }
+
     fn read(path: &Path) -> Tensors {
         let bytes = fs::read(path).unwrap();
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();

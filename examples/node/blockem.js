@@ -40,6 +40,8 @@ export const structs = {
     hook_name: 'const char *',
     selection: 'int32_t',
     token_norm: 'int32_t',
+    center_input: 'int32_t',
+    reserved: 'int32_t',
   }),
   blockem_latents_desc: koffi.struct('blockem_latents_desc', {
     struct_size: 'size_t',
@@ -212,6 +214,8 @@ export class Sae {
             hook_name: null,
             selection: 0,
             token_norm: 0,
+            center_input: 0,
+            reserved: 0,
           }),
           out,
         ),

@@ -12,6 +12,7 @@ use super::{
     read_text, status, versioned, write_struct, write_text,
 };
 use crate::error::{Result, bail};
+use crate::json;
 use crate::sae::{Architecture, Layout, Sae, SaeOptions, SaeTensors, Selection, TokenNorm};
 
 /// [d, F] or [F, d], told from the shape; an error where d = F.
@@ -48,7 +49,8 @@ pub struct blockem_sae_options {
     pub struct_size: usize,
     /// A JSON object of configuration keys by their SAELens names, such as
     /// {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. "format"
-    /// names the format of tensors that fit several. Or NULL.
+    /// names the format of tensors that fit several, "center_input" says whether the SAE reads hidden
+    /// less its mean over d. Or NULL.
     pub recipe_json: *const c_char,
     /// sqrt(d) / mean norm of hidden, for a file that needs a scale and does not hold it; 0 means
     /// not given.
@@ -98,10 +100,15 @@ pub struct blockem_sae_desc {
     pub hook_name: *const c_char,
     /// BLOCKEM_SELECTION_..., TOPK only.
     pub selection: i32,
-    /// BLOCKEM_TOKEN_NORM_...; excludes input_scale.
+    /// BLOCKEM_TOKEN_NORM_...; excludes input_scale and center_input.
     pub token_norm: i32,
+    /// 1 subtracts from every h its mean over d before anything else, as TransformerLens' models with
+    /// center_writing_weights do.
+    pub center_input: i32,
+    /// Zero.
+    pub reserved: i32,
 }
-versioned!(blockem_sae_desc, first_size = 768, last = token_norm: i32);
+versioned!(blockem_sae_desc, first_size = 768, last = reserved: i32);
 
 /// What an SAE is, in numbers; blockem_sae_describe has all of it. Filled by blockem_sae_info_get.
 #[repr(C)]
@@ -133,7 +140,7 @@ versioned!(blockem_sae_info, first_size = 64, last = reserved: i32);
 /// Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama Scope,
 /// Goodfire, sparsify, dictionary_learning and others: README.md has the table; safetensors, npz, and
 /// PyTorch's .pt and .pth, which are read as data and run nothing), or a safetensors file that states
-/// its recipe. Tensors and shapes tell the format. Reads headers only; rows are read by
+/// its recipe, also in shards (model.safetensors.index.json). Tensors and shapes tell the format. Reads headers only; rows are read by
 /// blockem_plan_create. The file stays open until the handle is freed and must not change.
 /// path: UTF-8. options: NULL or what the file does not say.
 /// out: a new handle, to be freed with blockem_sae_free; untouched on error.
@@ -210,7 +217,7 @@ pub unsafe extern "C" fn blockem_sae_info_get(
 }
 
 /// The resolved recipe as JSON: format, architecture, d_in, d_sae, k, dtype, activation,
-/// b_dec_subtracted, normalization, scale, threshold {min, median, max}, hook, layer,
+/// b_dec_subtracted, normalization, center_input, scale, threshold {min, median, max}, hook, layer,
 /// hidden_states_index and more.
 /// Writes at most cap bytes including the final NUL (buf NULL or cap 0 writes nothing) and returns
 /// the full length without the NUL; 0 on error, with blockem_last_error. Thread-safe.
@@ -244,10 +251,10 @@ unsafe fn sae_options(options: &blockem_sae_options) -> Result<SaeOptions> {
     // SAFETY: the caller's promise.
     let recipe = match unsafe { read_text("recipe_json", options.recipe_json) }? {
         None => None,
-        Some(text) => match serde_json::from_str(text) {
+        Some(text) => match json::parse(text.as_bytes()) {
             Ok(Value::Object(recipe)) => Some(recipe),
             Ok(_) => bail!(InvalidArgument, "recipe_json is not a JSON object"),
-            Err(e) => bail!(InvalidArgument, "recipe_json is not JSON: {e}"),
+            Err(reason) => bail!(InvalidArgument, "recipe_json: {reason}"),
         },
     };
     Ok(SaeOptions { recipe, input_scale: given_scale(options.input_scale)? })
@@ -273,6 +280,9 @@ unsafe fn sae_tensors<'a>(desc: &blockem_sae_desc) -> Result<SaeTensors<'a>> {
         1 => Ok(true),
         other => bail!(InvalidArgument, "{name} must be 0 or 1, not {other}"),
     };
+    if desc.reserved != 0 {
+        bail!(InvalidArgument, "desc.reserved is {}; expected 0", desc.reserved);
+    }
     let k = size("k", desc.k)?;
     // SAFETY: the caller's promise.
     unsafe {
@@ -298,6 +308,7 @@ unsafe fn sae_tensors<'a>(desc: &blockem_sae_desc) -> Result<SaeTensors<'a>> {
             )?,
             input_scale: given_scale(desc.input_scale)?.unwrap_or(1.0),
             token_norm: token_norm(desc.token_norm)?,
+            center_input: flag("center_input", desc.center_input)?,
             hook_name: read_text("hook_name", desc.hook_name)?.map(str::to_owned),
             model: None,
         })

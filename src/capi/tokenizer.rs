@@ -15,7 +15,9 @@ pub struct blockem_tokenizer(Tokenizer);
 /// moment. Its regular expressions and replacements decide what a text costs: open files that you
 /// trust as you trust the model's.
 /// out: a new handle, to be freed with blockem_tokenizer_free; untouched on error.
-/// Errors: NULL_POINTER, IO, FORMAT (no tokenizer.json, or one that this library cannot follow),
+/// Errors: NULL_POINTER, IO (also a folder without a tokenizer.json), FORMAT (no tokenizer.json, or
+/// one that this library cannot follow; a folder with tokenizer.model or tekken.json alone, and the
+/// message says how to write a tokenizer.json),
 /// UNSUPPORTED (a build without the cargo feature tokenizers). Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blockem_tokenizer_open(

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! A GLU encoder multiplies u_k by sigmoid((s·h − b_dec)·G_k + c_k), which folds the same way, f_k
-//! aside. Under layer norm h is centred; W_k less its mean gives the same product with h as it is.
+//! aside. Under layer norm, and with `center_input`, h is centred; W_k less its mean gives the same
+//! product with h as it is.
 //!
 //! Every fold is computed in f64 and rounded to f32 once.
 
@@ -103,9 +104,21 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The file that holds the arrays, unless the caller gave them.
-    pub fn file(&self) -> Option<&Arc<DataFile>> {
-        self.w_enc.array().file()
+    /// The files that hold the arrays, the encoder's first; none if the caller gave them.
+    pub fn files(&self) -> Vec<&Arc<DataFile>> {
+        let matrices = self.w_dec.iter().chain(self.glu.as_ref().map(|glu| &glu.w_enc));
+        let arrays = [self.w_enc.array()]
+            .into_iter()
+            .chain(self.latent_vectors())
+            .chain(&self.b_dec)
+            .chain(matrices.map(Matrix::array));
+        let mut files: Vec<&Arc<DataFile>> = Vec::new();
+        for file in arrays.filter_map(Array::file) {
+            if !files.iter().any(|known| Arc::ptr_eq(known, file)) {
+                files.push(file);
+            }
+        }
+        files
     }
 
     /// Folded rows of the given latents, in their order.
@@ -362,10 +375,8 @@ struct Fold<'a> {
 impl Fold<'_> {
     /// Appends a latent's folded row times `factor`; returns b_dec · row, which its bias loses.
     fn row(&self, latent: u64, row: &[f64], factor: f64, out: &mut Vec<f32>) -> Result<f64> {
-        let mean = match self.recipe.token_norm {
-            TokenNorm::Layer => row.iter().sum::<f64>() / row.len() as f64,
-            TokenNorm::None | TokenNorm::Constant => 0.0,
-        };
+        let centered = self.recipe.center_input || self.recipe.token_norm == TokenNorm::Layer;
+        let mean = if centered { row.iter().sum::<f64>() / row.len() as f64 } else { 0.0 };
         for w in row {
             let folded = factor * self.recipe.scale * (w - mean);
             out.push(self.checkpoint.rounded(latent, folded)?);

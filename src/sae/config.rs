@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, Status, bail};
+use crate::json;
 
 use super::file::read_small;
 
@@ -98,7 +99,7 @@ impl Config {
     }
 
     pub fn to_count(&self, key: &str, value: &Value) -> Result<usize> {
-        match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
+        match json::whole_number(value).and_then(|n| usize::try_from(n).ok()) {
             Some(n) => Ok(n),
             None => Err(self.wrong(key, value, "a whole number")),
         }
@@ -136,10 +137,10 @@ pub(super) fn parse_object(origin: &str, text: &[u8]) -> Result<Map<String, Valu
     if text.len() > LIMIT {
         bail!(Format, "{origin}: {} bytes are no configuration: {LIMIT} at most", text.len());
     }
-    match serde_json::from_slice(text) {
+    match json::parse(text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => bail!(Format, "{origin}: must be a JSON object of configuration keys"),
-        Err(e) => bail!(Format, "{origin}: not valid JSON: {e}"),
+        Err(reason) => bail!(Format, "{origin}: {reason}"),
     }
 }
 

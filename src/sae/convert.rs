@@ -58,11 +58,10 @@ impl Sae {
 
     /// Replacing what is being read would leave no way back.
     fn refuse_own_file(&self, out: &Path) -> Result<()> {
-        let (Some(source), Ok(target)) = (self.checkpoint.file(), out.canonicalize()) else {
-            return Ok(());
-        };
-        let own = source.path().canonicalize().is_ok_and(|source| source == target);
-        if own || self.path.as_ref().and_then(|p| p.canonicalize().ok()) == Some(target) {
+        let Ok(target) = out.canonicalize() else { return Ok(()) };
+        let is_target = |path: &Path| path.canonicalize().is_ok_and(|path| path == target);
+        let own = self.checkpoint.files().iter().any(|file| is_target(file.path()));
+        if own || self.path.as_deref().is_some_and(is_target) {
             bail!(
                 InvalidArgument,
                 "{}: the output is the SAE that is being converted; choose another name",
@@ -122,9 +121,11 @@ impl Sae {
         set("cfg", Value::Object(configuration(&self.recipe)).to_string());
         set("converted_by", concat!("blockem ", env!("CARGO_PKG_VERSION")).into());
         set("source_format", self.recipe.format.into());
-        if let Some(file) = self.checkpoint.file() {
-            set("source", file.path().display().to_string());
-            set("source_bytes", file.len().to_string());
+        let files = self.checkpoint.files();
+        if !files.is_empty() {
+            let names: Vec<String> = files.iter().map(|f| f.path().display().to_string()).collect();
+            set("source", names.join(", "));
+            set("source_bytes", files.iter().map(|file| file.len()).sum::<u64>().to_string());
         }
         if let Some(cfg) = &self.source_config {
             set("source_cfg", Value::Object(cfg.clone()).to_string());
@@ -150,6 +151,9 @@ fn configuration(recipe: &Recipe) -> Map<String, Value> {
     };
     set("normalize_activations", json!(normalization));
     set("input_scale", json!(recipe.scale));
+    if recipe.center_input {
+        set("center_input", json!(true));
+    }
     if recipe.architecture == Architecture::TopK {
         set("k", json!(recipe.k));
         if recipe.selection != Selection::Largest {

@@ -1,7 +1,8 @@
 //! dictionary_learning (saprmarks; andyrdt, canrager, SAEBench use it): `ae.pt` and `config.json`.
 //!
-//! Seven classes, told apart by their tensors; only AutoEncoderTopK and BatchTopKSAE have the same
-//! ones, and the key `trainer.dict_class` (or `dict_class` in the options) must say which it is.
+//! Seven classes, in any container, which the key `trainer.dict_class` (or `dict_class` in the options)
+//! names. Without it their tensors tell them apart, but for AutoEncoderTopK and BatchTopKSAE, and for
+//! a JumpReluAutoEncoder as safetensors, whose tensors are also SAELens' own.
 //! E is [F, d], W_enc is [d, F]:
 //!
 //! ```text
@@ -17,11 +18,12 @@
 use serde_json::Value;
 
 use crate::error::{Result, bail};
+use crate::json;
 
 use super::array::Layout;
 use super::checkpoint::GateArrays;
 use super::config::Config;
-use super::found::{Found, LINEAR_DECODER, calibrated, integer};
+use super::found::{Found, LINEAR_DECODER, calibrated, repeated};
 use super::source::Source;
 use super::{Architecture, Opened, Selection};
 
@@ -34,7 +36,7 @@ pub(super) fn matches(s: &Source<'_>) -> bool {
         || linear && (c.has("bias") || c.has("decoder_bias") || c.has("b_dec"))
         || linear && states_class(s)
         || c.has("W_enc") && c.has("group_sizes")
-        || c.has("W_enc") && c.kind() == "torch" && c.has("threshold")
+        || c.has("W_enc") && c.has("threshold") && (c.kind() == "torch" || states_class(s))
 }
 
 pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
@@ -65,7 +67,7 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
         Class::JumpRelu => matrices(s, false)?.jumprelu(s.container.need("threshold")?),
     };
     let trainer = |key: &str| config.find("trainer").and_then(|t| t.get(key)).cloned();
-    let layer = trainer("layer").and_then(|v| v.as_i64()).or_else(|| s.layer_in_path(&["layer_"]));
+    let layer = trainer("layer").and_then(layer_of).or_else(|| s.layer_in_path(&["layer_"]));
     let at_block = trainer("submodule_name")
         .and_then(|v| v.as_str().map(str::to_string))
         .is_none_or(|name| name.starts_with("resid_post"));
@@ -86,8 +88,50 @@ enum Class {
     JumpRelu,
 }
 
-/// Whether the run's configuration is beside the file, or the caller names a class: linear layers
-/// alone are also another format's.
+impl Class {
+    const ALL: [(Class, &str); 7] = [
+        (Class::AutoEncoder, "AutoEncoder"),
+        (Class::AutoEncoderNew, "AutoEncoderNew"),
+        (Class::Gated, "GatedAutoEncoder"),
+        (Class::TopK, "AutoEncoderTopK"),
+        (Class::BatchTopK, "BatchTopKSAE"),
+        (Class::Matryoshka, "MatryoshkaBatchTopKSAE"),
+        (Class::JumpRelu, "JumpReluAutoEncoder"),
+    ];
+
+    fn name(self) -> &'static str {
+        Class::ALL.iter().find(|(class, _)| *class == self).map_or("", |(_, name)| name)
+    }
+
+    fn from_name(name: &str) -> Option<Class> {
+        Class::ALL.iter().find(|(_, known)| *known == name).map(|(class, _)| *class)
+    }
+
+    /// Whose tensors these are.
+    fn of_tensors(s: &Source<'_>) -> &'static [Class] {
+        let has = |name: &str| s.container.has(name);
+        match () {
+            _ if has("group_sizes") => &[Class::Matryoshka],
+            _ if has("W_enc") => &[Class::JumpRelu],
+            _ if has("r_mag") => &[Class::Gated],
+            _ if has("bias") => &[Class::AutoEncoder],
+            _ if has("b_dec") => &[Class::TopK, Class::BatchTopK],
+            _ => &[Class::AutoEncoderNew],
+        }
+    }
+}
+
+/// The layer of a run, also as text, or as the only one of a list.
+fn layer_of(value: Value) -> Option<i64> {
+    match value {
+        Value::String(text) => text.parse::<u32>().ok().map(i64::from),
+        Value::Array(mut list) if list.len() == 1 => list.pop().and_then(layer_of),
+        other => other.as_i64(),
+    }
+}
+
+/// Whether the run's configuration is beside the file, or the caller names a class: the tensors alone
+/// are also another format's.
 fn states_class(s: &Source<'_>) -> bool {
     let config = s.config_or_options("config.json").ok();
     config.is_some_and(|c| c.find("trainer").is_some() || c.find("dict_class").is_some())
@@ -97,34 +141,32 @@ fn is_backup(s: &Source<'_>) -> bool {
     s.container.has("ae.encoder.weight") || s.container.has("ae.W_enc")
 }
 
-/// By the tensors, and by the configuration where two classes have the same ones.
+/// By the configuration, which the tensors must fit, else by the tensors.
 fn class(s: &Source<'_>, config: &Config) -> Result<Class> {
-    let has = |name: &str| s.container.has(name);
-    if has("group_sizes") {
-        return Ok(Class::Matryoshka);
-    }
-    if has("W_enc") {
-        return Ok(Class::JumpRelu);
-    }
-    if has("r_mag") {
-        return Ok(Class::Gated);
-    }
-    if has("bias") {
-        return Ok(Class::AutoEncoder);
-    }
-    if !has("b_dec") {
-        return Ok(Class::AutoEncoderNew);
-    }
-    let named = config.find("trainer").and_then(|t| t.get("dict_class")).and_then(Value::as_str);
-    match config.text("dict_class")?.or(named) {
-        Some("AutoEncoderTopK") => Ok(Class::TopK),
-        Some("BatchTopKSAE") => Ok(Class::BatchTopK),
-        Some(other) => bail!(
-            Format,
-            "{}: dict_class is {other}, but the tensors are those of AutoEncoderTopK or BatchTopKSAE",
-            config.origin()
-        ),
-        None => config.missing(
+    let fit = Class::of_tensors(s);
+    let trained = config.find("trainer").and_then(|t| t.get("dict_class")).and_then(Value::as_str);
+    match (config.text("dict_class")?.or(trained), fit) {
+        (Some(name), _) => match Class::from_name(name) {
+            Some(class) if fit.contains(&class) => Ok(class),
+            Some(_) => {
+                let names: Vec<&str> = fit.iter().map(|class| class.name()).collect();
+                bail!(
+                    Format,
+                    "{}: dict_class is {name}, but the tensors are those of {}: the file holds {}",
+                    config.origin(),
+                    names.join(" or "),
+                    s.container.list()
+                )
+            }
+            None => bail!(
+                Unsupported,
+                "{}: dict_class is {name}, which is not known; known are {}",
+                config.origin(),
+                Class::ALL.map(|(_, name)| name).join(", ")
+            ),
+        },
+        (None, [only]) => Ok(*only),
+        (None, _) => config.missing(
             "dict_class",
             "the tensors are those of AutoEncoderTopK and of BatchTopKSAE alike: put the run's \
              config.json beside the file, or state dict_class in the options' recipe",
@@ -166,11 +208,16 @@ fn gated(s: &Source<'_>) -> Result<Found> {
 }
 
 fn topk(s: &Source<'_>, config: &Config) -> Result<Found> {
-    let stored = s.container.find("k")?.map(|k| integer(&k)).transpose()?;
-    let trained =
-        config.find("trainer").and_then(|t| t.get("k")).map(|k| config.to_count("trainer.k", k));
-    let k = match (stored, config.count("k")?, trained.transpose()?) {
-        (Some(k), ..) | (None, Some(k), _) | (None, None, Some(k)) => k,
+    let trained = config.find("trainer").and_then(|t| t.get("k"));
+    let k = match (s.number("k")?, config.count("k")?, trained) {
+        (Some(stored), ..) => match json::whole(stored).and_then(|k| usize::try_from(k).ok()) {
+            Some(k) => k,
+            None => {
+                bail!(Format, "{}: k is {stored}; it must be a whole number", s.weights().display())
+            }
+        },
+        (None, Some(k), _) => k,
+        (None, None, Some(k)) => config.to_count("trainer.k", k)?,
         _ => return config.missing("k", "state the number of active latents"),
     };
     linear(s, Some("b_dec"))?.topk(k, Selection::Largest, config.origin())
@@ -189,8 +236,11 @@ fn matrices(s: &Source<'_>, b_dec_subtracted: bool) -> Result<Found> {
 
 /// The one number that calibration left.
 fn threshold(s: &Source<'_>, latents: usize) -> Result<super::Array> {
-    match s.container.find("threshold")? {
-        Some(threshold) => calibrated(&threshold, latents),
+    match s.number("threshold")? {
+        Some(value) => {
+            let label = format!("{}: threshold", s.weights().display());
+            Ok(repeated("threshold", calibrated(&label, value, -1.0)?, latents))
+        }
         None => bail!(
             RecipeIncomplete,
             "{}: tensor threshold is missing: without it BatchTopK depends on the batch; use a \

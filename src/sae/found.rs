@@ -99,6 +99,7 @@ impl Found {
             b_dec_subtracted: self.b_dec_subtracted,
             normalization: self.normalization.to_string(),
             token_norm: self.token_norm,
+            center_input: false,
             scale: self.scale,
             output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm_folded,
@@ -143,21 +144,10 @@ pub(super) fn repeated(name: &str, value: f64, count: usize) -> Array {
 
 /// The one number of an array without dimensions (or with one element).
 pub(super) fn scalar(array: &Array) -> Result<f64> {
-    array.expect_float()?;
-    match array.shape().iter().product::<usize>() {
-        1 => array.finite(array.vector()?[0], String::new),
-        n => Err(array.fault(Status::Shape, format!("has {n} elements; expected one"))),
-    }
-}
-
-/// The one whole number of an array without dimensions.
-pub(super) fn integer(array: &Array) -> Result<usize> {
-    match array.integers()?[..] {
-        [n] if n >= 0 => Ok(n as usize),
-        _ => {
-            let text = format!("of shape {:?} must hold one whole number", array.shape());
-            Err(array.fault(Status::Format, text))
-        }
+    match (array.shape().iter().product::<usize>(), array.dtype()) {
+        (1, DType::I64 | DType::U8 | DType::Bool) => Ok(array.integers()?[0] as f64),
+        (1, _) => array.finite(array.vector()?[0], String::new),
+        (n, _) => Err(array.fault(Status::Shape, format!("has {n} elements; expected one"))),
     }
 }
 
@@ -172,18 +162,16 @@ pub(super) fn exp(array: &Array) -> Result<Array> {
     Ok(Array::in_memory("threshold", DType::F64, array.shape(), bytes))
 }
 
-/// A threshold that calibration must have raised above zero, repeated for every latent.
-pub(super) fn calibrated(threshold: &Array, latents: usize) -> Result<Array> {
-    let value = scalar(threshold)?;
-    if value < 0.0 {
+/// The one threshold of all latents, which training has moved from where it started.
+pub(super) fn calibrated(label: &str, value: f64, start: f64) -> Result<f64> {
+    if value < 0.0 || value == start {
         bail!(
             RecipeIncomplete,
-            "{} is {value}: training never calibrated it, and reading it as zero would turn BatchTopK \
-             into a plain ReLU; use a finished checkpoint",
-            threshold.label()
+            "{label} is {value}: training never calibrated it, and reading it as zero would turn \
+             BatchTopK into a plain ReLU; use a finished checkpoint"
         );
     }
-    Ok(repeated("threshold", value, latents))
+    Ok(value)
 }
 
 /// The file says that a matrix lies as linear layers keep their output weights.

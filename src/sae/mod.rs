@@ -20,6 +20,7 @@ mod hook;
 mod llama_scope;
 mod named;
 mod openmoss;
+mod processing;
 mod saelens;
 mod source;
 mod sparsify;
@@ -153,6 +154,8 @@ pub struct Recipe {
     pub normalization: String,
     /// The part of it that differs from token to token.
     pub token_norm: TokenNorm,
+    /// Every token's mean over d is subtracted before anything else (folded into the rows).
+    pub center_input: bool,
     /// Hidden is multiplied by this before encoding (folded into the rows).
     pub scale: f64,
     /// What decoder norms are divided by before they are folded; differs from `scale` in transcoders.
@@ -174,8 +177,8 @@ pub struct Recipe {
 }
 
 /// Encoder rows of chosen latents, folded: u = a · (weight · h) + bias in h's own units, where a is
-/// what [`TokenNorm`] divides the token by, or 1. Under layer norm the rows are centred, so that the
-/// token's mean drops out. Of a GLU encoder u is that times sigmoid(a · (glu.weight · h) + glu.bias).
+/// what [`TokenNorm`] divides the token by, or 1. Under layer norm, and of an SAE that reads centred
+/// hidden states, the rows are centred, so that the token's mean drops out. Of a GLU encoder u is that times sigmoid(a · (glu.weight · h) + glu.bias).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EncoderRows {
     pub d_in: usize,
@@ -321,8 +324,14 @@ impl Sae {
 
     /// sha256 of the whole weights file, in hexadecimal. `progress` hears (bytes done, of bytes).
     pub fn file_sha256(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<String> {
-        let Some(file) = self.checkpoint.file() else {
-            bail!(Unsupported, "an SAE made from tensors has no file to take the sha256 of");
+        let file = match self.checkpoint.files()[..] {
+            [file] => file,
+            [] => bail!(Unsupported, "an SAE made from tensors has no file to take the sha256 of"),
+            [first, ..] => bail!(
+                Unsupported,
+                "{}: the SAE lies in several files, and no one sha256 is theirs; convert it to one",
+                first.path().display()
+            ),
         };
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 20];
@@ -357,6 +366,7 @@ impl Sae {
             "activation": r.architecture.name(),
             "b_dec_subtracted": r.b_dec_subtracted,
             "normalization": r.normalization,
+            "center_input": r.center_input,
             "scale": r.scale,
             "output_scale": r.output_scale,
             "decoder_norm_folded": r.decoder_norm_folded,
@@ -408,9 +418,26 @@ fn detect(path: &Path, options: &SaeOptions) -> Result<Opened> {
     if let Some((_, open)) = FORMATS.iter().find(|(matches, _)| matches(&source)) {
         return open(&source);
     }
-    match saelens {
-        Some(folder) => saelens::open(&folder, options),
-        None => bare::open(source),
+    match saelens.filter(|folder| saelens::is_configured(folder)) {
+        Some(folder) if source.container.has("W_enc") => {
+            saelens::open_container(&folder, &source.container, options)
+        }
+        Some(folder) => bail!(
+            Io,
+            "{}: cfg.json is there, but sae_weights.safetensors is missing, and {} is not it: it holds \
+             {}",
+            folder.display(),
+            source.weights().display(),
+            source.container.list()
+        ),
+        None if source.container.has("W_enc") => bare::open(source),
+        None => bail!(
+            Format,
+            "{}: the tensors are those of no known format: the file holds {}. If it is an SAE, save its \
+             encoder as W_enc and b_enc with the recipe, as SAELens names them",
+            source.weights().display(),
+            source.container.list()
+        ),
     }
 }
 

@@ -12,6 +12,7 @@
 //! format's without its configuration: these need the caller's word, `format` in the recipe.
 
 use crate::error::{Result, bail};
+use crate::json;
 
 use super::array::Layout;
 use super::found::{Found, LINEAR_DECODER};
@@ -136,8 +137,8 @@ fn openai_k(s: &Source<'_>, path: &str) -> Result<usize> {
             other.unwrap_or("missing")
         ),
     }
-    match part("k").and_then(|v| v.as_u64()) {
-        Some(k) => Ok(usize::try_from(k).unwrap_or(usize::MAX)),
+    match part("k").and_then(json::whole_number).and_then(|k| usize::try_from(k).ok()) {
+        Some(k) => Ok(k),
         None => bail!(RecipeIncomplete, "{path}: activation_state_dict does not hold a whole k"),
     }
 }

@@ -1,7 +1,18 @@
 //! SAELens: a folder with `cfg.json` and `sae_weights.safetensors`, from any version of the library.
 //!
 //! `W_enc` is [d_in, d_sae] here, always. The rules that the keys state are also those of a bare
-//! file ([`super::bare`]), which uses the same names.
+//! file ([`super::bare`]), which uses the same names. The architectures of SAELens:
+//!
+//! ```text
+//! standard, transcoder, skip_transcoder      z = relu(u)           transcoders subtract no b_dec
+//! jumprelu, jumprelu_(skip_)transcoder       z = u where u > threshold
+//! gated                                      as Architecture::Gated
+//! topk, abstopk                              u times the decoder's norm if rescale_acts_by_decoder_norm;
+//!                                            the k largest above 0, or the k largest in magnitude
+//! batchtopk, matryoshka_batchtopk            a training checkpoint: z = n u where n u > topk_threshold,
+//!                                            n the decoder's norms if rescale_acts_by_decoder_norm,
+//!                                            which is what SAELens saves as jumprelu in the end
+//! ```
 
 use std::path::{Path, PathBuf};
 
@@ -13,8 +24,9 @@ use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays, GluArrays, StoredLatents};
 use super::config::Config;
 use super::container::Container;
-use super::found::check_k;
+use super::found::{calibrated, check_k, exp, repeated, scalar};
 use super::hook::HookPlace;
+use super::processing::center_input;
 use super::source::matrix;
 use super::{Architecture, Opened, Recipe, SaeOptions, Selection, TokenNorm};
 
@@ -35,14 +47,30 @@ pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
 }
 
 pub(super) fn is_complete(folder: &Path) -> bool {
-    folder.join(CONFIG).is_file() && folder.join(WEIGHTS).is_file()
+    is_configured(folder) && folder.join(WEIGHTS).is_file()
+}
+
+pub(super) fn is_configured(folder: &Path) -> bool {
+    folder.join(CONFIG).is_file()
 }
 
 pub(super) fn open(folder: &Path, options: &SaeOptions) -> Result<Opened> {
+    // The configuration's faults come first: they are the cheaper ones to mend.
+    let config = read_config(folder, options)?;
+    Rules::read(&config, Source::Folder(folder), options)?;
+    let container = Container::open(&member(folder, WEIGHTS)?)?.unwrapped()?;
+    open_container(folder, &container, options)
+}
+
+/// The same with weights under another name than SAELens', such as shards.
+pub(super) fn open_container(
+    folder: &Path,
+    container: &Container,
+    options: &SaeOptions,
+) -> Result<Opened> {
     let config = read_config(folder, options)?;
     let rules = Rules::read(&config, Source::Folder(folder), options)?;
-    let container = Container::open(&member(folder, WEIGHTS)?)?;
-    let checkpoint = rules.find_arrays(&container, &config, Layout::InputMajor)?;
+    let checkpoint = rules.find_arrays(container, &config, Layout::InputMajor)?;
     let recipe = rules.recipe("saelens", &config, &checkpoint)?;
     Ok(Opened { recipe, checkpoint, config: config.into_file(), converted: None })
 }
@@ -80,16 +108,63 @@ pub(super) enum Source<'a> {
     Bare,
 }
 
+impl<'a> Source<'a> {
+    fn folder(self) -> Option<&'a Path> {
+        match self {
+            Source::Folder(folder) => Some(folder),
+            Source::Bare => None,
+        }
+    }
+}
+
+/// What a name under `architecture` stands for.
+#[derive(Clone, Copy)]
+struct Kind {
+    architecture: Architecture,
+    /// The library's own choice; converted files state theirs.
+    selection: Selection,
+    /// The decoder and b_dec are those of another place.
+    transcoder: bool,
+    /// A checkpoint whose one threshold is a running mean of the training.
+    running_threshold: bool,
+}
+
+impl Kind {
+    fn from_name(name: &str) -> Option<Kind> {
+        let of = |architecture| Kind {
+            architecture,
+            selection: Selection::Largest,
+            transcoder: false,
+            running_threshold: false,
+        };
+        let transcoder = |architecture| Kind { transcoder: true, ..of(architecture) };
+        Some(match name {
+            "transcoder" | "skip_transcoder" => transcoder(Architecture::Standard),
+            "jumprelu_transcoder" | "jumprelu_skip_transcoder" => {
+                transcoder(Architecture::JumpRelu)
+            }
+            "abstopk" => Kind { selection: Selection::Magnitude, ..of(Architecture::TopK) },
+            "batchtopk" | "matryoshka_batchtopk" => {
+                Kind { running_threshold: true, ..of(Architecture::JumpRelu) }
+            }
+            _ => of(Architecture::from_name(name)?),
+        })
+    }
+}
+
 /// What the keys say, before any tensor is looked at.
 pub(super) struct Rules {
     architecture: Architecture,
     k: Option<usize>,
-    /// Of converted files alone, unless `Largest`.
     selection: Selection,
+    transcoder: bool,
+    running_threshold: bool,
     /// None: the key is absent, which SAELens takes as true.
     apply_b_dec: Option<bool>,
+    bare: bool,
     normalization: &'static str,
     token_norm: TokenNorm,
+    center_input: bool,
     scale: f64,
     output_scale: f64,
     decoder_norm: bool,
@@ -101,10 +176,20 @@ pub(super) struct Rules {
 
 impl Rules {
     pub fn read(config: &Config, source: Source<'_>, options: &SaeOptions) -> Result<Rules> {
-        let architecture = architecture(config, source)?;
+        let kind = kind(config, source)?;
+        let architecture = kind.architecture;
         let topk = architecture == Architecture::TopK;
         let (normalization, token_norm) = normalization(config)?;
-        let rescale = config.flag("rescale_acts_by_decoder_norm")?.unwrap_or(false);
+        let rescale = match config.flag("rescale_acts_by_decoder_norm")? {
+            None if kind.running_threshold => {
+                return config.missing(
+                    "rescale_acts_by_decoder_norm",
+                    "state whether the threshold is for pre-activations times the decoder's norms \
+                     (true, as new checkpoints are, or false)",
+                );
+            }
+            stated => stated.unwrap_or(false),
+        };
         let scale = input_scale(config, source, options, normalization)?;
         let bare = matches!(source, Source::Bare);
         let glu = bare && config.flag("use_glu_encoder")?.unwrap_or(false);
@@ -116,17 +201,31 @@ impl Rules {
                 config.origin()
             );
         }
+        let apply_b_dec = match (config.flag("apply_b_dec_to_input")?, kind.transcoder) {
+            (Some(true), true) => bail!(
+                Format,
+                "{}: the key apply_b_dec_to_input is true, but a transcoder's b_dec belongs to its \
+                 output; set the key to false",
+                config.origin()
+            ),
+            (_, true) => Some(false),
+            (stated, false) => stated,
+        };
         Ok(Rules {
             architecture,
             k: if topk { Some(k(config)?) } else { None },
-            selection: if topk && bare { selection(config)? } else { Selection::Largest },
-            apply_b_dec: config.flag("apply_b_dec_to_input")?,
+            selection: selection(config)?.filter(|_| topk && bare).unwrap_or(kind.selection),
+            transcoder: kind.transcoder,
+            running_threshold: kind.running_threshold,
+            apply_b_dec,
+            bare,
             normalization,
             token_norm,
+            center_input: center_input(config, source.folder(), token_norm)?,
             scale,
             output_scale: config.real("output_scale")?.filter(|_| bare).unwrap_or(scale),
-            // SAELens knows the key for topk alone; converted files use it for any.
-            decoder_norm: rescale && (topk || bare),
+            // SAELens knows the key for topk kinds alone; converted files use it for any.
+            decoder_norm: rescale && (topk || bare || kind.running_threshold),
             threshold_on_norm: bare && config.flag("threshold_on_decoder_norm")?.unwrap_or(false),
             glu,
         })
@@ -146,6 +245,9 @@ impl Rules {
     ) -> Result<Checkpoint> {
         self.refuse_foreign_tensors(container, config)?;
         let w_enc = matrix(container.need("W_enc")?, layout)?;
+        // A transcoder may write another width than it reads; then nothing here uses what it writes.
+        let elsewhere = self.transcoder
+            && container.shape("b_dec").is_some_and(|shape| shape != [w_enc.inputs()].as_slice());
         let b_dec = match (container.find("b_dec")?, self.apply_b_dec) {
             (None, Some(true)) => Some(container.need("b_dec")?),
             (None, None) => bail!(
@@ -155,9 +257,18 @@ impl Rules {
                 container.file().path().display(),
                 container.list()
             ),
-            (found, _) => found,
+            // These tensors are also those of dictionary_learning and of Gemma Scope.
+            (Some(_), None) if self.bare && self.architecture == Architecture::JumpRelu => {
+                return config.missing(
+                    "apply_b_dec_to_input",
+                    "state whether b_dec is subtracted from the input: true in SAELens' jumprelu \
+                     unless it says otherwise, false in Gemma Scope and in dictionary_learning's \
+                     JumpReluAutoEncoder",
+                );
+            }
+            (found, _) => found.filter(|_| !elsewhere),
         };
-        let w_dec = match container.find("W_dec")? {
+        let w_dec = match container.find("W_dec")?.filter(|_| !elsewhere) {
             None if self.decoder_norm || self.threshold_on_norm => Some(container.need("W_dec")?),
             found => found,
         };
@@ -176,7 +287,7 @@ impl Rules {
             false => None,
         };
         let threshold = match self.architecture {
-            Architecture::JumpRelu => Some(container.need("threshold")?),
+            Architecture::JumpRelu => Some(self.threshold(container, w_enc.latents())?),
             _ => None,
         };
         let b_enc = container.need(self.latent_vector())?;
@@ -186,6 +297,22 @@ impl Rules {
         check_sizes(config, &checkpoint)?;
         checkpoint.check()?;
         Ok(checkpoint)
+    }
+
+    /// One threshold for each latent.
+    fn threshold(&self, container: &Container, latents: usize) -> Result<Array> {
+        if self.running_threshold {
+            let threshold = container.need("topk_threshold")?;
+            let value = calibrated(&threshold.label(), scalar(&threshold)?, 0.0)?;
+            // As SAELens folds the scale: the norms are of decoder rows divided by it.
+            let divisor = if self.decoder_norm { self.output_scale } else { 1.0 };
+            return Ok(repeated("topk_threshold", value / divisor, latents));
+        }
+        // Training checkpoints from before SAELens 6.48 have its logarithm.
+        match container.find("log_threshold")? {
+            Some(log) => exp(&log),
+            None => container.need("threshold"),
+        }
     }
 
     pub fn recipe(
@@ -217,6 +344,7 @@ impl Rules {
             b_dec_subtracted: self.apply_b_dec.unwrap_or(true),
             normalization: self.normalization.to_string(),
             token_norm: self.token_norm,
+            center_input: self.center_input,
             scale: self.scale,
             output_scale: self.output_scale,
             decoder_norm_folded: self.decoder_norm,
@@ -234,6 +362,7 @@ impl Rules {
         let path = container.file().path().display();
         let belongs = [
             ("threshold", Architecture::JumpRelu),
+            ("log_threshold", Architecture::JumpRelu),
             ("b_gate", Architecture::Gated),
             ("b_mag", Architecture::Gated),
             ("r_mag", Architecture::Gated),
@@ -258,11 +387,25 @@ impl Rules {
                 config.origin()
             );
         }
-        if container.has("log_threshold") && !container.has("threshold") {
+        if container.has("topk_threshold") && !self.running_threshold {
             bail!(
-                TensorMissing,
-                "{path}: tensor threshold is missing; the file is a training checkpoint with \
-                 log_threshold: load it with the SAELens that wrote it and save the inference SAE"
+                Format,
+                "{path}: tensor topk_threshold belongs to a training checkpoint of the architecture \
+                 batchtopk or matryoshka_batchtopk, but {} says {}; correct the key architecture",
+                config.origin(),
+                self.architecture.name()
+            );
+        }
+        let thresholds: Vec<&str> = ["threshold", "log_threshold", "topk_threshold"]
+            .into_iter()
+            .filter(|name| container.has(name))
+            .collect();
+        if thresholds.len() > 1 {
+            bail!(
+                Format,
+                "{path}: the tensors {} are one too many: an SAE has one kind of threshold; remove \
+                 the other",
+                thresholds.join(" and ")
             );
         }
         let Some(factor) = container.find("scaling_factor")? else { return Ok(()) };
@@ -306,8 +449,9 @@ fn stored(ids: &Array, config: &Config) -> Result<StoredLatents> {
 }
 
 /// The architecture, with the rules of configurations before SAELens 6.
-fn architecture(config: &Config, source: Source<'_>) -> Result<Architecture> {
+fn kind(config: &Config, source: Source<'_>) -> Result<Kind> {
     let old = is_before_6(config)?;
+    let mut old_name = None;
     if old && !config.is_given("architecture") {
         let activation = match config.text("activation_fn_str")? {
             Some(name) => Some(name),
@@ -315,7 +459,7 @@ fn architecture(config: &Config, source: Source<'_>) -> Result<Architecture> {
         };
         match activation {
             // These files say `standard` beside it.
-            Some("topk") => return Ok(Architecture::TopK),
+            Some("topk") => old_name = Some("topk"),
             None | Some("relu") => {}
             Some(other) => bail!(
                 Unsupported,
@@ -324,7 +468,7 @@ fn architecture(config: &Config, source: Source<'_>) -> Result<Architecture> {
             ),
         }
     }
-    let name = match (config.text("architecture")?, source) {
+    let name = match (old_name.or(config.text("architecture")?), source) {
         (Some(name), _) => name,
         (None, Source::Folder(_)) if old => "standard",
         _ => {
@@ -335,12 +479,24 @@ fn architecture(config: &Config, source: Source<'_>) -> Result<Architecture> {
             );
         }
     };
-    match Architecture::from_name(name) {
-        Some(architecture) => Ok(architecture),
-        None => bail!(
+    match (Kind::from_name(name), name) {
+        (Some(kind), _) => Ok(kind),
+        (None, "matching_pursuit" | "temporal") => bail!(
             Unsupported,
-            "{}: the architecture {name} is not supported; known are standard, jumprelu (also what \
-             SAELens saves batchtopk as), gated and topk",
+            "{}: the architecture {name} is not supported: {}; use an SAE of another architecture",
+            config.origin(),
+            match name {
+                "temporal" => "its latents depend on the tokens before through an attention",
+                _ =>
+                    "its latents are chosen one after the other, each from what the last ones left",
+            }
+        ),
+        (None, _) => bail!(
+            Unsupported,
+            "{}: the architecture {name} is not supported; known are standard, jumprelu, gated, topk, \
+             abstopk, batchtopk, matryoshka_batchtopk, transcoder, skip_transcoder, \
+             jumprelu_transcoder and jumprelu_skip_transcoder. A training checkpoint of another may \
+             be saved with SAELens' save_inference_model",
             config.origin()
         ),
     }
@@ -371,10 +527,10 @@ fn k(config: &Config) -> Result<usize> {
 }
 
 /// The key `selection` of a converted file.
-fn selection(config: &Config) -> Result<Selection> {
-    let Some(name) = config.text("selection")? else { return Ok(Selection::Largest) };
+fn selection(config: &Config) -> Result<Option<Selection>> {
+    let Some(name) = config.text("selection")? else { return Ok(None) };
     match Selection::from_name(name) {
-        Some(selection) => Ok(selection),
+        Some(selection) => Ok(Some(selection)),
         None => bail!(
             Format,
             "{}: the key selection is {name}; it must be largest, magnitude, groups or batch",

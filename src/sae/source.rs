@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, bail};
 
@@ -10,6 +10,7 @@ use super::SaeOptions;
 use super::array::{Array, Layout, Matrix};
 use super::config::Config;
 use super::container::Container;
+use super::found::scalar;
 
 /// The weights of a folder, by the names that owners give them, the surest first.
 const WEIGHTS: [&str; 9] = [
@@ -37,7 +38,7 @@ pub(super) struct Source<'a> {
 impl<'a> Source<'a> {
     pub fn find(path: &Path, options: &'a SaeOptions) -> Result<Source<'a>> {
         let weights = weights_of(path)?;
-        let container = Container::open(&weights)?.unwrapped();
+        let container = Container::open(&weights)?.unwrapped()?;
         Ok(Source { container, options, path: path.to_path_buf(), weights })
     }
 
@@ -87,6 +88,14 @@ impl<'a> Source<'a> {
     pub fn is_below(&self, folder: &str) -> bool {
         let full = self.weights.canonicalize().unwrap_or_else(|_| self.path.clone());
         full.iter().rev().skip(1).take(4).any(|part| part == folder)
+    }
+
+    /// The one number of a tensor, or a number beside the tensors.
+    pub fn number(&self, name: &str) -> Result<Option<f64>> {
+        match self.container.find(name)? {
+            Some(tensor) => scalar(&tensor).map(Some),
+            None => Ok(self.container.value(name).and_then(Value::as_f64)),
+        }
     }
 
     /// An encoder that the owner keeps as [d_sae, d_in], as every linear layer of PyTorch does.
@@ -183,9 +192,18 @@ fn weights_of(path: &Path) -> Result<PathBuf> {
     held.sort();
     let of_weights = |path: &&PathBuf| {
         let extension = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
-        extension.is_some_and(|e| matches!(&e[..], "safetensors" | "npz" | "pt" | "pth"))
+        extension.is_some_and(|e| {
+            matches!(&e[..], "safetensors" | "npz" | "pt" | "pth" | "bin" | "ckpt")
+        })
     };
-    let found: Vec<&PathBuf> = held.iter().filter(of_weights).collect();
+    let name_of =
+        |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let indexes: Vec<&PathBuf> =
+        held.iter().filter(|path| name_of(path).ends_with(".index.json")).collect();
+    let found: Vec<&PathBuf> = match indexes[..] {
+        [] => held.iter().filter(of_weights).collect(),
+        _ => indexes,
+    };
     let names = |paths: &[&PathBuf]| {
         let names =
             paths.iter().filter_map(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
@@ -212,6 +230,17 @@ fn weights_of(path: &Path) -> Result<PathBuf> {
                 names(&held.iter().collect::<Vec<_>>())
             }
         ),
+        [..] if found.iter().any(|path| is_shard(&name_of(path))) => {
+            let shards: Vec<&PathBuf> =
+                found.into_iter().filter(|path| is_shard(&name_of(path))).collect();
+            bail!(
+                Io,
+                "{}: {} are files of one model, whose index (such as \
+                 model.safetensors.index.json) is missing; fetch it too",
+                folder.display(),
+                names(&shards)
+            )
+        }
         _ => bail!(
             InvalidArgument,
             "{}: several files may be the SAE: {}; give one of them",
@@ -219,6 +248,15 @@ fn weights_of(path: &Path) -> Result<PathBuf> {
             names(&found)
         ),
     }
+}
+
+/// `model-00001-of-00003.safetensors`
+fn is_shard(name: &str) -> bool {
+    let count = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+    name.rsplit_once("-of-").is_some_and(|(before, after)| {
+        before.rsplit_once('-').is_some_and(|(_, n)| count(n))
+            && after.split_once('.').is_some_and(|(n, _)| count(n))
+    })
 }
 
 /// The digits that follow a word, where nothing but the word's own separator comes before it.

@@ -44,6 +44,8 @@ pub struct SaeTensors<'a> {
     pub input_scale: f64,
     /// Every token of the input is normalised first; excludes an `input_scale`.
     pub token_norm: TokenNorm,
+    /// Every token's mean over d is subtracted before anything else.
+    pub center_input: bool,
     pub hook_name: Option<String>,
     pub model: Option<String>,
 }
@@ -75,6 +77,7 @@ impl<'a> SaeTensors<'a> {
             rescale_acts_by_decoder_norm: false,
             input_scale: 1.0,
             token_norm: TokenNorm::None,
+            center_input: false,
             hook_name: None,
             model: None,
         }
@@ -126,6 +129,7 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         }
         .to_string(),
         token_norm: t.token_norm,
+        center_input: t.center_input,
         scale: t.input_scale,
         output_scale: t.input_scale,
         threshold_on_decoder_norm: false,
@@ -149,6 +153,13 @@ fn check_rules(t: &SaeTensors<'_>) -> Result<()> {
             InvalidArgument,
             "input_scale is {}, but {} normalises every token; leave one out",
             t.input_scale,
+            t.token_norm.name()
+        );
+    }
+    if t.center_input && t.token_norm != TokenNorm::None {
+        bail!(
+            InvalidArgument,
+            "center_input is set, but {} normalises every token; leave one out",
             t.token_norm.name()
         );
     }

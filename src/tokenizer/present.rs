@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -16,6 +16,7 @@ use tokenizers::{
 
 use super::{Masked, TokenOptions};
 use crate::error::{Error, Result, Status, bail, panic_text};
+use crate::json;
 use crate::mask::{MaskOptions, Span, check_length, mask_from_offsets};
 
 /// The largest tokenizer.json. Those of large vocabularies have 35 MB, and take thirty times as much
@@ -52,13 +53,16 @@ impl Tokenizer {
     /// A tokenizer.json, or a folder with one.
     pub fn open(path: impl AsRef<Path>) -> Result<Tokenizer> {
         let path = path.as_ref();
-        let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
+        let path = if path.is_dir() { file_of(path)? } else { path.to_path_buf() };
         let failed = |e: &std::io::Error| Error::io(&path, "read", e);
         let file = File::open(&path).map_err(|e| failed(&e))?;
         let mut bytes = Vec::new();
         // One byte more tells a file that is too large, also one that has no length.
         file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| failed(&e))?;
-        let named = |e: Error| Error::new(e.status, format!("{}: {}", path.display(), e.message));
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(remedy);
+        let hint = name.map(|remedy| format!("; {remedy}")).unwrap_or_default();
+        let named =
+            |e: Error| Error::new(e.status, format!("{}: {}{hint}", path.display(), e.message));
         Tokenizer::from_json(&bytes).map_err(named)
     }
 
@@ -72,10 +76,10 @@ impl Tokenizer {
         caught("opening it", || Tokenizer::build(json))
     }
 
-    fn build(json: &[u8]) -> Result<Tokenizer> {
-        let outline: Outline = serde_json::from_slice(json).map_err(not_a_tokenizer)?;
+    fn build(text: &[u8]) -> Result<Tokenizer> {
+        let outline: Outline = json::parse(text).map_err(not_a_tokenizer)?;
         outline.check_repeats()?;
-        let whole: tokenizers::Tokenizer = serde_json::from_slice(json).map_err(not_a_tokenizer)?;
+        let whole: tokenizers::Tokenizer = json::parse(text).map_err(not_a_tokenizer)?;
         for added in &outline.added_tokens {
             // The crate would go on with another id.
             if whole.token_to_id(&added.content).is_some_and(|id| id != added.id) {
@@ -272,8 +276,44 @@ fn repeats(pattern: &str) -> u64 {
     counts.fold(1, |product, count| product.saturating_mul(count.max(1)))
 }
 
-fn not_a_tokenizer(error: serde_json::Error) -> Error {
-    Error::new(Status::Format, format!("not a tokenizer.json: {error}"))
+fn not_a_tokenizer(reason: String) -> Error {
+    Error::new(Status::Format, format!("not a tokenizer.json: {reason}"))
+}
+
+/// What to do with a tokenizer that lies in another file than tokenizer.json.
+fn remedy(file: &str) -> Option<String> {
+    let kind = match file {
+        "tokenizer.model" => "a model of SentencePiece or tiktoken",
+        "tekken.json" => "Mistral's own vocabulary",
+        "vocab.json" | "merges.txt" | "vocab.txt" => "a vocabulary without its rules",
+        _ => return None,
+    };
+    Some(format!(
+        "{file} is {kind}, which is not read: write a tokenizer.json beside it, in Python by \
+         transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    ))
+}
+
+/// A folder's tokenizer.json.
+fn file_of(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("tokenizer.json");
+    if path.is_file() {
+        return Ok(path);
+    }
+    let mut held: Vec<String> = std::fs::read_dir(folder)
+        .map_err(|e| Error::io(folder, "list the folder", &e))?
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+        .collect();
+    held.sort();
+    let place = folder.display();
+    match held.iter().find_map(|file| remedy(file)) {
+        Some(remedy) => bail!(Format, "{place}: tokenizer.json is missing; {remedy}"),
+        None => bail!(
+            Io,
+            "{place}: tokenizer.json is missing; the folder holds {}",
+            if held.is_empty() { "nothing".to_string() } else { held.join(", ") }
+        ),
+    }
 }
 
 /// The crate panics on some files and texts.

@@ -219,6 +219,14 @@ static void tensor_statuses(void) {
   desc.input_scale = 2;
   CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
 
+  desc.input_scale = 0;
+  desc.center_input = 1;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("center_input"));
+  desc = good;
+  desc.reserved = 1;
+  CHECK_STATUS(blockem_sae_from_tensors(&desc, &sae), BLOCKEM_STATUS_INVALID_ARGUMENT);
+
   /* The k T largest of a batch would make a token's latents depend on the others. */
   desc = good;
   desc.activation_kind = BLOCKEM_ACTIVATION_KIND_TOPK;

@@ -119,6 +119,7 @@ class Sae(Immutable):
         hook_name: str | None = None,
         selection: str = "largest",
         token_norm: str = "none",
+        center_input: bool = False,
     ) -> Sae:
         """An SAE from arrays in host memory (numpy or torch; float32, float16, bfloat16 or
         float64, any strides), which are copied. d is d_in, F is d_sae.
@@ -139,7 +140,9 @@ class Sae(Immutable):
             "batch" (k T of a batch of T tokens) is described, but no plan computes it natively.
         token_norm: every token is normalised before encoding: "constant_norm_rescale"
             (h sqrt(d) / norm) or "layer_norm" ((h - mean) / (deviation + 1e-5), the deviation
-            unbiased); excludes input_scale.
+            unbiased); excludes input_scale and center_input.
+        center_input: the mean over d of every token is subtracted from hidden before anything
+            else, as in TransformerLens' models with ``center_writing_weights``.
 
         Raises Error: SHAPE, DTYPE, INVALID_ARGUMENT, TENSOR_MISSING, RECIPE_INCOMPLETE,
         NON_FINITE, DEVICE_MISMATCH.
@@ -170,6 +173,7 @@ class Sae(Immutable):
             hook_name=None if hook_name is None else hook_name.encode(),
             selection=_code("selection", selection, _ffi.SELECTIONS),
             token_norm=_code("token_norm", token_norm, _ffi.TOKEN_NORMS),
+            center_input=bool(center_input),
         )
         pointer = ctypes.c_void_p()
         check(library.blockem_sae_from_tensors(byref(desc), byref(pointer)))
@@ -184,7 +188,7 @@ class Sae(Immutable):
         """The resolved recipe: everything that changes a latent's value, and where it was found.
 
         Keys: format, architecture, d_in, d_sae, k, dtype, activation, b_dec_subtracted,
-        normalization, scale, threshold {min, median, max}, hook, layer, hidden_states_index, ...
+        normalization, center_input, scale, threshold {min, median, max}, hook, layer, hidden_states_index, ...
         """
         length = library.blockem_sae_describe(self._handle.pointer, None, 0)
         buffer = ctypes.create_string_buffer(length + 1)
@@ -234,14 +238,14 @@ def load_sae(
 ) -> Sae:
     """Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama
     Scope, Goodfire, sparsify, dictionary_learning and others: the README has the table), or a
-    safetensors file that states its recipe. PyTorch's ``.pt`` and ``.pth`` are read as data: nothing
+    safetensors file that states its recipe, also in shards (``model.safetensors.index.json``). PyTorch's ``.pt`` and ``.pth`` are read as data: nothing
     in them runs. Tensors and shapes tell the format.
 
     Reads headers only; rows are read when a :class:`Plan` is made.
 
     recipe: configuration keys by their SAELens names that complete or override the file's own,
         such as ``{"architecture": "jumprelu"}``; ``"format"`` names the format of tensors that fit
-        several.
+        several, ``"center_input"`` says whether the SAE reads hidden less its mean over d.
     input_scale: sqrt(d) / mean norm of hidden, for a file that needs a scale and does not hold it.
 
     Raises Error: IO (also OSError), FORMAT, TENSOR_MISSING, RECIPE_INCOMPLETE, UNSAFE_PICKLE,

@@ -131,6 +131,8 @@ class SaeDesc(Sized):
         ("hook_name", c_char_p),
         ("selection", c_int32),
         ("token_norm", c_int32),
+        ("center_input", c_int32),
+        ("reserved", c_int32),
     ]
 
 

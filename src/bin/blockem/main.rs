@@ -74,14 +74,15 @@ impl Recipe {
 
 fn read_recipe(given: &str) -> Result<Map<String, Value>> {
     let text = match given.trim_start().starts_with('{') {
-        true => given.to_owned(),
-        false => std::fs::read_to_string(given)
-            .map_err(|e| Error::io(Path::new(given), "read the recipe", &e))?,
+        true => given.as_bytes().to_vec(),
+        false => {
+            std::fs::read(given).map_err(|e| Error::io(Path::new(given), "read the recipe", &e))?
+        }
     };
-    match serde_json::from_str(&text) {
+    match blockem::json::parse(&text) {
         Ok(Value::Object(recipe)) => Ok(recipe),
         Ok(_) => Err(Error::new(Status::Format, "--recipe: not a JSON object")),
-        Err(e) => Err(Error::new(Status::Format, format!("--recipe: not JSON: {e}"))),
+        Err(reason) => Err(Error::new(Status::Format, format!("--recipe: {reason}"))),
     }
 }
 

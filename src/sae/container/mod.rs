@@ -4,12 +4,13 @@
 mod npy;
 mod pickle;
 mod safetensors;
+mod shards;
 #[cfg(test)]
 mod tests;
 mod torch;
 mod zip;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,6 +24,30 @@ use super::file::DataFile;
 pub(super) use zip::MemberReader;
 use zip::Zip;
 
+/// Names below which trainers and wrapping modules keep a whole model.
+const PREFIXES: [&str; 7] = [
+    "state_dict.",
+    "model_state_dict.",
+    "sae_state_dict.",
+    "sae.",
+    "module.",
+    "model.",
+    "autoencoder.",
+];
+/// What trainers keep beside it.
+const TRAINERS: [&str; 8] = [
+    "optimizer",
+    "optimizer_state_dict",
+    "optimizer_states",
+    "scheduler",
+    "scheduler_state_dict",
+    "lr_scheduler",
+    "lr_schedulers",
+    "scaler",
+];
+/// Modules that torch.compile, FSDP and activation checkpointing put around another, at any depth.
+const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
 /// Tensors that are turned into numbers of another type, or gathered element by element, are small.
 const SMALL: usize = 16 << 20;
 
@@ -30,6 +55,7 @@ const SMALL: usize = 16 << 20;
 pub(crate) struct Container {
     /// safetensors, npz or torch.
     kind: &'static str,
+    /// The file that was opened; of shards their index.
     file: Arc<DataFile>,
     entries: Vec<Entry>,
     metadata: Option<HashMap<String, String>>,
@@ -71,6 +97,7 @@ struct Entry {
     shape: Vec<usize>,
     /// The bytes are those of the transpose.
     turned: bool,
+    file: Arc<DataFile>,
     bytes: Bytes,
 }
 
@@ -82,14 +109,27 @@ enum Bytes {
     Deflated { start: u64, stored_len: u64, skip: u64 },
     /// Element by element; strides count elements.
     Strided { offset: u64, stride: Vec<usize> },
+    /// Row-major, already in memory: what lies within a pickle.
+    Here(Vec<u8>),
 }
 
 impl Container {
     /// Told apart by their first bytes, whatever their names.
     pub fn open(path: &Path) -> Result<Container> {
         let file = Arc::new(DataFile::open(path)?);
-        let mut start = vec![0; file.len().min(9) as usize];
-        file.read_at(&mut start, 0)?;
+        match shards::is_json(&start_of(&file)?) {
+            true => shards::open(file),
+            false => Container::of_file(file),
+        }
+    }
+
+    /// The same of a file that is no index of others.
+    fn open_one(path: &Path) -> Result<Container> {
+        Container::of_file(Arc::new(DataFile::open(path)?))
+    }
+
+    fn of_file(file: Arc<DataFile>) -> Result<Container> {
+        let start = start_of(&file)?;
         // Every safetensors header begins with this brace; its length before it can look like anything.
         if start.get(8) == Some(&b'{') {
             return safetensors::open(file);
@@ -111,17 +151,49 @@ impl Container {
         Container { kind, file, entries, metadata: None, values: Map::new() }
     }
 
-    /// The same without the one dictionary that some trainers save a state dict in.
-    pub fn unwrapped(mut self) -> Container {
-        for wrapper in ["sae.", "state_dict.", "model_state_dict."] {
-            if !self.entries.is_empty() && self.entries.iter().all(|e| e.name.starts_with(wrapper))
-            {
-                for entry in &mut self.entries {
-                    entry.name.drain(..wrapper.len());
-                }
-            }
+    /// The same without the dictionaries that trainers save a state dict in, and without the names of
+    /// modules that wrap a model.
+    pub fn unwrapped(mut self) -> Result<Container> {
+        self.rename(|name| Some(without_wrappers(name)));
+        while let Some(prefix) = PREFIXES.into_iter().find(|prefix| self.lies_below(prefix)) {
+            self.entries.retain(|entry| entry.name.starts_with(prefix));
+            self.rename(|name| name.strip_prefix(prefix).map(str::to_string));
         }
-        self
+        let mut names = HashSet::new();
+        if let Some(twice) = self.entries.iter().find(|entry| !names.insert(&entry.name)) {
+            bail!(
+                Format,
+                "{}: tensor {} is in it twice, once below the name of a wrapper; remove one",
+                self.file.path().display(),
+                twice.name
+            );
+        }
+        Ok(self)
+    }
+
+    /// Whether the model is what lies below this name: all tensors, or all but a trainer's.
+    fn lies_below(&self, prefix: &str) -> bool {
+        let of_trainer = |name: &str| {
+            let first = name.split('.').next().unwrap_or(name);
+            TRAINERS.contains(&first)
+        };
+        let mut inside = self.entries.iter().filter(|e| e.name.starts_with(prefix)).peekable();
+        inside.peek().is_some()
+            && self.entries.iter().all(|e| e.name.starts_with(prefix) || of_trainer(&e.name))
+    }
+
+    /// Names tensors, and the values beside them, anew; a value without a new name keeps its own.
+    fn rename(&mut self, new: impl Fn(&str) -> Option<String>) {
+        for entry in &mut self.entries {
+            entry.name = new(&entry.name).unwrap_or(std::mem::take(&mut entry.name));
+        }
+        let (inner, outer): (Vec<_>, Vec<_>) = std::mem::take(&mut self.values)
+            .into_iter()
+            .map(|(name, value)| (new(&name), name, value))
+            .partition(|(new, ..)| new.is_some());
+        // The model's own come last, and stay.
+        let named = outer.into_iter().chain(inner);
+        self.values = named.map(|(new, name, value)| (new.unwrap_or(name), value)).collect();
     }
 
     pub fn kind(&self) -> &'static str {
@@ -182,7 +254,7 @@ impl Container {
     }
 
     fn array(&self, entry: &Entry) -> Result<Array> {
-        let (name, shape, file) = (&entry.name[..], &entry.shape[..], Arc::clone(&self.file));
+        let (name, shape, file) = (&entry.name[..], &entry.shape[..], Arc::clone(&entry.file));
         let dtype = match entry.stored {
             Stored::Float(dtype) => dtype,
             Stored::Bool => DType::Bool,
@@ -193,7 +265,7 @@ impl Container {
                 Format,
                 "{}: tensor {name} has the element type {other:?}; convert it to float32, float16, \
                  bfloat16 or float64",
-                self.file.path().display()
+                entry.file.path().display()
             ),
         };
         Ok(match &entry.bytes {
@@ -205,6 +277,9 @@ impl Container {
                     .turned(entry.turned)
             }
             Bytes::Strided { .. } => Array::in_memory(name, dtype, shape, self.small_bytes(entry)?),
+            Bytes::Here(bytes) => {
+                Array::in_memory(name, dtype, shape, bytes.clone()).turned(entry.turned)
+            }
         })
     }
 
@@ -231,56 +306,71 @@ impl Container {
             let text = format!(
                 "{}: tensor {} of shape {:?} is too large to be gathered element by element; save \
                  it again after .contiguous(), as float32, float16, bfloat16 or float64",
-                self.file.path().display(),
+                entry.file.path().display(),
                 entry.name,
                 entry.shape
             );
             return Err(Error::new(Status::Unsupported, text));
         }
-        let mut bytes = zeroed(count * size, self.file.path())?;
+        let mut bytes = zeroed(count * size, entry.file.path())?;
         match &entry.bytes {
-            Bytes::Plain { offset } => self.file.read_at(&mut bytes, *offset)?,
+            Bytes::Plain { offset } => entry.file.read_at(&mut bytes, *offset)?,
             Bytes::Deflated { start, stored_len, skip } => {
                 let mut reader =
-                    MemberReader::new(&self.file, *start, *stored_len, true, &entry.name);
+                    MemberReader::new(&entry.file, *start, *stored_len, true, &entry.name);
                 reader.skip(*skip)?;
                 reader.fill(&mut bytes)?;
             }
             Bytes::Strided { offset, stride } => {
-                self.read_strided(*offset, &entry.shape, stride, size, &mut bytes)?;
+                read_strided(&entry.file, *offset, &entry.shape, stride, size, &mut bytes)?;
             }
+            Bytes::Here(here) => bytes.copy_from_slice(here),
         }
         Ok(bytes)
     }
-    /// Elements of `size` bytes in the order of the shape; strides count elements.
-    fn read_strided(
-        &self,
-        offset: u64,
-        shape: &[usize],
-        stride: &[usize],
-        size: usize,
-        to: &mut [u8],
-    ) -> Result<()> {
-        if to.is_empty() {
-            return Ok(());
-        }
-        let last: usize = shape.iter().zip(stride).map(|(n, s)| (n - 1) * s).sum();
-        // One read is enough where the elements lie close together.
-        let span = (last + 1) * size;
-        let mut near = zeroed(if span <= SMALL { span } else { 0 }, self.file.path())?;
-        self.file.read_at(&mut near, offset)?;
-        for (i, element) in to.chunks_exact_mut(size).enumerate() {
-            let mut left = i;
-            let mut at = 0;
-            for (n, s) in shape.iter().zip(stride).rev() {
-                at += left % n * s;
-                left /= n;
-            }
-            match near.get(at * size..(at + 1) * size) {
-                Some(bytes) => element.copy_from_slice(bytes),
-                None => self.file.read_at(element, offset + (at * size) as u64)?,
-            }
-        }
-        Ok(())
+}
+
+/// The first bytes, which tell what a file is.
+fn start_of(file: &DataFile) -> Result<Vec<u8>> {
+    let mut start = vec![0; file.len().min(9) as usize];
+    file.read_at(&mut start, 0)?;
+    Ok(start)
+}
+
+/// A name without the modules that only wrap others.
+fn without_wrappers(name: &str) -> String {
+    let parts: Vec<&str> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+    parts.join(".")
+}
+
+/// Elements of `size` bytes in the order of the shape; strides count elements.
+fn read_strided(
+    file: &DataFile,
+    offset: u64,
+    shape: &[usize],
+    stride: &[usize],
+    size: usize,
+    to: &mut [u8],
+) -> Result<()> {
+    if to.is_empty() {
+        return Ok(());
     }
+    let last: usize = shape.iter().zip(stride).map(|(n, s)| (n - 1) * s).sum();
+    // One read is enough where the elements lie close together.
+    let span = (last + 1) * size;
+    let mut near = zeroed(if span <= SMALL { span } else { 0 }, file.path())?;
+    file.read_at(&mut near, offset)?;
+    for (i, element) in to.chunks_exact_mut(size).enumerate() {
+        let mut left = i;
+        let mut at = 0;
+        for (n, s) in shape.iter().zip(stride).rev() {
+            at += left % n * s;
+            left /= n;
+        }
+        match near.get(at * size..(at + 1) * size) {
+            Some(bytes) => element.copy_from_slice(bytes),
+            None => file.read_at(element, offset + (at * size) as u64)?,
+        }
+    }
+    Ok(())
 }

@@ -89,7 +89,8 @@ fn entry(zip: &Zip, member: &Member, name: &str) -> Result<Entry> {
         true => Bytes::Deflated { start: member.start, stored_len: member.stored_len, skip },
     };
     let fortran = header.fortran && header.shape.len() > 1;
-    Ok(Entry { name: name.to_string(), stored, shape: header.shape, turned: fortran, bytes })
+    let (name, file) = (name.to_string(), Arc::clone(zip.file()));
+    Ok(Entry { name, stored, shape: header.shape, turned: fortran, file, bytes })
 }
 
 /// Whether a deflated array takes more time or memory than a file of its size may.

@@ -1,8 +1,8 @@
 //! Reads pickles as data. Nothing in a pickle runs here: the opcodes that build plain values are
-//! carried out on values of our own, the few names that PyTorch's tensors need stand for
-//! themselves, and every other opcode or name is refused by its name.
+//! carried out on values of our own, the few names that PyTorch's tensors and NumPy's numbers need
+//! stand for themselves, and every other opcode or name is refused by its name.
 //!
-//! Opcodes: Python's pickletools. Names: torch.save of PyTorch 1.6 and later.
+//! Opcodes: Python's pickletools. Names: torch.save of PyTorch 1.6 and later, NumPy 1 and 2.
 
 use std::collections::HashSet;
 
@@ -18,6 +18,8 @@ const DEPTH: usize = 8;
 const VISITS: usize = 10_000;
 /// The longest string that is taken as a key's part or a value.
 const TEXT: usize = 4096;
+/// The largest array of NumPy whose elements are taken, in bytes: it lies within the pickle.
+const ARRAY: usize = 256 << 10;
 /// The longest joined key: a few short strings, recalled again and again, could make many long ones.
 const PATH: usize = 1024;
 
@@ -35,10 +37,21 @@ pub(super) struct PickledTensor<'p> {
     pub stride: Vec<usize>,
 }
 
+/// An array of NumPy, whose bytes lie in the pickle.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct PickledArray {
+    pub dtype: Stored,
+    pub shape: Vec<usize>,
+    /// The bytes are those of the transpose.
+    pub turned: bool,
+    pub bytes: Vec<u8>,
+}
+
 /// A leaf of the pickled dictionary.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Leaf<'p> {
     Tensor(PickledTensor<'p>),
+    Array(PickledArray),
     Bool(bool),
     Int(i64),
     Real(f64),
@@ -53,7 +66,13 @@ pub(super) fn leaves(pickle: &[u8]) -> Result<Vec<(String, Leaf<'_>)>> {
     let Item::Dict(top) = machine.run()? else {
         return refuse("something else than a dictionary of tensors");
     };
-    let mut walk = Walk { machine: &machine, path: String::new(), visits: 0, found: Vec::new() };
+    let mut walk = Walk {
+        machine: &machine,
+        path: String::new(),
+        visits: 0,
+        array_bytes: 0,
+        found: Vec::new(),
+    };
     walk.dict(top, 1)?;
     let found = walk.found;
     let mut paths = HashSet::with_capacity(found.len());
@@ -73,13 +92,26 @@ enum Item {
     LargeInt,
     Real(f64),
     Text(Span),
-    Bytes,
+    Bytes(Blob),
     Tuple(usize),
     List(usize),
     Dict(usize),
     Name(Name),
     Storage(usize),
     Tensor(usize),
+    /// Of NumPy.
+    Dtype(usize),
+    Array(usize),
+    /// Legal, and nothing that a reader asks for.
+    Other,
+}
+
+/// A bytes object.
+#[derive(Clone, Copy, Debug)]
+enum Blob {
+    Plain(Span),
+    /// As protocol 2 writes it: text of one character for each byte.
+    Latin1(Span),
 }
 
 /// Bytes of the pickle.
@@ -99,6 +131,13 @@ enum Name {
     Device,
     Dtype,
     Storage(Stored),
+    NumpyScalar,
+    NumpyDtype,
+    NumpyArray,
+    NumpyArrayClass,
+    /// `_codecs.encode`: bytes from text.
+    Encode,
+    BytesClass,
 }
 
 impl Name {
@@ -115,6 +154,14 @@ impl Name {
             ("torch", "device") => Name::Device,
             ("torch", dtype) if DTYPES.contains(&dtype) => Name::Dtype,
             ("torch", class) => Name::Storage(storage_class(class)?),
+            ("numpy._core.multiarray" | "numpy.core.multiarray", "scalar") => Name::NumpyScalar,
+            ("numpy._core.multiarray" | "numpy.core.multiarray", "_reconstruct") => {
+                Name::NumpyArray
+            }
+            ("numpy", "dtype") => Name::NumpyDtype,
+            ("numpy", "ndarray") => Name::NumpyArrayClass,
+            ("_codecs", "encode") => Name::Encode,
+            ("__builtin__" | "builtins", "bytes") => Name::BytesClass,
             _ => return None,
         })
     }
@@ -143,6 +190,22 @@ struct Storage {
     numel: u64,
 }
 
+/// Of NumPy: a letter for the kind, then the bytes of an element.
+struct NumpyDtype {
+    code: Span,
+    big_endian: bool,
+}
+
+/// Of NumPy; made empty, and given its state later.
+#[derive(Default)]
+struct NumpyArray {
+    dtype: Option<usize>,
+    shape: Vec<usize>,
+    fortran: bool,
+    /// None for what is not made of numbers.
+    bytes: Option<Blob>,
+}
+
 struct Machine<'a> {
     pickle: &'a [u8],
     at: usize,
@@ -155,6 +218,8 @@ struct Machine<'a> {
     dicts: Vec<Vec<(Item, Item)>>,
     storages: Vec<Storage>,
     tensors: Vec<PickledTensor<'a>>,
+    dtypes: Vec<NumpyDtype>,
+    arrays: Vec<NumpyArray>,
 }
 
 impl<'a> Machine<'a> {
@@ -169,6 +234,8 @@ impl<'a> Machine<'a> {
             dicts: Vec::new(),
             storages: Vec::new(),
             tensors: Vec::new(),
+            dtypes: Vec::new(),
+            arrays: Vec::new(),
         }
     }
 
@@ -398,8 +465,8 @@ impl<'a> Machine<'a> {
     }
 
     fn bytes(&mut self, len_bytes: usize) -> Result<()> {
-        self.span(len_bytes)?;
-        self.push(Item::Bytes)
+        let span = self.span(len_bytes)?;
+        self.push(Item::Bytes(Blob::Plain(span)))
     }
 
     fn sequence(&mut self, items: Vec<Item>, handle: fn(usize) -> Item) -> Result<()> {
@@ -506,17 +573,147 @@ impl<'a> Machine<'a> {
             (Name::Size, [size]) => size.clone(),
             // Where a tensor was does not matter.
             (Name::Device, _) => Item::Null,
+            (Name::Encode, [Item::Text(text), Item::Text(codec)]) => match self.str(*codec)? {
+                "latin1" | "latin-1" => Item::Bytes(Blob::Latin1(*text)),
+                other => return refuse(&format!("bytes by the codec {}", shown(other))),
+            },
+            (Name::BytesClass, []) => Item::Bytes(Blob::Plain(Span { start: 0, end: 0 })),
+            (Name::NumpyDtype, [Item::Text(code), ..]) => {
+                self.dtypes.push(NumpyDtype { code: *code, big_endian: false });
+                Item::Dtype(self.dtypes.len() - 1)
+            }
+            (Name::NumpyScalar, [Item::Dtype(dtype), Item::Bytes(blob)]) => {
+                self.scalar(*dtype, *blob)?
+            }
+            (Name::NumpyScalar, [Item::Dtype(_), _]) => Item::Other,
+            (Name::NumpyArray, [Item::Name(Name::NumpyArrayClass), ..]) => {
+                self.arrays.push(NumpyArray::default());
+                Item::Array(self.arrays.len() - 1)
+            }
             (name, _) => return refuse(&format!("a call of {name:?} with unknown arguments")),
         };
         self.push(result)
     }
 
-    /// State of an OrderedDict: `_metadata` of a module, which says nothing of the values.
+    /// State of an OrderedDict: `_metadata` of a module, which says nothing of the values; and what
+    /// NumPy's types and arrays are.
     fn build(&mut self) -> Result<()> {
-        self.pop()?;
-        match self.top()? {
-            Item::Dict(_) => Ok(()),
+        let state = self.pop()?;
+        let state = match state {
+            Item::Tuple(items) => &self.sequences[items][..],
+            _ => &[],
+        };
+        match (self.stack.last(), state) {
+            (Some(Item::Dict(_)), _) => Ok(()),
+            // (version, byte order, …)
+            (Some(Item::Dtype(dtype)), [_, Item::Text(order), ..]) => {
+                self.dtypes[*dtype].big_endian = self.str(*order)? == ">";
+                Ok(())
+            }
+            // (version, shape, element type, column-major, elements)
+            (
+                Some(Item::Array(array)),
+                [_, shape, Item::Dtype(dtype), Item::Bool(fortran), data],
+            ) => {
+                self.arrays[*array] = NumpyArray {
+                    dtype: Some(*dtype),
+                    shape: self.sizes(shape)?,
+                    fortran: *fortran,
+                    bytes: match data {
+                        Item::Bytes(blob) => Some(*blob),
+                        _ => None,
+                    },
+                };
+                Ok(())
+            }
             _ => refuse("the state of an object (opcode BUILD)"),
+        }
+    }
+
+    /// The number that a scalar of NumPy is; texts and dates are left out.
+    fn scalar(&self, dtype: usize, blob: Blob) -> Result<Item> {
+        let dtype = &self.dtypes[dtype];
+        let code = self.str(dtype.code)?;
+        let Some(size) = code.get(1..).and_then(|size| size.parse::<usize>().ok()) else {
+            return Ok(Item::Other);
+        };
+        if !matches!((&code[..1], size), ("f", 2 | 4 | 8) | ("i" | "u", 1 | 2 | 4 | 8) | ("b", 1)) {
+            return Ok(Item::Other);
+        }
+        let Some(mut bytes) = self.blob(blob, size)? else {
+            return fault("a number of NumPy has not as many bytes as its type");
+        };
+        if dtype.big_endian {
+            bytes.reverse();
+        }
+        let negative = code.starts_with('i') && bytes.last().is_some_and(|top| top & 0x80 != 0);
+        let mut wide = [if negative { 0xff } else { 0 }; 8];
+        wide[..size].copy_from_slice(&bytes);
+        Ok(match (&code[..1], &bytes[..]) {
+            ("f", &[a, b]) => Item::Real(half::f16::from_le_bytes([a, b]).into()),
+            ("f", &[a, b, c, d]) => Item::Real(f32::from_le_bytes([a, b, c, d]).into()),
+            ("f", _) => Item::Real(f64::from_le_bytes(wide)),
+            ("b", _) => Item::Bool(wide[0] != 0),
+            ("u", _) => match i64::try_from(u64::from_le_bytes(wide)) {
+                Ok(n) => Item::Int(n),
+                Err(_) => Item::LargeInt,
+            },
+            _ => Item::Int(i64::from_le_bytes(wide)),
+        })
+    }
+
+    /// An array of numbers that PyTorch has too; none of others, which are left out.
+    fn numpy_array(&self, array: &NumpyArray) -> Result<Option<PickledArray>> {
+        let (Some(dtype), Some(blob)) = (array.dtype, array.bytes) else { return Ok(None) };
+        let dtype = &self.dtypes[dtype];
+        let stored = match self.str(dtype.code)? {
+            "f8" => Stored::Float(DType::F64),
+            "f4" => Stored::Float(DType::F32),
+            "f2" => Stored::Float(DType::F16),
+            "b1" => Stored::Bool,
+            "u1" => Stored::U8,
+            "i1" => Stored::I8,
+            "i2" => Stored::I16,
+            "i4" => Stored::I32,
+            "i8" => Stored::I64,
+            _ => return Ok(None),
+        };
+        if dtype.big_endian {
+            return fault("an array of NumPy is big-endian");
+        }
+        let size = array.shape.iter().try_fold(stored.size(), |n, s| n.checked_mul(*s));
+        let Some(size) = size.filter(|size| *size <= ARRAY) else {
+            return fault(&format!(
+                "an array of NumPy has more than {ARRAY} bytes: save tensors of PyTorch instead"
+            ));
+        };
+        match self.blob(blob, size)? {
+            Some(bytes) => Ok(Some(PickledArray {
+                dtype: stored,
+                turned: array.fortran && array.shape.len() > 1,
+                shape: array.shape.clone(),
+                bytes,
+            })),
+            None => fault("an array of NumPy has not as many bytes as its shape"),
+        }
+    }
+
+    /// The bytes of an object that must have so many; none if it has not.
+    fn blob(&self, blob: Blob, size: usize) -> Result<Option<Vec<u8>>> {
+        let (Blob::Plain(span) | Blob::Latin1(span)) = blob;
+        let raw = &self.pickle[span.start..span.end];
+        if let Blob::Plain(_) = blob {
+            return Ok((raw.len() == size).then(|| raw.to_vec()));
+        }
+        // A character up to 0xff has one or two bytes in UTF-8.
+        if raw.len() < size || raw.len() > 2 * size {
+            return Ok(None);
+        }
+        let Ok(text) = std::str::from_utf8(raw) else { return fault("a string is not UTF-8") };
+        let bytes: Option<Vec<u8>> = text.chars().map(|c| u8::try_from(c).ok()).collect();
+        match bytes {
+            Some(bytes) => Ok((bytes.len() == size).then_some(bytes)),
+            None => fault("text that stands for bytes holds a character above 255"),
         }
     }
 
@@ -579,6 +776,8 @@ struct Walk<'m, 'p> {
     machine: &'m Machine<'p>,
     path: String,
     visits: usize,
+    /// Of all arrays so far: one that is recalled again and again could be many.
+    array_bytes: usize,
     found: Vec<(String, Leaf<'p>)>,
 }
 
@@ -615,6 +814,16 @@ impl Walk<'_, '_> {
         let leaf = match value {
             Item::Dict(dict) => return self.dict(*dict, depth + 1),
             Item::Tensor(tensor) => Leaf::Tensor(self.machine.tensors[*tensor].clone()),
+            Item::Array(array) => match self.machine.numpy_array(&self.machine.arrays[*array])? {
+                Some(array) => {
+                    self.array_bytes += array.bytes.len();
+                    if self.array_bytes > self.machine.pickle.len() {
+                        return fault("its arrays of NumPy share their bytes");
+                    }
+                    Leaf::Array(array)
+                }
+                None => return Ok(()),
+            },
             Item::Bool(b) => Leaf::Bool(*b),
             Item::Int(n) => Leaf::Int(*n),
             Item::Real(x) => Leaf::Real(*x),
@@ -691,13 +900,20 @@ fn fault<T>(text: &str) -> Result<T> {
     Err(Error::new(Status::Format, format!("not a sound pickle: {text}")))
 }
 
+/// A command that writes the tensors, numbers and strings of any file of torch.save, also of a module
+/// or of nested dictionaries, as what is read here.
+pub(super) const REMEDY: &str = "python -c \"import sys, torch; \
+    plain = lambda v: {k: plain(x) for k, x in v.items()} if isinstance(v, dict) \
+    else plain(v.state_dict()) if hasattr(v, 'state_dict') \
+    else v if isinstance(v, (torch.Tensor, int, float, str)) else None; \
+    torch.save(plain(torch.load(sys.argv[1], 'cpu', weights_only=False)), sys.argv[2])\" OLD NEW";
+
 fn refuse<T>(what: &str) -> Result<T> {
     Err(Error::new(
         Status::UnsafePickle,
         format!(
             "it asks for {what}, and only dictionaries of tensors, numbers and strings are read; \
-             convert it once where running its code is safe: \
-             safetensors.torch.save_file(torch.load(path), out)"
+             where running its code is safe, write it anew and give it its name: {REMEDY}"
         ),
     ))
 }

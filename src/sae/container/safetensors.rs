@@ -58,7 +58,8 @@ pub(super) fn open(file: Arc<DataFile>) -> Result<Container> {
         let info = header.info(&name)?;
         let offset = data_start + info.data_offsets.0 as u64;
         let (stored, shape) = (stored(info.dtype), info.shape.clone());
-        Some(Entry { name, stored, shape, turned: false, bytes: Bytes::Plain { offset } })
+        let (file, bytes) = (Arc::clone(&file), Bytes::Plain { offset });
+        Some(Entry { name, stored, shape, turned: false, file, bytes })
     };
     let entries = header.offset_keys().into_iter().filter_map(entry).collect();
     let mut container = Container::new("safetensors", Arc::clone(&file), entries);

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result, Status, bail};
 
 use super::super::file::DataFile;
-use super::pickle::{self, Leaf, PickledTensor};
+use super::pickle::{self, Leaf, PickledArray, PickledTensor, REMEDY};
 use super::zip::{Member, Zip};
 use super::{Bytes, Container, Entry};
 
@@ -38,7 +38,13 @@ pub(super) fn open(zip: &Zip) -> Result<Container> {
         let value = match leaf {
             Leaf::Tensor(tensor) => {
                 let member = zip.find(&format!("{prefix}data/{}", tensor.storage));
-                container.entries.push(entry(&path, tensor, member).map_err(fault)?);
+                container.entries.push(entry(zip, &path, tensor, member).map_err(fault)?);
+                continue;
+            }
+            Leaf::Array(array) => {
+                let PickledArray { dtype: stored, shape, turned, bytes } = array;
+                let (file, bytes) = (Arc::clone(zip.file()), Bytes::Here(bytes));
+                container.entries.push(Entry { name: path, stored, shape, turned, file, bytes });
                 continue;
             }
             Leaf::Bool(b) => b.into(),
@@ -60,6 +66,7 @@ fn is_top(member: &str, file: &str) -> bool {
 }
 
 fn entry(
+    zip: &Zip,
     path: &str,
     tensor: PickledTensor<'_>,
     member: Option<&Member>,
@@ -92,15 +99,16 @@ fn entry(
     } else {
         (false, Bytes::Strided { offset, stride })
     };
-    Ok(Entry { name: path.to_string(), stored, shape, turned, bytes })
+    let (name, file) = (path.to_string(), Arc::clone(zip.file()));
+    Ok(Entry { name, stored, shape, turned, file, bytes })
 }
 
 /// Refuses a pickle that is not in a zip archive.
 pub(super) fn refuse_legacy(file: &DataFile) -> Result<Container> {
     bail!(
         UnsafePickle,
-        "{}: a pickle from before PyTorch 1.6, or of something else than torch.save; save it again: \
-         torch.save(torch.load(path, weights_only=True), out)",
+        "{}: a pickle from before PyTorch 1.6, or of something else than torch.save; where running its \
+         code is safe, write it anew and give it its name: {REMEDY}",
         file.path().display()
     )
 }
