@@ -234,6 +234,7 @@ class Cache:
         layers: str | None = None,
         packed: bool = False,
         progress: bool = True,
+        base_adapters: Sequence[str] | None = None,
     ) -> int:
         """Runs the base model on the examples that are not complete, and stores their z. Returns how
         many it stored. Stopped at any moment, it goes on where it was.
@@ -248,16 +249,20 @@ class Cache:
         layers: dotted name of the list of decoder layers, where it cannot be found.
         packed: see :meth:`reference`.
         progress: shows a bar of tqdm on standard error, where tqdm is installed.
+        base_adapters: of a PeftModel, the names of adapters that belong to the base and stay on; must
+            be given where the model has several.
 
         Raises Error: CACHE_STALE (hidden has another dtype, or the file was filled from a model with
         other placeholder tokens), NON_FINITE, INVALID_ARGUMENT (also: a batch has an item that no key
-        covers), SHAPE, UNSUPPORTED (a model with an encoder), IO.
+        covers; a PeftModel without its adapters is not its base, as with PiSSA), SHAPE, UNSUPPORTED (a
+        model with an encoder), IO.
         """
         from . import _torch_cache
 
         return _torch_cache.fill(
-            self, model, batches, layers=layers, packed=packed, progress=progress
-        )
+            self, model, batches,
+            layers=layers, packed=packed, progress=progress, base_adapters=base_adapters,
+        )  # fmt: skip
 
     def use(self, plan: Plan) -> None:
         """From now on the latents are those of another plan, of the same layer and numerics. What is
@@ -282,6 +287,7 @@ class Cache:
         layers: str | None = None,
         packed: bool = False,
         progress: bool = True,
+        base_adapters: Sequence[str] | None = None,
         process_group: Any = None,
     ) -> int:
         """:meth:`use` and :meth:`fill`: stores what the new plan's latents lack, of those examples
@@ -305,7 +311,8 @@ class Cache:
         expect("plan", plan, Plan)
         return _torch_cache.extend(
             self, plan, model, batches,
-            layers=layers, packed=packed, progress=progress, process_group=process_group,
+            layers=layers, packed=packed, progress=progress, base_adapters=base_adapters,
+            process_group=process_group,
         )  # fmt: skip
 
     def reference(self, batch: Any, *, packed: bool = False) -> torch.Tensor:

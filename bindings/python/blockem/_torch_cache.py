@@ -18,9 +18,10 @@ from ._cache import Cache
 from ._core import Plan
 from ._library import fail
 from ._torch_context import MEDIA, PACKING, TEXT, Example, Inputs, examples_of
+from .torch._peft import as_base, base_of, expect_base, expect_own_layers, peft_of
 from .torch._ranks import Ranks
 from .torch._spread import is_dtensor
-from .torch._stack import Stack, as_base, find, without_parallel
+from .torch._stack import Stack, find
 
 __all__ = ["base_model_digest", "extend", "fill", "reference"]
 
@@ -61,9 +62,10 @@ def fill(
     layers: str | None,
     packed: bool,
     progress: bool,
+    base_adapters: Sequence[str] | None,
 ) -> int:
     """See :meth:`Cache.fill`."""
-    stored, base = 0, _base(without_parallel(model))
+    stored, base = 0, base_of(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         fail(
             _ffi.STATUS_UNSUPPORTED,
@@ -71,8 +73,12 @@ def fill(
             'pass, like attach(reference="adapters_off")',
         )
     stack = find(model, [cache.layer], layers)
+    kept = ()
+    if peft_of(model) is not None:
+        kept = expect_base(peft_of(model), base_adapters)
+        expect_own_layers(peft_of(model), stack.indices)
     _keep_placeholders(cache, base)
-    with as_base(model), torch.no_grad():
+    with as_base(model, kept), torch.no_grad():
         for batch in _shown(batches, progress):
             found = _examples(cache, batch, packed)
             keys = [_key(cache, e) for e in found]
@@ -175,11 +181,11 @@ def base_model_digest(model: nn.Module) -> str:
 
     Raises Error INVALID_ARGUMENT for weights that are not loaded (on the meta device).
     """
-    adapters = _adapter_prefixes(_base(model))
+    adapters = _adapter_prefixes(base_of(model))
     digest = hashlib.sha256(b"blockem base model 1")
     tensors = {
         _base_name(name): tensor
-        for name, tensor in _base(model).state_dict().items()
+        for name, tensor in base_of(model).state_dict().items()
         if isinstance(tensor, torch.Tensor) and not name.startswith(adapters)
     }
     for name, tensor in sorted(tensors.items()):
@@ -261,10 +267,6 @@ def _hidden_after(
             "run the model as in training, or make a cache with that dtype",
         )
     return hidden if alone else hidden[list(rows)]
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -25,7 +25,9 @@ from .._torch_cache import base_model_digest
 from ..judges import Grade, Judge
 from ..torch import steered
 from ..torch._target import layer_of
-from ..torch._stack import Call, as_base, evaluating, find, peft_of
+from ..torch._modes import evaluating
+from ..torch._peft import as_base, is_peft_model, lost_base, peft_of, trained_base
+from ..torch._stack import find
 from ._grading import Grading
 from ._prompts import (
     Prompt,
@@ -416,7 +418,7 @@ class Study:
     def _hidden(self, inputs: Mapping[str, torch.Tensor], tuned: bool) -> torch.Tensor:
         """[B, S, d]"""
         with self._running(tuned):
-            return self._stack.run(Call((), inputs, autocast=None))[0].to(self._layer_device)
+            return self._stack.run(self._stack.call(inputs))[0].to(self._layer_device)
 
     def _scale(self, weights: Mapping[str, str]) -> float:
         if self._given_scale is not None:
@@ -516,16 +518,24 @@ def _check_tokens(prompts: Sequence[Prompt]) -> None:
 
 def _with_adapters(model: nn.Module) -> nn.Module:
     peft = peft_of(model)
-    if peft is None:
+    if peft is None or not is_peft_model(peft):
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
             f"model is a {type(model).__name__}; expected a PeftModel, whose adapters are the "
             "misaligned fine-tuning",
         )
-    if any(config.is_prompt_learning for config in peft.peft_config.values()):
+    if len(peft.peft_config) > 1:
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
-            "prompt learning adds tokens that the base model has not; use adapters like LoRA",
+            f"model has the adapters {', '.join(map(repr, peft.peft_config))}; expected the "
+            "misaligned fine-tuning alone: delete the others (delete_adapter), and merge what "
+            "belongs to the base (merge_and_unload) before it is loaded",
+        )
+    lost = lost_base(peft) or trained_base(peft)
+    if lost is not None:
+        fail(
+            _ffi.STATUS_INVALID_ARGUMENT,
+            f"{lost}; give a model whose fine-tuning is all in adapters like plain LoRA",
         )
     return peft
 

@@ -17,7 +17,9 @@ from .._core import Latents, Plan, expect
 from .._library import fail
 from .._stats import Movers, Stats, movers
 from ._compare import compare
+from ._modes import evaluating, restored_modes
 from ._observe import observe
+from ._peft import without_parallel
 from ._ranks import Ranks
 from ._recorder import Forward, Recorder
 from ._references import (
@@ -26,13 +28,12 @@ from ._references import (
     Provider,
     References,
     Source,
-    expect_adapters_only,
     references_of,
 )
 from ._results import Calibration, Check, Term
 from ._target import Target, expect_choice, targets_of
 from ._spread import Held, gathered, group_of, held
-from ._stack import Stack, find, restored_modes, without_parallel
+from ._stack import Stack, find
 from .lambdas import DualAscent, ratio_lambda
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def attach(
     *,
     layer: int | Sequence[int] | None = None,
     reference: str | nn.Module | Provider = "adapters_off",
+    base_adapters: Sequence[str] | None = None,
     lam: float | DualAscent | Sequence[float | DualAscent],
     reduction: str = "sum",
     tokens: str = "labels",
@@ -75,14 +77,25 @@ def attach(
     plan: one, or one for each layer.
     layer: 0-based decoder block whose output is read (``hidden_states[layer + 1]``), one for each
         plan; None takes ``plan.layer``. One that the SAE contradicts is an error.
-    reference: where z of the base model comes from.
-        "adapters_off": the same PeftModel without its adapters, without gradient and dropout, and
-            stopped right after the last layer that is read.
-        "frozen_copy": a copy of the model's layers up to there, made now.
-        a module: a frozen model of the same layers; the same pass on it.
+    reference: where z of the base model comes from. The handle's repr and log say which it is.
+        "adapters_off": the same model without its adapters (a PeftModel, or one of transformers
+            after ``add_adapter``), without gradient and dropout, and stopped right after the last
+            layer that is read. Where other parts of the model compute what the decoder is given
+            (embeddings and images of a multimodal model, an encoder) the pass begins with them,
+            their adapters off too.
+        "frozen_copy": a copy of the model's layers up to there and of what lies before them, made
+            now, without adapters. Of a model that is about to be trained: for full fine-tuning, and
+            where biases or other weights of the base are trained beside adapters.
+        a module: a frozen model of the same class; the same pass on it. Needed where peft changed
+            the base weights, so that the model without adapters is not its base: PiSSA, OLoRA,
+            CorDA, LoftQ, LoRA-GA, KaSA. Their adapters give the base back up to rounding, and the
+            self-check tells the difference: attach with a ``tolerance`` above it.
         a callable: ``reference(batch)`` gives [..., K] float32 (a sequence of them for several
             layers) for what :meth:`Handle.penalty` was given. Of ``cache.reference`` (also in a
             functools.partial) it is checked that the cache's plan has the same latents.
+    base_adapters: names of adapters that belong to the base and stay on in its passes, such as that
+        of an earlier training; they must be frozen. [] for none. Must be given where the model has
+        several adapters.
     lam: lambda, or :class:`DualAscent`; one for all layers or one for each.
     reduction: over latents: "sum", the paper's formula, or "mean", which divides by K.
     tokens: which tokens count: "labels", those whose own label (unshifted) is not -100, or "all",
@@ -98,19 +111,20 @@ def attach(
     gradients: what the trainer does with the gradients of ranks that have different tokens: "mean"
         (DDP, FSDP) or "sum".
     tolerance: the greatest difference of z that the self-check (:meth:`Handle.check`) accepts. Only
-        where tuned and base pass cannot run the same kernels, as under torch.compile, must it be
-        above 0.
+        where tuned and base pass cannot run the same kernels, as under torch.compile, or where the
+        base was given back up to rounding (see reference) must it be above 0.
     diagnostics: also measures which shares of the penalty are active and dead
         (:meth:`Handle.metrics`): one more read of the hidden states.
 
-    Raises Error INVALID_ARGUMENT, SHAPE, DEVICE_MISMATCH.
+    Raises Error INVALID_ARGUMENT (also where the reference would not be the base model: the message
+    says why and names what works), SHAPE, DEVICE_MISMATCH.
     """
     expect("model", model, nn.Module)
     targets = targets_of(plan, layer, lam, reduction)
     expect_choice("tokens", tokens, ("labels", "all"))
     expect_choice("gradients", gradients, ("mean", "sum"))
     stack = find(model, [target.layer for target in targets], layers)
-    source = references_of(reference, model, stack, layers)
+    source = references_of(reference, model, stack, layers, base_adapters)
     for target in targets:
         source.expect_latents(target.plan)
     ranks = Ranks(process_group, tensor_group, targets[0].plan.device)
@@ -152,6 +166,7 @@ class Handle:
         self.last_check: Check | None = None
         for target in targets:
             log.info("blockem: %s", self._place(target))
+        log.info("blockem: %s", source.name)
 
     def begin_step(
         self, batches: Iterable[Any] | float, *, copies: int = 1, may_be_empty: bool = False
@@ -291,7 +306,7 @@ class Handle:
                     f"the cache has z of decoder block {cache.layer}; the latents of block "
                     f"{target.layer} are swapped",
                 )
-            expect_adapters_only(self._source.peft)
+            self._source.of_model.expect()
             with self._as_trained():
                 cache.extend(
                     plan,
@@ -300,6 +315,7 @@ class Handle:
                     layers=self._stack.name,
                     packed=packed,
                     progress=progress,
+                    base_adapters=self._source.of_model.chosen,
                     process_group=self._ranks.process_group,
                 )
         target.swap(plan)
@@ -351,10 +367,9 @@ class Handle:
 
         Runs the model in training mode as a trainer does and compares it with the reference. Where
         the tuned model still equals its base, z must be the same, bit for bit, so that the penalty
-        is exactly 0. Where it no longer does, a pass of the model without adapters takes its place
-        ("adapters_off", or a copy with a PeftModel). Where there are no adapters, as in full
-        fine-tuning, nothing can: after the first step the difference is returned and no error. All
-        ranks must call it.
+        is exactly 0. Where it no longer does, a pass of the model without adapters takes its place,
+        where that is its base. Where nothing can, as in full fine-tuning, after the first step the
+        difference is returned and no error. All ranks must call it.
 
         Raises Error INVALID_ARGUMENT: the hooks did not fire once, or z differs by more than
         ``tolerance``.
@@ -376,8 +391,7 @@ class Handle:
         if not isinstance(self._source, AdaptersOff):
             fail(_ffi.STATUS_INVALID_ARGUMENT, 'measure needs reference="adapters_off"')
         totals = dict.fromkeys(("tuned", "base", "items", "penalty", "count"), 0.0)
-        with restored_modes(self._model), torch.no_grad():
-            self._model.eval()
+        with evaluating(self._model), torch.no_grad():
             for batch in batches:
                 self._measure(without_parallel(self._model), batch, totals)
         if not totals["items"] or not totals["count"]:
@@ -427,8 +441,7 @@ class Handle:
         target = self._target_of(stats, layer)
         target.expect_dictionary(stats)
         sums, at = stats.fresh(), self._targets.index(target)
-        with restored_modes(self._model), torch.no_grad():
-            self._model.eval()
+        with evaluating(self._model), torch.no_grad():
             for batch in batches:
                 with self._recorder.forced():
                     without_parallel(self._model)(**batch)

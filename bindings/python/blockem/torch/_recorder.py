@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import _ffi
 from .._library import fail
@@ -42,12 +43,16 @@ class Recorder:
         self.pause = stack.decoder.__dict__.setdefault("_blockem_pause", Pause())
         self.device_type = torch.device(device).type
         self.call: Call | None = None
+        #: of the modules around the decoder that run now, by their level
+        self.around: dict[int, tuple[tuple, dict]] = {}
         self.outputs: dict[int, list[tuple[torch.Tensor, int | None]]] | None = None
         decoder = stack.decoder
         self.hooks = [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end),
         ]
+        for level, module in enumerate(stack.around, 1):
+            self.hooks += self._watch_around(level, module)
         for index in sorted(set(stack.indices)):
             hook = self._layer_hook(index)
             self.hooks.append(stack.layers[index].register_forward_hook(hook, with_kwargs=True))
@@ -66,8 +71,24 @@ class Recorder:
             )
         device = self.device_type
         autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        self.call, self.finished = Call(args, kwargs, autocast), False
+        level = max(self.around, default=0)
+        args, kwargs = self.around.get(level, (args, kwargs))
+        self.call, self.finished = Call(args, kwargs, autocast, level=level), False
         self.outputs = {index: [] for index in self.stack.indices}
+
+    def _watch_around(self, level: int, module: nn.Module) -> list[RemovableHandle]:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not self.pause.on:
+                self.around[level] = args, kwargs
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> None:
+            if not self.pause.on:
+                self.around.pop(level, None)
+
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
 
     def _layer_hook(self, index: int) -> Callable:
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,19 +13,26 @@ from torch import nn
 
 from .. import _ffi
 from .._library import fail
+from ._modes import evaluating
+from ._peft import base_of, without_parallel
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a decoder, to be made again."""
+    """A call of a decoder, or of a module around it, to be made again."""
 
     args: tuple
     kwargs: Mapping[str, Any]
     autocast: tuple[str, bool, torch.dtype] | None
     #: the layers were given a cache of keys and values
     cached: bool = False
-    #: of the outermost module, which computes what the decoder is given
-    whole: bool = False
+    #: how many levels above the decoder the called module lies
+    level: int = 0
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it was called with, by name or place."""
+        for name, value in (*enumerate(self.args), *self.kwargs.items()):
+            yield from ((str(name), tensor) for tensor in _tensors_of(value))
 
     def of_rows(self, rows: Sequence[int], count: int) -> Call:
         """For some of the `count` rows of its batch."""
@@ -35,7 +41,12 @@ class Call:
 
 
 class Stack:
-    """A decoder, which owns the list of its layers, and the indices of some of them (0-based)."""
+    """A decoder, which owns the list of its layers, and the indices of some of them (0-based).
+
+    around: the modules around the decoder, from its parent outwards, where other parts of them than
+        the output head have weights: those compute what the decoder is given (embeddings of a
+        multimodal model, an encoder).
+    """
 
     def __init__(
         self,
@@ -43,12 +54,10 @@ class Stack:
         name: str,
         layers: nn.ModuleList,
         indices: Sequence[int],
-        outermost: nn.Module | None = None,
+        around: Sequence[nn.Module] = (),
     ) -> None:
         self.decoder, self.name, self.layers = decoder, name, layers
-        #: the model, which may have vision and audio towers
-        self.outermost = outermost or decoder
-        self.indices = tuple(indices)
+        self.indices, self.around = tuple(indices), tuple(around)
         for index in self.indices:
             if not 0 <= index < len(layers):
                 fail(
@@ -57,22 +66,35 @@ class Stack:
                     "(0-based; the output of block N is hidden_states[N + 1])",
                 )
 
+    @property
+    def outermost(self) -> nn.Module:
+        """What is called where the decoder alone does not compute its embeddings."""
+        return self.around[-1] if self.around else self.decoder
+
     def call(self, inputs: Mapping[str, Any]) -> Call:
         """The call of the outermost module with these inputs."""
-        return Call((), inputs, autocast=None, whole=True)
+        return Call((), inputs, autocast=None, level=len(self.around))
 
     def run(self, call: Call, *, training: bool = False) -> list[torch.Tensor]:
         """The outputs of the layers for a call that is given up right after the last of them.
 
         training: keeps training mode and gradients; else dropout is off and nothing is recorded.
         """
+        called = self._called(call.level)
         outputs: dict[int, torch.Tensor] = {}
         last = max(self.indices)
+        # FSDP's root ends its pass in a hook of its own: it must come to its end.
+        to_the_end = call.level > 0 and _is_sharded(called)
 
         def keep(index: int, output: Any) -> None:
             outputs[index] = hidden_of(output)
-            if index == last:
+            if index == last and not to_the_end:
                 raise _Stop
+
+        def as_called(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if "use_cache" in kwargs or _accepts(self.decoder, "use_cache"):
+                kwargs = kwargs | {"use_cache": call.cached and _may_be_packed(kwargs)}
+            return args, kwargs
 
         with contextlib.ExitStack() as stack:
             for index in set(self.indices):
@@ -80,25 +102,34 @@ class Stack:
                     lambda module, args, output, index=index: keep(index, output)
                 )
                 stack.callback(hook.remove)
+            hook = self.decoder.register_forward_pre_hook(as_called, with_kwargs=True)
+            stack.callback(hook.remove)
             stack.enter_context(_eager())
             stack.enter_context(torch.set_grad_enabled(training))
             if not training:
-                stack.enter_context(evaluating(self.decoder))
+                stack.enter_context(evaluating(called))
             if call.autocast is not None:
                 device, enabled, dtype = call.autocast
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
-            kwargs = dict(call.kwargs)
-            if "use_cache" in kwargs or _accepts(self.decoder, "use_cache"):
-                kwargs["use_cache"] = call.cached and _may_be_packed(kwargs)
-            called = self.outermost if call.whole else self.decoder
             try:
-                called(*call.args, **kwargs)
+                called(*call.args, **call.kwargs)
             except _Stop:
-                return [outputs[index] for index in self.indices]
+                pass
+        if len(outputs) == len(set(self.indices)):
+            return [outputs[index] for index in self.indices]
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
-            f"{self.name}.{last} was not reached by a forward of {type(self.decoder).__name__}",
+            f"{self.name}.{last} was not reached by a forward of {type(called).__name__}",
         )
+
+    def _called(self, level: int) -> nn.Module:
+        if level > len(self.around):
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"the reference model ({type(self.outermost).__name__}) lacks what computes the "
+                "inputs of the decoder in the trained model: give one of the same class",
+            )
+        return self.decoder if level == 0 else self.around[level - 1]
 
 
 class _Stop(BaseException):
@@ -110,8 +141,7 @@ def find(model: nn.Module, indices: Sequence[int], layers: str | None = None) ->
 
     layers: the dotted name of the layer list, where it cannot be found.
     """
-    model = without_parallel(model)
-    model = model if peft_of(model) is None else without_parallel(model.get_base_model())
+    model = base_of(model)
     if layers is not None:
         return _named(model, layers, indices)
     count = _num_layers(model)
@@ -135,140 +165,12 @@ def find(model: nn.Module, indices: Sequence[int], layers: str | None = None) ->
     )
 
 
-def without_parallel(model: nn.Module) -> nn.Module:
-    """The model below DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
-
-
-def peft_of(model: nn.Module) -> nn.Module | None:
-    """The model, if it is a PeftModel."""
-    model = without_parallel(model)
-    return model if hasattr(model, "disable_adapter") else None
-
-
-@contextlib.contextmanager
-def restored_modes(module: nn.Module) -> Iterator[None]:
-    """Each submodule has its own training flag again afterwards."""
-    flags = [(m, m.training) for m in _modules_of(module)]
-    try:
-        yield
-    finally:
-        for m, training in flags:
-            _set_training(m, training)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Training mode off for a while, dropout with it.
-
-    The flags are set without `train()`, whose overrides merge weights and the like.
-    """
-    training = [m for m in _modules_of(module) if m.training]
-    try:
-        for m in training:
-            _set_training(m, False)
-        yield
-    finally:
-        for m in training:
-            _set_training(m, True)
-
-
-def _modules_of(module: nn.Module) -> list[nn.Module]:
-    """The module and all below it, each once. modules() takes several times as long, and large models
-    have thousands."""
-    seen: set[int] = set()
-    found, left = [], [module]
-    while left:
-        m = left.pop()
-        if m is not None and id(m) not in seen:
-            seen.add(id(m))
-            found.append(m)
-            left.extend(m._modules.values())
-    return found
-
-
-def _set_training(module: nn.Module, training: bool) -> None:
-    # nn.Module looks for a parameter of that name first, which takes much longer.
-    object.__setattr__(module, "training", training)
-
-
-@contextlib.contextmanager
-def adapters_off(peft: nn.Module) -> Iterator[None]:
-    """A PeftModel without its adapters for a while."""
-    switches = _switches_of(peft)
-    if switches is None:
-        with _disabled_by_peft(peft):
-            yield
-        return
-    on = [module for module in switches if not module.disable_adapters]
-    try:
-        for module in on:
-            module._disable_adapters = True
-        yield
-    finally:
-        for module in on:
-            module._disable_adapters = False
-
-
-#: Of a PeftModel: its adapters' configurations when it was looked through, and what was found.
-_looked_through: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
-
-
-def _switches_of(peft: nn.Module) -> list[nn.Module] | None:
-    """The modules whose flag is all that turns the adapters off; None where it takes more.
-
-    peft's disable_adapter asks every adapter in every layer for its state and goes through all
-    parameters: in a model of 32 layers that keeps the processor longer than launching the pass.
-    """
-    configs = list(peft.peft_config.values())
-    seen, found = _looked_through.get(peft, ([], None))
-    # By identity: another adapter may have the name of one that was deleted.
-    if list(map(id, seen)) != list(map(id, configs)):
-        found = _find_switches(peft)
-        _looked_through[peft] = configs, found
-    return found
-
-
-def _find_switches(peft: nn.Module) -> list[nn.Module] | None:
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    plain = {BaseTunerLayer.enable_adapters, ModulesToSaveWrapper.enable_adapters}
-    off = getattr(type(peft.base_model), "disable_adapter_layers", None)
-    biases = any(getattr(config, "bias", "none") != "none" for config in peft.peft_config.values())
-    if off is not BaseTuner.disable_adapter_layers or biases:
-        return None
-    found = [m for m in _modules_of(peft) if isinstance(getattr(m, "disable_adapters", None), bool)]
-    for module in found:
-        if type(module).enable_adapters not in plain or not hasattr(module, "_disable_adapters"):
-            return None
-    return found
-
-
-@contextlib.contextmanager
-def _disabled_by_peft(peft: nn.Module) -> Iterator[None]:
-    # peft trains every parameter of the active adapters when it turns them on again.
-    frozen = [p for p in peft.parameters() if not p.requires_grad]
-    try:
-        with peft.disable_adapter():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def as_base(model: nn.Module) -> Iterator[None]:
-    """Adapters and dropout off for a while; every flag is back afterwards."""
-    peft = peft_of(model)
-    with evaluating(model), contextlib.nullcontext() if peft is None else adapters_off(peft):
-        yield
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_of(part)
 
 
 def rows_of(x: Any, rows: Sequence[int], count: int) -> Any:
@@ -304,7 +206,19 @@ def _named(model: nn.Module, name: str, indices: Sequence[int]) -> Stack:
             _ffi.STATUS_INVALID_ARGUMENT,
             f"{name} of {type(model).__name__} is not a torch.nn.ModuleList of decoder layers",
         )
-    return Stack(model.get_submodule(name.rpartition(".")[0]), name, layers, indices, model)
+    names = name.split(".")[:-1]
+    path = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    decoder, around = path[-1], path[-2::-1]
+    around = around if _computes_inputs(model, decoder) else ()
+    return Stack(decoder, name, layers, indices, around)
+
+
+def _computes_inputs(model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether other parts of the model than the decoder and the output head have weights."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = [part for part in (decoder, head) if part is not None]
+    known = {id(p) for part in own for p in part.parameters()}
+    return any(id(p) not in known for p in model.parameters())
 
 
 def _num_layers(model: nn.Module) -> int | None:
@@ -319,6 +233,11 @@ def _may_be_packed(kwargs: Mapping[str, Any]) -> bool:
     """Whether transformers may read from position_ids that a row has several examples: it does so
     without a cache only, so that a pass with and one without would differ."""
     return kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    # Importing FSDPModule takes longer than importing this package.
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _accepts(module: nn.Module, name: str) -> bool:

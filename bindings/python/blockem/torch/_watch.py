@@ -17,7 +17,7 @@ from .._core import Latents, expect
 from .._library import fail
 from .._stats import Movers, Stats
 from ._attach import Handle
-from ._references import Provided, expect_adapters_only
+from ._references import Provided
 from ._target import Target
 
 __all__ = ["Alarm", "AlarmRule", "Drift", "Watch"]
@@ -599,7 +599,7 @@ def _expect_base(source: Provided) -> None:
             "the reference gives z of K alone and the model has no adapters to turn off: give base, "
             "which gives the base model's hidden states of sampled rows",
         )
-    expect_adapters_only(source.peft)
+    source.of_model.expect()
 
 
 def _expect_ids(known: Movers | Latents, count: int) -> None:
