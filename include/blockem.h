@@ -331,6 +331,82 @@
 #define BLOCKEM_TOKEN_NORM_LAYER 2
 
 /**
+ * Neither the file, its folders nor the options say where the SAE reads, or in words not known.
+ */
+#define BLOCKEM_SITE_UNKNOWN 0
+
+/**
+ * The residual stream that enters a block. Of a known block it is told as what leaves the block
+ * before, or as EMBEDDING.
+ */
+#define BLOCKEM_SITE_BLOCK_INPUT 1
+
+/**
+ * The residual stream that leaves a block.
+ */
+#define BLOCKEM_SITE_BLOCK_OUTPUT 2
+
+/**
+ * What the attention adds to the residual stream, after a norm of its own where the model has one.
+ */
+#define BLOCKEM_SITE_ATTENTION_OUTPUT 3
+
+/**
+ * What the MLP adds to the residual stream, after a norm of its own where the model has one.
+ */
+#define BLOCKEM_SITE_MLP_OUTPUT 4
+
+/**
+ * The heads' values, concatenated, before the attention's output projection.
+ */
+#define BLOCKEM_SITE_ATTENTION_Z 5
+
+/**
+ * The input of block 0.
+ */
+#define BLOCKEM_SITE_EMBEDDING 6
+
+/**
+ * The residual stream between the attention and the MLP.
+ */
+#define BLOCKEM_SITE_BLOCK_MIDDLE 7
+
+/**
+ * What the MLP reads, after its norm.
+ */
+#define BLOCKEM_SITE_MLP_INPUT 8
+
+/**
+ * The output of a module that is none of the others; "hook" of blockem_sae_describe names it.
+ */
+#define BLOCKEM_SITE_MODULE_OUTPUT 9
+
+/**
+ * What the attention reads, after its norm.
+ */
+#define BLOCKEM_SITE_ATTENTION_INPUT 10
+
+/**
+ * The attention's keys, before rotation.
+ */
+#define BLOCKEM_SITE_KEYS 11
+
+/**
+ * The attention's values.
+ */
+#define BLOCKEM_SITE_VALUES 12
+
+/**
+ * What a norm makes of its input before its own weight and bias.
+ */
+#define BLOCKEM_SITE_NORM_OUTPUT 13
+
+/**
+ * What a linear layer reads.
+ */
+#define BLOCKEM_SITE_LINEAR_INPUT 14
+
+/**
  * The device's own backend.
  */
 #define BLOCKEM_BACKEND_AUTO 0
@@ -706,7 +782,8 @@ typedef struct blockem_sae_options {
    * A JSON object of configuration keys by their SAELens names, such as
    * {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. "format"
    * names the format of tensors that fit several, "center_input" says whether the SAE reads hidden
-   * less its mean over d. Or NULL.
+   * less its mean over d; "site" ("mlp_output" and the other names of BLOCKEM_SITE_... in lower
+   * case) and "layer", or "hook_name", say where it reads. Or NULL.
    */
   const char *recipe_json;
   /**
@@ -789,7 +866,8 @@ typedef struct blockem_sae_desc {
    */
   double input_scale;
   /**
-   * Where hidden is read, such as "blocks.19.hook_resid_post", or NULL.
+   * Where hidden is read, or NULL: a name of TransformerLens ("blocks.19.hook_resid_post"), of a
+   * Hugging Face module ("model.layers.19.mlp.output") or of sparsify ("layers.19.mlp").
    */
   const char *hook_name;
   /**
@@ -832,7 +910,8 @@ typedef struct blockem_sae_info {
    */
   int64_t k;
   /**
-   * 0-based decoder block whose output is read; -1 when unknown.
+   * 0-based decoder block in which the site lies: at BLOCK_OUTPUT the one whose output is read;
+   * -1 when unknown, and for EMBEDDING.
    */
   int64_t layer;
   /**
@@ -852,9 +931,9 @@ typedef struct blockem_sae_info {
    */
   int32_t b_dec_subtracted;
   /**
-   * Zero.
+   * BLOCKEM_SITE_..., the place of the model that the SAE reads.
    */
-  int32_t reserved;
+  int32_t site;
 } blockem_sae_info;
 
 /**
@@ -1011,7 +1090,7 @@ typedef struct blockem_plan_info {
    */
   int64_t num_positive;
   /**
-   * 0-based decoder block whose output is read; -1 when the SAE does not say.
+   * 0-based decoder block in which the SAE's site lies; -1 when the SAE does not say.
    */
   int64_t layer;
   /**
@@ -1175,7 +1254,7 @@ typedef struct blockem_cache_options {
    */
   int32_t hidden_dtype;
   /**
-   * 0-based decoder block whose output is encoded; -1 (by _INIT) takes the plan's.
+   * 0-based decoder block in which the SAE's site lies; -1 (by _INIT) takes the plan's.
    */
   int64_t layer;
   /**
@@ -1207,7 +1286,7 @@ typedef struct blockem_cache_info {
    */
   int64_t num_columns;
   /**
-   * 0-based decoder block whose output was encoded.
+   * 0-based decoder block in which the SAE's site lies.
    */
   int64_t layer;
   /**
@@ -1279,7 +1358,7 @@ typedef struct blockem_stats_info {
    */
   int64_t d_sae;
   /**
-   * 0-based decoder block whose output is read; -1 when the SAE does not say.
+   * 0-based decoder block in which the SAE's site lies; -1 when the SAE does not say.
    */
   int64_t layer;
   /**
@@ -1384,7 +1463,7 @@ typedef struct blockem_steering_info {
    */
   int64_t num_latents;
   /**
-   * 0-based decoder block whose output is steered; -1 when the SAE does not say.
+   * 0-based decoder block in which the SAE's site lies; -1 when the SAE does not say.
    */
   int64_t layer;
   /**
@@ -1653,8 +1732,8 @@ blockem_status blockem_sae_info_get(const struct blockem_sae *sae,
 
 /**
  * The resolved recipe as JSON: format, architecture, d_in, d_sae, k, dtype, activation,
- * b_dec_subtracted, normalization, center_input, scale, threshold {min, median, max}, hook, layer,
- * hidden_states_index and more.
+ * b_dec_subtracted, normalization, center_input, scale, threshold {min, median, max}, hook, site
+ * (a name of BLOCKEM_SITE_... in lower case), layer, hidden_states_index and more.
  * Writes at most cap bytes including the final NUL (buf NULL or cap 0 writes nothing) and returns
  * the full length without the NUL; 0 on error, with blockem_last_error. Thread-safe.
  */

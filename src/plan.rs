@@ -11,7 +11,7 @@ use crate::backend::reference::Reference;
 use crate::backend::{Backend, OwnedGate, OwnedRows, TopK, side_by_side};
 use crate::error::{Result, bail};
 use crate::latents::Latents;
-use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, TokenNorm};
+use crate::sae::{Architecture, EncoderRows, Recipe, Sae, Selection, Site, TokenNorm};
 use crate::tensor::{Device, Stream};
 
 /// From pre-activation to latent: the file's rule, or one of the two that BLOCK-EM's users choose.
@@ -504,8 +504,13 @@ impl Columns {
             TokenNorm::None => None,
             norm => Some(norm.name()),
         };
+        // What reads blocks' outputs has the identity that it had before other sites were known.
+        let site = match r.site {
+            Site::Unknown | Site::BlockOutput => None,
+            site => Some(site.name()),
+        };
         let texts = ["blockem identity 1", r.architecture.name(), activation.name(), hook];
-        for text in texts.into_iter().chain(norm) {
+        for text in texts.into_iter().chain(norm).chain(site) {
             recipe.extend((text.len() as u64).to_le_bytes());
             recipe.extend(text.as_bytes());
         }

@@ -45,7 +45,8 @@ pub struct VerifyOptions {
 ///
 /// `hidden` is [T, d] or [B, S, d], f32, f16 or bf16. Instead, or beside it, `hidden_states.N` are
 /// the same tokens at Hugging Face's index N; the one that the SAE names is verified, the others are
-/// compared with it. Optional: `mask` [T] or [B, S], tokens to leave out are 0; `positions`, 0 for
+/// compared with it. They are read for SAEs of block boundaries alone: what another site reads is in
+/// none of them. Optional: `mask` [T] or [B, S], tokens to leave out are 0; `positions`, 0 for
 /// the first token of a sequence (without it S, or T, is one sequence); `output` [.., d], what the
 /// SAE reconstructs if that is not hidden (transcoders). `progress` hears (latents done, of latents).
 pub fn verify(
@@ -65,6 +66,8 @@ pub fn verify(
     let flags = judge.flags();
     Ok(json!({
         "format": sae.recipe().format,
+        "site": sae.recipe().site.name(),
+        "layer": sae.recipe().layer,
         "architecture": sae.recipe().architecture.name(),
         "tokens": sample.tokens,
         "first_tokens": sample.first.iter().filter(|first| **first).count(),
@@ -110,7 +113,10 @@ impl Sample {
                 TensorMissing,
                 "{}: needs the tensor hidden [T, {d}] or [B, S, {d}]{}",
                 file.file().path().display(),
-                own.map_or(String::new(), |own| format!(", or {own}"))
+                match own {
+                    Some(own) => format!(", or {own}"),
+                    None => format!(": the SAE's site is {}", told_place(recipe)),
+                }
             ),
         };
         let (lead, values) = read_rows(&hidden, d)?;
@@ -186,6 +192,14 @@ impl Sample {
         let from = if others.is_empty() { (0..self.tokens).collect() } else { others };
         let count = from.len() as f64;
         from.into_iter().map(norm).sum::<f64>() / count
+    }
+}
+
+/// The site, and the block in which it lies.
+fn told_place(recipe: &Recipe) -> String {
+    match recipe.layer {
+        Some(layer) => format!("{} of block {layer}", recipe.site.name()),
+        None => recipe.site.name().to_string(),
     }
 }
 
@@ -399,7 +413,8 @@ fn tried(
         trials.push(Trial { name: name.into(), remedy, gain: gain(&summary), summary });
     }
     let mut layers = Vec::new();
-    for index in 0..512 {
+    let indices = if own.site.is_boundary() { 0..512 } else { 0..0 };
+    for index in indices {
         let name = layer_name(index);
         let Some(array) = file.find(&name)?.filter(|_| own.hidden_states_index != Some(index))
         else {
@@ -419,10 +434,13 @@ fn tried(
             ..trial
         };
         let summary = measure(sae, own, &there, &mut |_, _| {})?.summary(&there, |_| true);
-        let remedy = format!(
-            "read hidden_states[{index}], the output of block {}, counted from 0",
-            index - 1
-        );
+        let remedy = match index {
+            0 => "read hidden_states[0], the embedding".to_string(),
+            _ => format!(
+                "read hidden_states[{index}], the output of block {}, counted from 0",
+                index - 1
+            ),
+        };
         layers.push(Trial { name, remedy, gain: gain(&summary), summary });
     }
     Ok((trials, layers))
@@ -524,7 +542,8 @@ impl Judge<'_> {
                 "poor_reconstruction",
                 format!(
                     "the SAE explains {explained:.3} of the variance: hidden states of another layer, \
-                     site or model, or a reading that was not tried"
+                     site (it reads {}) or model, or a reading that was not tried",
+                    told_place(self.recipe)
                 ),
             );
         }

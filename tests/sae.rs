@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use blockem::error::{Error, Result, Status};
-use blockem::sae::{Architecture, EncoderRows, Layout, Recipe, Sae, SaeOptions, SaeTensors};
+use blockem::sae::{Architecture, EncoderRows, Layout, Recipe, Sae, SaeOptions, SaeTensors, Site};
 use blockem::tensor::Tensor;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use serde_json::{Map, Value, json};
@@ -242,6 +242,82 @@ mod recipe {
         assert_eq!(place("standard_plain"), (json!(3), json!(4)));
         assert_eq!(place("jumprelu_b_dec"), (json!(2), Value::Null));
         assert_eq!(place("batchtopk"), (Value::Null, Value::Null));
+    }
+
+    /// SAELens reads where hook_name says; hook_layer only ends its pass.
+    #[test]
+    fn keys_of_saelens_place_the_site_together() {
+        let told = |keys: Value| {
+            let case = Case::of("standard");
+            case.edit_config(|cfg| {
+                cfg.remove("hook_name");
+                if let Some(metadata) = cfg.get_mut("metadata").and_then(Value::as_object_mut) {
+                    metadata.remove("hook_name");
+                }
+                cfg.extend(keys.as_object().unwrap().clone());
+            });
+            let sae = Sae::open(case.folder(), &SaeOptions::default());
+            sae.map(|sae| (sae.recipe().site, sae.recipe().layer, sae.recipe().hook.clone()))
+        };
+        let hook = |name: &str| Some(name.to_string());
+        let exact = "model.layers.5.pre_feedforward_layernorm.output";
+        for (keys, site, layer, name) in [
+            (json!({}), Site::Unknown, None, None),
+            (json!({"hook_layer": 5}), Site::Unknown, Some(5), None),
+            (
+                json!({"hook_name": "blocks.5.hook_mine", "hook_layer": 5}),
+                Site::Unknown,
+                Some(5),
+                hook("blocks.5.hook_mine"),
+            ),
+            (
+                json!({"hook_point": "blocks.5.hook_resid_pre", "hook_point_layer": 5}),
+                Site::BlockOutput,
+                Some(4),
+                hook("blocks.5.hook_resid_pre"),
+            ),
+            // What sae-lens 6.54.12 writes for a transcoder of Gemma Scope 2.
+            (
+                json!({"hook_name": "blocks.5.hook_mlp_in", "hf_hook_name": exact}),
+                Site::MlpInput,
+                Some(5),
+                hook(exact),
+            ),
+            (
+                json!({"hook_name": "blocks.5.hook_resid_post", "hf_hook_name": "model.layers.5"}),
+                Site::BlockOutput,
+                Some(5),
+                hook("blocks.5.hook_resid_post"),
+            ),
+            (
+                json!({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}),
+                Site::Unknown,
+                Some(5),
+                hook("blocks.5.attn.hook_z"),
+            ),
+        ] {
+            assert_eq!(told(keys.clone()).unwrap(), (site, layer, name), "{keys}");
+        }
+        for (keys, word) in [
+            (json!({"hook_name": "blocks.5.hook_resid_post", "hook_layer": 7}), "hook_layer is 7"),
+            (
+                json!({"hook_name": "blocks.5.hook_mlp_in", "hf_hook_name": "model.layers.7"}),
+                "hf_hook_name is model.layers.7",
+            ),
+        ] {
+            let error = told(keys.clone()).err().expect(&keys.to_string());
+            assert_eq!(error.status, Status::Format, "{error}");
+            for word in ["cfg.json", word, "blocks.5"] {
+                assert!(error.message.contains(word), "no {word:?} in: {error}");
+            }
+        }
+        // The remedy that the error names.
+        let case = Case::of("standard");
+        case.edit_config(|cfg| drop(cfg.insert("hook_layer".into(), json!(7))));
+        case.fails(Status::Format, &["hook_layer is 7", "hook_name in the options' recipe"]);
+        let recipe = json!({"hook_name": "blocks.7.hook_resid_post"}).as_object().cloned();
+        let options = SaeOptions { recipe, ..SaeOptions::default() };
+        assert_eq!(Sae::open(case.folder(), &options).unwrap().recipe().layer, Some(7));
     }
 
     #[test]

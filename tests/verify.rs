@@ -302,6 +302,39 @@ fn an_off_by_one_layer_is_flagged_where_its_neighbours_are_given() {
     }
 }
 
+/// `hidden_states` hold block boundaries: at another site none of them is what the SAE reads.
+#[test]
+fn other_sites_are_named_and_are_not_looked_for_in_hidden_states() {
+    let world = World::new(&mut Rng::fresh());
+    let metadata =
+        |hook: &str| json!({"metadata": {"sae_lens_version": "6.54.12", "hook_name": hook}});
+    let path = world.folder.path().join("sites.safetensors");
+    let shape = vec![SEQUENCES, LENGTH, D];
+    let noise: Vec<f32> = world.hidden.iter().rev().copied().collect();
+    for (hook, site, layer, tried) in [
+        ("blocks.3.hook_resid_post", "block_output", json!(3), true),
+        ("blocks.3.hook_mlp_out", "mlp_output", json!(3), false),
+        ("blocks.3.attn.hook_z", "attention_z", json!(3), false),
+        ("blocks.3.hook_mine", "unknown", Value::Null, false),
+    ] {
+        let sae = world.sae(hook, metadata(hook));
+        // The SAE explains what lies at hidden_states.7 and nothing of `hidden`.
+        let tensors = [
+            ("hidden", shape.clone(), noise.clone()),
+            ("hidden_states.7", shape.clone(), world.hidden.clone()),
+        ];
+        write(&path, &tensors, None);
+        let report = report_of(&sae, &path, Value::Null, None);
+        assert_eq!((&report["site"], &report["layer"]), (&json!(site), &layer), "{hook}");
+        assert_eq!(flags(&report).contains(&"wrong_layer"), tried, "{hook}: {report:#}");
+        write(&path, &tensors[1..], None);
+        let sae = Sae::open(&sae, &SaeOptions::default()).unwrap();
+        let error = verify(&sae, &path, &VerifyOptions::default(), &mut |_, _| {}).err().unwrap();
+        assert_eq!(error.status, Status::TensorMissing, "{hook}: {error}");
+        assert_eq!(error.message.contains(site), !tried, "{hook}: {error}");
+    }
+}
+
 #[test]
 fn weights_that_lie_the_other_way_cannot_be_read() {
     let world = World::new(&mut Rng::fresh());

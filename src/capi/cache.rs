@@ -37,7 +37,7 @@ pub struct blockem_cache_options {
     pub mode: i32,
     /// BLOCKEM_DTYPE_... of the hidden states that are encoded; -1 (by _INIT) expects nothing.
     pub hidden_dtype: i32,
-    /// 0-based decoder block whose output is encoded; -1 (by _INIT) takes the plan's.
+    /// 0-based decoder block in which the SAE's site lies; -1 (by _INIT) takes the plan's.
     pub layer: i64,
     /// Names the base model's weights in 1 to 255 bytes of UTF-8, by name and revision or better by
     /// a digest; NULL expects nothing.
@@ -58,7 +58,7 @@ pub struct blockem_cache_info {
     pub num_examples: i64,
     /// Latents of which any z is stored.
     pub num_columns: i64,
-    /// 0-based decoder block whose output was encoded.
+    /// 0-based decoder block in which the SAE's site lies.
     pub layer: i64,
     /// BLOCKEM_DTYPE_... of the hidden states that were encoded.
     pub hidden_dtype: i32,

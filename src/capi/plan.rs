@@ -88,7 +88,7 @@ pub struct blockem_plan_info {
     pub num_latents: i64,
     /// How many of them have sign +1.
     pub num_positive: i64,
-    /// 0-based decoder block whose output is read; -1 when the SAE does not say.
+    /// 0-based decoder block in which the SAE's site lies; -1 when the SAE does not say.
     pub layer: i64,
     /// BLOCKEM_DEVICE_...
     pub device_type: i32,

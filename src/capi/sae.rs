@@ -38,6 +38,38 @@ pub const BLOCKEM_TOKEN_NORM_CONSTANT: i32 = 1;
 /// Every h becomes (h - mean) / (deviation + 1e-5), with the unbiased standard deviation.
 pub const BLOCKEM_TOKEN_NORM_LAYER: i32 = 2;
 
+/// Neither the file, its folders nor the options say where the SAE reads, or in words not known.
+pub const BLOCKEM_SITE_UNKNOWN: i32 = 0;
+/// The residual stream that enters a block. Of a known block it is told as what leaves the block
+/// before, or as EMBEDDING.
+pub const BLOCKEM_SITE_BLOCK_INPUT: i32 = 1;
+/// The residual stream that leaves a block.
+pub const BLOCKEM_SITE_BLOCK_OUTPUT: i32 = 2;
+/// What the attention adds to the residual stream, after a norm of its own where the model has one.
+pub const BLOCKEM_SITE_ATTENTION_OUTPUT: i32 = 3;
+/// What the MLP adds to the residual stream, after a norm of its own where the model has one.
+pub const BLOCKEM_SITE_MLP_OUTPUT: i32 = 4;
+/// The heads' values, concatenated, before the attention's output projection.
+pub const BLOCKEM_SITE_ATTENTION_Z: i32 = 5;
+/// The input of block 0.
+pub const BLOCKEM_SITE_EMBEDDING: i32 = 6;
+/// The residual stream between the attention and the MLP.
+pub const BLOCKEM_SITE_BLOCK_MIDDLE: i32 = 7;
+/// What the MLP reads, after its norm.
+pub const BLOCKEM_SITE_MLP_INPUT: i32 = 8;
+/// The output of a module that is none of the others; "hook" of blockem_sae_describe names it.
+pub const BLOCKEM_SITE_MODULE_OUTPUT: i32 = 9;
+/// What the attention reads, after its norm.
+pub const BLOCKEM_SITE_ATTENTION_INPUT: i32 = 10;
+/// The attention's keys, before rotation.
+pub const BLOCKEM_SITE_KEYS: i32 = 11;
+/// The attention's values.
+pub const BLOCKEM_SITE_VALUES: i32 = 12;
+/// What a norm makes of its input before its own weight and bias.
+pub const BLOCKEM_SITE_NORM_OUTPUT: i32 = 13;
+/// What a linear layer reads.
+pub const BLOCKEM_SITE_LINEAR_INPUT: i32 = 14;
+
 /// An opened sparse autoencoder. Immutable; any thread may use it.
 pub struct blockem_sae(pub(super) Sae);
 
@@ -50,7 +82,8 @@ pub struct blockem_sae_options {
     /// A JSON object of configuration keys by their SAELens names, such as
     /// {"architecture": "jumprelu", "d_in": 4096}: completes or overrides the file's own. "format"
     /// names the format of tensors that fit several, "center_input" says whether the SAE reads hidden
-    /// less its mean over d. Or NULL.
+    /// less its mean over d; "site" ("mlp_output" and the other names of BLOCKEM_SITE_... in lower
+    /// case) and "layer", or "hook_name", say where it reads. Or NULL.
     pub recipe_json: *const c_char,
     /// sqrt(d) / mean norm of hidden, for a file that needs a scale and does not hold it; 0 means
     /// not given.
@@ -96,7 +129,8 @@ pub struct blockem_sae_desc {
     pub rescale_acts_by_decoder_norm: i32,
     /// Hidden is multiplied by it before encoding; 0 means 1.
     pub input_scale: f64,
-    /// Where hidden is read, such as "blocks.19.hook_resid_post", or NULL.
+    /// Where hidden is read, or NULL: a name of TransformerLens ("blocks.19.hook_resid_post"), of a
+    /// Hugging Face module ("model.layers.19.mlp.output") or of sparsify ("layers.19.mlp").
     pub hook_name: *const c_char,
     /// BLOCKEM_SELECTION_..., TOPK only.
     pub selection: i32,
@@ -122,7 +156,8 @@ pub struct blockem_sae_info {
     pub d_sae: i64,
     /// Active latents per token of a TOPK SAE, else 0.
     pub k: i64,
-    /// 0-based decoder block whose output is read; -1 when unknown.
+    /// 0-based decoder block in which the site lies: at BLOCK_OUTPUT the one whose output is read;
+    /// -1 when unknown, and for EMBEDDING.
     pub layer: i64,
     /// Hidden is multiplied by it before encoding (folded into the rows).
     pub scale: f64,
@@ -132,10 +167,10 @@ pub struct blockem_sae_info {
     pub dtype: i32,
     /// 1 when b_dec is subtracted before encoding (folded into the bias).
     pub b_dec_subtracted: i32,
-    /// Zero.
-    pub reserved: i32,
+    /// BLOCKEM_SITE_..., the place of the model that the SAE reads.
+    pub site: i32,
 }
-versioned!(blockem_sae_info, first_size = 64, last = reserved: i32);
+versioned!(blockem_sae_info, first_size = 64, last = site: i32);
 
 /// Opens a checkpoint: the file or folder that its owner publishes (SAELens, Gemma Scope, Llama Scope,
 /// Goodfire, sparsify, dictionary_learning and others: README.md has the table; safetensors, npz, and
@@ -209,7 +244,7 @@ pub unsafe extern "C" fn blockem_sae_info_get(
             activation_kind: recipe.architecture as i32,
             dtype: recipe.dtype as i32,
             b_dec_subtracted: recipe.b_dec_subtracted as i32,
-            reserved: 0,
+            site: recipe.site as i32,
         };
         // SAFETY: the caller's struct has the bytes that its struct_size says.
         unsafe { write_struct("info", info, &value) }
@@ -217,8 +252,8 @@ pub unsafe extern "C" fn blockem_sae_info_get(
 }
 
 /// The resolved recipe as JSON: format, architecture, d_in, d_sae, k, dtype, activation,
-/// b_dec_subtracted, normalization, center_input, scale, threshold {min, median, max}, hook, layer,
-/// hidden_states_index and more.
+/// b_dec_subtracted, normalization, center_input, scale, threshold {min, median, max}, hook, site
+/// (a name of BLOCKEM_SITE_... in lower case), layer, hidden_states_index and more.
 /// Writes at most cap bytes including the final NUL (buf NULL or cap 0 writes nothing) and returns
 /// the full length without the NUL; 0 on error, with blockem_last_error. Thread-safe.
 #[unsafe(no_mangle)]

@@ -51,7 +51,7 @@ pub struct blockem_stats_info {
     pub d_in: i64,
     /// F: columns of the state.
     pub d_sae: i64,
-    /// 0-based decoder block whose output is read; -1 when the SAE does not say.
+    /// 0-based decoder block in which the SAE's site lies; -1 when the SAE does not say.
     pub layer: i64,
     /// BLOCKEM_DEVICE_...
     pub device_type: i32,

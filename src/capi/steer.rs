@@ -25,7 +25,7 @@ pub struct blockem_steering_info {
     pub d_in: i64,
     /// n: how many latents, and what the rows of a call are below.
     pub num_latents: i64,
-    /// 0-based decoder block whose output is steered; -1 when the SAE does not say.
+    /// 0-based decoder block in which the SAE's site lies; -1 when the SAE does not say.
     pub layer: i64,
     /// BLOCKEM_DEVICE_...
     pub device_type: i32,

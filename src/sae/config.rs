@@ -61,6 +61,16 @@ impl Config {
         self.file
     }
 
+    /// The caller's keys.
+    pub fn options_alone(&self) -> Config {
+        Config::new("the options' recipe".to_string(), self.given.clone(), None)
+    }
+
+    /// The file's keys.
+    pub fn file_alone(&self) -> Config {
+        Config::new(self.origin.clone(), self.file.clone(), None)
+    }
+
     /// Whether the caller, not the file, states this key.
     pub fn is_given(&self, key: &str) -> bool {
         self.given.contains_key(key)
@@ -103,11 +113,6 @@ impl Config {
             Some(n) => Ok(n),
             None => Err(self.wrong(key, value, "a whole number")),
         }
-    }
-
-    /// The layer that a converted file states where no hook does.
-    pub fn layer(&self) -> Result<Option<i64>> {
-        Ok(self.count("layer")?.and_then(|n| i64::try_from(n).ok()))
     }
 
     pub fn real(&self, key: &str) -> Result<Option<f64>> {

@@ -13,7 +13,7 @@ use crate::output::{TensorEntry, safetensors_header, write_whole};
 use crate::tensor::DType;
 
 use super::array::{Array, Layout, Matrix};
-use super::{Architecture, Recipe, Sae, Selection, TokenNorm};
+use super::{Architecture, Recipe, Sae, Selection, Site, TokenNorm};
 
 /// Bytes of a matrix that are in memory at a time.
 const BLOCK: usize = 64 << 20;
@@ -172,7 +172,10 @@ fn configuration(recipe: &Recipe) -> Map<String, Value> {
     if recipe.glu {
         set("use_glu_encoder", json!(true));
     }
-    if let Some(layer) = recipe.layer.filter(|_| recipe.hidden_states_index.is_none()) {
+    if recipe.site != Site::Unknown {
+        set("site", json!(recipe.site.name()));
+    }
+    if let Some(layer) = recipe.layer {
         set("layer", json!(layer));
     }
     if let Some(hook) = &recipe.hook {

@@ -24,8 +24,9 @@ use super::array::Layout;
 use super::checkpoint::GateArrays;
 use super::config::Config;
 use super::found::{Found, LINEAR_DECODER, calibrated, repeated};
+use super::hook::Hook;
 use super::source::Source;
-use super::{Architecture, Opened, Selection};
+use super::{Architecture, Opened, Selection, Site};
 
 const FORMAT: &str = "dictionary_learning";
 
@@ -68,13 +69,40 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     };
     let trainer = |key: &str| config.find("trainer").and_then(|t| t.get(key)).cloned();
     let layer = trainer("layer").and_then(layer_of).or_else(|| s.layer_in_path(&["layer_"]));
-    let at_block = trainer("submodule_name")
-        .and_then(|v| v.as_str().map(str::to_string))
-        .is_none_or(|name| name.starts_with("resid_post"));
-    let hook = layer.filter(|_| at_block).map(|n| format!("model.layers.{n}"));
-    let mut found = found.at(hook, layer);
+    let submodule = trainer("submodule_name").and_then(|v| v.as_str().map(str::to_string));
+    let io = config.find("buffer").and_then(|b| b.get("io")).and_then(Value::as_str);
+    let reads_input = io == Some("in");
+    let mut found = place(s, found, submodule, layer, reads_input);
     found.model = trainer("lm_name").and_then(|v| v.as_str().map(str::to_string));
     found.open(config)
+}
+
+/// The submodule's output, or its input where the run's buffer took that: by the name that the run
+/// gave it, else by the folder's, else a block's.
+fn place(
+    s: &Source<'_>,
+    found: Found,
+    submodule: Option<String>,
+    layer: Option<i64>,
+    reads_input: bool,
+) -> Found {
+    let known = |name: &&str| Hook::parse(name).place.site != Site::Unknown;
+    let named = submodule.or_else(|| s.folders().find(known).map(str::to_string));
+    let site = match &named {
+        None => Site::BlockOutput,
+        Some(name) => Hook::parse(name).place.site,
+    };
+    let site = match site {
+        Site::BlockOutput if reads_input => Site::BlockInput,
+        Site::AttentionOutput if reads_input => Site::AttentionInput,
+        Site::MlpOutput if reads_input => Site::MlpInput,
+        _ if reads_input => Site::Unknown,
+        site => site,
+    };
+    match site {
+        Site::BlockOutput => found.at_block(layer),
+        site => found.at(site, layer),
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]

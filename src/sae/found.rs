@@ -6,7 +6,7 @@ use crate::tensor::DType;
 use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays, GluArrays};
 use super::config::Config;
-use super::hook::HookPlace;
+use super::site::{Site, Stated};
 use super::{Architecture, Opened, Recipe, Selection, TokenNorm};
 
 pub(super) struct Found {
@@ -31,6 +31,8 @@ pub(super) struct Found {
     /// What the decoder's norms are divided by.
     pub output_scale: f64,
     pub hook: Option<String>,
+    /// Where no hook tells.
+    pub site: Site,
     pub layer: Option<i64>,
     pub model: Option<String>,
 }
@@ -58,6 +60,7 @@ impl Found {
             scale: 1.0,
             output_scale: 1.0,
             hook: None,
+            site: Site::Unknown,
             layer: None,
             model: None,
         }
@@ -79,15 +82,25 @@ impl Found {
         Found { token_norm, normalization, ..self }
     }
 
-    /// The output of a decoder block, or where a hook's name says.
-    pub fn at(self, hook: Option<String>, layer: Option<i64>) -> Found {
-        Found { hook, layer, ..self }
+    /// The site of a block that the owner's pages, or names of folders, say.
+    pub fn at(self, site: Site, layer: Option<i64>) -> Found {
+        Found { site, layer, ..self }
+    }
+
+    /// The output of a decoder block, by the name that its module has in Hugging Face.
+    pub fn at_block(self, layer: Option<i64>) -> Found {
+        let hook = layer.map(|n| format!("model.layers.{n}"));
+        Found { hook, ..self.at(Site::BlockOutput, layer) }
     }
 
     pub fn open(self, config: Config) -> Result<Opened> {
-        let named = self.hook.as_deref().map(HookPlace::parse).unwrap_or_default();
-        let block = self.layer.map(|n| HookPlace { layer: Some(n), hidden_states_index: None });
-        let place = if named.layer.is_some() { named } else { block.unwrap_or(named) };
+        let stated = Stated {
+            hook: self.hook,
+            site: Some(self.site).filter(|site| *site != Site::Unknown),
+            layer: self.layer,
+            ..Stated::default()
+        };
+        let (hook, place) = stated.resolve(&config)?;
         let recipe = Recipe {
             format: self.format,
             architecture: self.architecture,
@@ -105,7 +118,8 @@ impl Found {
             decoder_norm_folded: self.decoder_norm_folded,
             threshold_on_decoder_norm: self.threshold_on_decoder_norm,
             glu: self.glu.is_some(),
-            hook: self.hook,
+            hook,
+            site: place.site,
             layer: place.layer,
             hidden_states_index: place.hidden_states_index,
             model: self.model,

@@ -8,7 +8,7 @@ use crate::error::Result;
 use super::array::Layout;
 use super::found::{Found, LINEAR_DECODER};
 use super::source::Source;
-use super::{Opened, Selection};
+use super::{Opened, Selection, Site};
 
 pub(super) fn is_llama(s: &Source<'_>) -> bool {
     s.container.has("encoder_linear.weight")
@@ -17,9 +17,7 @@ pub(super) fn is_llama(s: &Source<'_>) -> bool {
 pub(super) fn open_llama(s: &Source<'_>) -> Result<Opened> {
     let w_enc = s.linear("encoder_linear.weight")?;
     let b_enc = s.container.need("encoder_linear.bias")?;
-    let layer = s.layer_in_path(&["l"]);
-    let hook = layer.map(|n| format!("model.layers.{n}"));
-    let mut found = Found::standard("goodfire", w_enc, b_enc).at(hook, layer);
+    let mut found = Found::standard("goodfire", w_enc, b_enc).at_block(s.layer_in_path(&["l"]));
     found.w_dec = s.decoder("decoder_linear.weight", &found.w_enc, LINEAR_DECODER)?;
     found.b_dec = s.container.find("decoder_linear.bias")?;
     found.open(s.options_config())
@@ -42,5 +40,5 @@ pub(super) fn open_r1(s: &Source<'_>) -> Result<Opened> {
     let mut found =
         Found::standard("goodfire_r1", w_enc, b_enc).topk(k, Selection::Batch, config.origin())?;
     found.b_dec = s.container.find("b_dec")?;
-    found.at(None, s.layer_in_path(&["l"])).open(config)
+    found.at(Site::BlockOutput, s.layer_in_path(&["l"])).open(config)
 }

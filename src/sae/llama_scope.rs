@@ -16,7 +16,7 @@ use crate::error::{Result, bail};
 use super::config::Config;
 use super::found::{Found, LINEAR_DECODER, exp, repeated, scalar};
 use super::source::Source;
-use super::{Opened, SaeOptions};
+use super::{Opened, SaeOptions, Site};
 
 const AVERAGE: &str = "dataset_average_activation_norm";
 const THETAS: &str = "log_jumprelu_threshold";
@@ -68,6 +68,7 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     let latents = found.w_enc.latents();
     let mut found = found.jumprelu(repeated("jump_relu_threshold", threshold, latents));
     found.hook = config.text("hook_point_in")?.map(str::to_string);
+    place_by_folder(&mut found, s);
     found.open(config)
 }
 
@@ -88,10 +89,36 @@ pub(super) fn open_r1_distill(s: &Source<'_>) -> Result<Opened> {
     let found = linear(s, "llama_scope_r1_distill")?;
     let mut found = found.jumprelu(exp(&s.container.need(THETAS)?)?);
     found.hook = config.text("hook_point_in")?.map(str::to_string);
+    place_by_folder(&mut found, s);
     found.normalization = "dataset-wise";
     found.scale =
         dataset_scale(s, &config, found.hook.as_deref(), found.w_enc.inputs(), s.options)?;
     found.open(config)
+}
+
+/// Without a hook, by the folder: `Llama3_1-8B-Base-L15R-8x`, `L15R`.
+fn place_by_folder(found: &mut Found, s: &Source<'_>) {
+    if found.hook.is_some() {
+        return;
+    }
+    let place = |folder: &str| {
+        folder.split('-').find_map(|part| {
+            let digits = part.strip_prefix('L')?;
+            let letters = digits.trim_start_matches(|c: char| c.is_ascii_digit());
+            let layer = digits[..digits.len() - letters.len()].parse::<u32>().ok()?;
+            let site = match letters {
+                "R" => Site::BlockOutput,
+                "A" => Site::AttentionOutput,
+                "M" => Site::MlpOutput,
+                "TC" => Site::NormOutput,
+                _ => return None,
+            };
+            Some((site, layer))
+        })
+    };
+    if let Some((site, layer)) = s.folders().find_map(place) {
+        (found.site, found.layer) = (site, Some(i64::from(layer)));
+    }
 }
 
 /// √d / the mean norm that the file keeps for this hook, or that the caller knows.

@@ -22,6 +22,7 @@ mod named;
 mod openmoss;
 mod processing;
 mod saelens;
+mod site;
 mod source;
 mod sparsify;
 mod tensors;
@@ -41,6 +42,7 @@ pub(crate) use array::Array;
 pub use array::Layout;
 pub(crate) use container::Container;
 pub(crate) use file::read_small;
+pub use site::Site;
 pub use tensors::SaeTensors;
 
 /// How an SAE turns pre-activations into latents.
@@ -168,9 +170,13 @@ pub struct Recipe {
     /// Pre-activations are gated by the sigmoid of a second encoder.
     pub glu: bool,
     pub hook: Option<String>,
-    /// 0-based decoder block: the one whose output is read, or in which the hook lies.
+    /// Where the SAE reads. Never [`Site::BlockInput`] of a known block: that is the output of the
+    /// block before, or the embedding.
+    pub site: Site,
+    /// 0-based decoder block in which the site lies: at [`Site::BlockOutput`] the one whose output
+    /// is read. None of the embedding's.
     pub layer: Option<i64>,
-    /// Index into Hugging Face's `hidden_states`; none if the hook reads no block's output. (After
+    /// Index into Hugging Face's `hidden_states`; none if the site is no block boundary. (After
     /// the last block that list holds the output of the final norm instead: hook the block there.)
     pub hidden_states_index: Option<i64>,
     pub model: Option<String>,
@@ -374,6 +380,7 @@ impl Sae {
             "glu": r.glu,
             "threshold": threshold,
             "hook": r.hook,
+            "site": r.site.name(),
             "layer": r.layer,
             "hidden_states_index": r.hidden_states_index,
             "model": r.model,

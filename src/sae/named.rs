@@ -17,7 +17,7 @@ use crate::json;
 use super::array::Layout;
 use super::found::{Found, LINEAR_DECODER};
 use super::source::Source;
-use super::{Opened, Selection, TokenNorm};
+use super::{Opened, Selection, Site, TokenNorm};
 
 /// Matrices under the names of SAELens, without a threshold.
 pub(super) fn is_matrices(s: &Source<'_>) -> bool {
@@ -52,15 +52,14 @@ fn open_qwen_scope(s: &Source<'_>) -> Result<Opened> {
         Found::standard("qwen_scope", w_enc, b_enc).topk(k, Selection::Largest, config.origin())?;
     found.w_dec = s.decoder("W_dec", &found.w_enc, LINEAR_DECODER)?;
     found.b_dec = s.container.find("b_dec")?;
-    let layer = s.layer_in_path(&["layer"]);
-    found.at(layer.map(|n| format!("model.layers.{n}")), layer).open(config)
+    found.at_block(s.layer_in_path(&["layer"])).open(config)
 }
 
 fn open_mwhanna(s: &Source<'_>) -> Result<Opened> {
     let b_enc = s.container.need("b_enc")?;
     let w_enc = s.oriented("W_enc", &b_enc, Some(Layout::LatentMajor))?;
     let found = Found::standard("mwhanna", w_enc, b_enc);
-    found.at(None, s.layer_in_path(&["layer_"])).open(s.options_config())
+    found.at(Site::MlpInput, s.layer_in_path(&["layer_"])).open(s.options_config())
 }
 
 fn open_hook_z(s: &Source<'_>, cfg: &str) -> Result<Opened> {
@@ -98,8 +97,8 @@ pub(super) fn open_qresearch(s: &Source<'_>) -> Result<Opened> {
     let w_enc = s.linear("encoder.weight")?;
     let mut found = Found::standard("qresearch", w_enc, s.container.need("encoder.bias")?);
     found.w_dec = s.decoder("decoder.weight", &found.w_enc, LINEAR_DECODER)?;
-    let layer = s.layer_in_path(&["l"]);
-    found.at(layer.map(|n| format!("blocks.{n}.hook_resid_post")), layer).open(config)
+    found.hook = s.layer_in_path(&["l"]).map(|n| format!("blocks.{n}.hook_resid_post"));
+    found.open(config)
 }
 
 pub(super) fn is_openai(s: &Source<'_>) -> bool {
@@ -123,7 +122,29 @@ pub(super) fn open_openai(s: &Source<'_>) -> Result<Opened> {
     found.b_dec = Some(s.container.need("pre_bias")?);
     found.b_dec_subtracted = true;
     found.w_dec = s.decoder("decoder.weight", &found.w_enc, LINEAR_DECODER)?;
-    found.open(config)
+    let (site, layer) = openai_place(s);
+    found.at(site, layer).open(config)
+}
+
+/// The owner keeps `resid_post_mlp_v5_32k/autoencoders/8.pt`: a site with the run's version, and a
+/// layer.
+fn openai_place(s: &Source<'_>) -> (Site, Option<i64>) {
+    let sites = [
+        ("mlp_post_act", Site::LinearInput),
+        ("resid_delta_attn", Site::AttentionOutput),
+        ("resid_post_attn", Site::BlockMiddle),
+        ("resid_delta_mlp", Site::MlpOutput),
+        ("resid_post_mlp", Site::BlockOutput),
+    ];
+    let site_of = |folder: &str| {
+        sites.into_iter().find(|(name, _)| folder.starts_with(name)).map(|(_, site)| site)
+    };
+    let stem = s.weights().file_stem().and_then(|stem| stem.to_str());
+    let layer = stem.and_then(|stem| stem.parse::<u32>().ok()).map(i64::from);
+    match s.folders().find_map(site_of) {
+        Some(site) => (site, layer),
+        None => (Site::Unknown, None),
+    }
 }
 
 /// k of `activation_state_dict`, whose values must be rectified.

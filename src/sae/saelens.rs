@@ -25,8 +25,8 @@ use super::checkpoint::{Checkpoint, GateArrays, GluArrays, StoredLatents};
 use super::config::Config;
 use super::container::Container;
 use super::found::{calibrated, check_k, exp, repeated, scalar};
-use super::hook::HookPlace;
 use super::processing::center_input;
+use super::site::{Place, Site, Stated};
 use super::source::matrix;
 use super::{Architecture, Opened, Recipe, SaeOptions, Selection, TokenNorm};
 
@@ -328,11 +328,11 @@ impl Rules {
         if let Some(k) = self.k {
             check_k(k, self.selection, d_sae, config.origin())?;
         }
-        let hook = match config.text("hook_name")? {
-            Some(name) => Some(name),
-            None => config.text("hook_point")?,
-        };
-        let place = hook.map(HookPlace::parse).unwrap_or_default();
+        let (hook, mut place) = Stated::read(&config.file_alone())?.resolve(config)?;
+        if config.find("hook_head_index").is_some() {
+            // One head alone, which no site means.
+            place = Place::new(Site::Unknown, place.layer);
+        }
         Ok(Recipe {
             format,
             architecture: self.architecture,
@@ -350,8 +350,9 @@ impl Rules {
             decoder_norm_folded: self.decoder_norm,
             threshold_on_decoder_norm: self.threshold_on_norm,
             glu: self.glu,
-            hook: hook.map(str::to_string),
-            layer: place.layer.or(config.layer()?),
+            hook,
+            site: place.site,
+            layer: place.layer,
             hidden_states_index: place.hidden_states_index,
             model: config.text("model_name")?.map(str::to_string),
         })

@@ -1,6 +1,6 @@
 //! What lies under a path: the weights, the configurations beside them, what the caller knows.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -30,16 +30,21 @@ const CONFIGS: [&str; 4] = ["cfg.json", "config.json", "hyperparams.json", "conf
 pub(super) struct Source<'a> {
     pub container: Container,
     pub options: &'a SaeOptions,
-    /// As the caller gave it: folder names tell layers.
-    path: PathBuf,
     weights: PathBuf,
+    /// From the root on, as the caller named it.
+    absolute: PathBuf,
+    /// The names of the file and its folders, the nearest first: as the caller gave them, which
+    /// count first; then those that its folder, and it itself, have behind links.
+    named: Vec<Vec<String>>,
 }
 
 impl<'a> Source<'a> {
     pub fn find(path: &Path, options: &'a SaeOptions) -> Result<Source<'a>> {
         let weights = weights_of(path)?;
         let container = Container::open(&weights)?.unwrapped()?;
-        Ok(Source { container, options, path: path.to_path_buf(), weights })
+        let absolute = std::path::absolute(&weights).unwrap_or_else(|_| weights.clone());
+        let named = named(&absolute);
+        Ok(Source { container, options, weights, absolute, named })
     }
 
     pub fn weights(&self) -> &Path {
@@ -70,7 +75,7 @@ impl<'a> Source<'a> {
 
     /// A file of this name beside the weights.
     pub fn beside(&self, name: &str) -> Option<PathBuf> {
-        let folder = self.weights.parent()?;
+        let folder = self.absolute.parent()?;
         let above = folder.ends_with("checkpoints").then(|| folder.parent()).flatten();
         [Some(folder), above].into_iter().flatten().map(|f| f.join(name)).find(|p| p.is_file())
     }
@@ -78,16 +83,24 @@ impl<'a> Source<'a> {
     /// The number behind one of these words in the names of the file and its folders, such as 19 in
     /// `…-l19.pth` or `layer_19/width_16k`.
     pub fn layer_in_path(&self, words: &[&str]) -> Option<i64> {
-        let full = self.weights.canonicalize().unwrap_or_else(|_| self.path.clone());
-        let parts: Vec<String> =
-            full.iter().rev().take(5).map(|part| part.to_string_lossy().to_lowercase()).collect();
-        parts.iter().find_map(|part| words.iter().find_map(|word| number_after(part, word)))
+        let mut names = self.names(5).map(|name| name.to_lowercase());
+        names.find_map(|name| words.iter().find_map(|word| number_after(&name, word)))
     }
 
-    /// Whether a folder of this name holds the file, near enough to be the owner's.
-    pub fn is_below(&self, folder: &str) -> bool {
-        let full = self.weights.canonicalize().unwrap_or_else(|_| self.path.clone());
-        full.iter().rev().skip(1).take(4).any(|part| part == folder)
+    /// The names of the folders that hold the file, the nearest first: as deep as owners lay them
+    /// out, below Hugging Face's `models--owner--name/snapshots/revision`.
+    pub fn folders(&self) -> impl Iterator<Item = &str> {
+        self.named.iter().flat_map(|names| names.iter().skip(1).take(8).map(String::as_str))
+    }
+
+    /// The name of the folder that holds the file, and those that links give it.
+    pub fn folder(&self) -> impl Iterator<Item = &str> {
+        self.named.iter().filter_map(|names| names.get(1).map(String::as_str))
+    }
+
+    /// The names of the file and of the folders that hold it, the nearest first.
+    fn names(&self, depth: usize) -> impl Iterator<Item = &str> {
+        self.named.iter().flat_map(move |names| names.iter().take(depth).map(String::as_str))
     }
 
     /// The one number of a tensor, or a number beside the tensors.
@@ -174,11 +187,40 @@ pub(super) fn matrix(array: Array, layout: Layout) -> Result<Matrix> {
     Ok(Matrix::new(array, layout))
 }
 
+/// What a file is called. Links keep the names that the caller gave: Hugging Face's cache has the
+/// owner's names on links to files that are named after their hashes. Only where those say nothing
+/// do the names behind links count: of the folder, then of the file.
+fn named(absolute: &Path) -> Vec<Vec<String>> {
+    let target = absolute.canonicalize().ok();
+    let folder = absolute.parent().and_then(|folder| folder.canonicalize().ok());
+    let resolved = folder.zip(absolute.file_name()).map(|(folder, file)| folder.join(file));
+    // Behind a link, what is above `..` is not what the caller wrote before it.
+    let climbs = absolute.components().any(|part| part == Component::ParentDir);
+    let given = (!climbs).then(|| absolute.to_path_buf());
+    let mut named: Vec<Vec<String>> = Vec::new();
+    for path in [given, resolved, target].into_iter().flatten() {
+        let names = names_of(&path);
+        if !named.contains(&names) {
+            named.push(names);
+        }
+    }
+    named
+}
+
+fn names_of(path: &Path) -> Vec<String> {
+    let names = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_string_lossy().into_owned()),
+        _ => None,
+    });
+    names.collect()
+}
+
 /// The file of weights that a path means.
 fn weights_of(path: &Path) -> Result<PathBuf> {
     let is_config = path.file_name().is_some_and(|name| CONFIGS.iter().any(|c| name == *c));
     let folder = match path.parent() {
         _ if path.is_dir() => path,
+        Some(folder) if is_config && folder.as_os_str().is_empty() => Path::new("."),
         Some(folder) if is_config => folder,
         _ => return Ok(path.to_path_buf()),
     };
@@ -260,7 +302,7 @@ fn is_shard(name: &str) -> bool {
 }
 
 /// The digits that follow a word, where nothing but the word's own separator comes before it.
-fn number_after(text: &str, word: &str) -> Option<i64> {
+pub(super) fn number_after(text: &str, word: &str) -> Option<i64> {
     text.match_indices(word).find_map(|(at, _)| {
         let before = text[..at].chars().next_back();
         let digits: String =

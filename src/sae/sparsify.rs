@@ -9,8 +9,9 @@ use crate::error::{Result, bail};
 use super::array::Layout;
 use super::config::Config;
 use super::found::Found;
+use super::hook::Hook;
 use super::source::Source;
-use super::{Opened, Selection};
+use super::{Opened, Selection, Site};
 
 pub(super) fn matches(s: &Source<'_>) -> bool {
     let c = &s.container;
@@ -34,7 +35,11 @@ pub(super) fn open(s: &Source<'_>) -> Result<Opened> {
     found.b_dec = Some(s.container.need("b_dec")?);
     found.b_dec_subtracted = !transcode;
     found.w_dec = s.same_width_decoder("W_dec", &found.w_enc, Layout::LatentMajor)?;
-    found.hook = hookpoint(s);
+    found.hook = hookpoint(s).map(|module| match transcode {
+        // A transcoder reads what its module reads.
+        true => format!("{module}.input"),
+        false => module,
+    });
     found.open(config)
 }
 
@@ -57,10 +62,19 @@ fn selection(config: &Config) -> Result<Selection> {
     }
 }
 
-/// The folder is named after the module: `layers.12`, `layers.3.mlp`, `embed_tokens`.
+/// The folder is named after the module, below the model without its head: `layers.12`,
+/// `layers.3.mlp`, `embed_tokens`; the first uploads said `layer_12`.
 fn hookpoint(s: &Source<'_>) -> Option<String> {
-    let folder = s.weights().canonicalize().ok()?;
-    let name = folder.parent()?.file_name()?.to_str()?;
-    let known = name.starts_with("layers.") || name.starts_with("h.") || name == "embed_tokens";
-    known.then(|| format!("model.{name}"))
+    s.folder().find_map(|name| {
+        if let Some(n) = name.strip_prefix("layer_") {
+            return n.parse::<u32>().ok().map(|n| format!("model.layers.{n}"));
+        }
+        let known = Hook::parse(name).place.site != Site::Unknown;
+        let below = ["layers.", "h.", "embed_tokens"].iter().any(|word| name.starts_with(word));
+        match known {
+            true if below => Some(format!("model.{name}")),
+            true if name.contains('.') => Some(name.to_string()),
+            _ => None,
+        }
+    })
 }

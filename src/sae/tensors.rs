@@ -5,7 +5,7 @@ use crate::tensor::{Device, Tensor};
 
 use super::array::{Array, Layout, Matrix};
 use super::checkpoint::{Checkpoint, GateArrays};
-use super::hook::HookPlace;
+use super::hook::Hook;
 use super::{Architecture, Recipe, Selection, TokenNorm};
 
 /// The arrays of an SAE and how they combine; the names are those of the C header.
@@ -113,7 +113,7 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         stored: None,
     };
     checkpoint.check()?;
-    let place = t.hook_name.as_deref().map(HookPlace::parse).unwrap_or_default();
+    let place = t.hook_name.as_deref().map(Hook::parse).unwrap_or_default().place;
     let recipe = Recipe {
         format: "tensors",
         architecture: t.architecture,
@@ -136,6 +136,7 @@ pub(super) fn adopt(t: &SaeTensors<'_>) -> Result<(Recipe, Checkpoint)> {
         glu: false,
         decoder_norm_folded: t.rescale_acts_by_decoder_norm,
         hook: t.hook_name.clone(),
+        site: place.site,
         layer: place.layer,
         hidden_states_index: place.hidden_states_index,
         model: t.model.clone(),

@@ -254,6 +254,7 @@ static void outputs(const char *folder) {
   CHECK_OUTPUT(blockem_sae_info, 0, sae_info, blockem_sae_info_get(sae, &sae_info.now));
   CHECK(sae_info.now.d_in == SMALL_D && sae_info.now.d_sae == SMALL_F);
   CHECK(sae_info.now.layer == 3 && sae_info.now.k == 0 && sae_info.now.scale == 1.0);
+  CHECK(sae_info.now.site == BLOCKEM_SITE_BLOCK_OUTPUT);
   CHECK(sae_info.now.activation_kind == BLOCKEM_ACTIVATION_KIND_RELU);
   CHECK(sae_info.now.dtype == BLOCKEM_DTYPE_F32 && sae_info.now.b_dec_subtracted == 0);
 

@@ -84,8 +84,18 @@ class Sae(Immutable):
 
     Attributes: ``d_in`` (columns of hidden), ``d_sae`` (latents of the dictionary), ``k`` (active
     latents per token of a topk SAE, else None), ``architecture`` ("standard", "jumprelu",
-    "gated", "topk"), ``layer`` (0-based decoder block whose output is read, None when unknown),
-    ``dtype`` (of the encoder, such as "float32").
+    "gated", "topk"), ``site`` (the place of the model that it reads), ``layer`` (0-based decoder block
+    in which the site lies; None when unknown, and for "embedding"), ``dtype`` (of the encoder, such
+    as "float32").
+
+    Sites: "block_output" (the residual stream that leaves the block; what enters block l leaves block
+    l - 1), "embedding" (the input of block 0), "attention_output" and "mlp_output" (what they add to
+    the residual stream), "attention_z" (the heads' values, before the output projection),
+    "block_middle" (the residual stream between attention and MLP), "mlp_input" and "attention_input"
+    (after their norms), "norm_output" (before the norm's own weight), "keys", "values",
+    "linear_input", "module_output" (of a module that ``hook`` names), "block_input" (of a block that
+    is not known) or "unknown" (nothing says it, or says it in words that are not known: give
+    ``recipe={"site": ..., "layer": ...}`` to :func:`load_sae`).
     """
 
     def __init__(self, pointer: ctypes.c_void_p) -> None:
@@ -95,6 +105,7 @@ class Sae(Immutable):
         self.d_in: int = info.d_in
         self.d_sae: int = info.d_sae
         self.k: int | None = info.k or None
+        self.site: str = _name(info.site, _ffi.SITES)
         self.layer: int | None = None if info.layer < 0 else info.layer
         self.architecture: str = _name(info.activation_kind, _ffi.ARCHITECTURES)
         self.dtype: str = _name(info.dtype, _ffi.DTYPES)
@@ -134,7 +145,8 @@ class Sae(Immutable):
         k: active latents per token; "topk".
         encoder_layout: "d_f", "f_d", or "auto" to tell from the shape, which needs d != F.
         input_scale: hidden is multiplied by it before encoding.
-        hook_name: where hidden is read, such as "blocks.19.hook_resid_post".
+        hook_name: where hidden is read: a name of TransformerLens ("blocks.19.hook_resid_post"), of a
+            Hugging Face module ("model.layers.19.mlp.output") or of sparsify ("layers.19.mlp").
         selection: which k a "topk" SAE keeps of a token: the "largest" above 0, the k largest in
             "magnitude" with their signs, or the largest above 0 of each of k equal "groups";
             "batch" (k T of a batch of T tokens) is described, but no plan computes it natively.
@@ -188,7 +200,8 @@ class Sae(Immutable):
         """The resolved recipe: everything that changes a latent's value, and where it was found.
 
         Keys: format, architecture, d_in, d_sae, k, dtype, activation, b_dec_subtracted,
-        normalization, center_input, scale, threshold {min, median, max}, hook, layer, hidden_states_index, ...
+        normalization, center_input, scale, threshold {min, median, max}, hook, site, layer,
+        hidden_states_index, ...
         """
         length = library.blockem_sae_describe(self._handle.pointer, None, 0)
         buffer = ctypes.create_string_buffer(length + 1)
@@ -245,7 +258,8 @@ def load_sae(
 
     recipe: configuration keys by their SAELens names that complete or override the file's own,
         such as ``{"architecture": "jumprelu"}``; ``"format"`` names the format of tensors that fit
-        several, ``"center_input"`` says whether the SAE reads hidden less its mean over d.
+        several, ``"center_input"`` says whether the SAE reads hidden less its mean over d; ``"site"``
+        and ``"layer"``, or ``"hook_name"``, say where it reads.
     input_scale: sqrt(d) / mean norm of hidden, for a file that needs a scale and does not hold it.
 
     Raises Error: IO (also OSError), FORMAT, TENSOR_MISSING, RECIPE_INCOMPLETE, UNSAFE_PICKLE,
@@ -455,8 +469,8 @@ class Plan(Immutable):
     A CUDA plan takes torch tensors of its device and works on torch's current stream, without
     waiting for it; its calls may be captured into a graph. Make it before the capture.
 
-    Attributes: ``d_in`` (d), ``d_sae``, ``num_latents`` (K), ``num_positive``, ``layer``,
-    ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
+    Attributes: ``d_in`` (d), ``d_sae``, ``num_latents`` (K), ``num_positive``, ``site`` and ``layer``
+    (those of the SAE), ``identity`` (sha256 of all that z depends on), ``numerics`` (names the arithmetic: plans with
     equal identity and numerics give the same z, bit for bit), ``activation``, ``backend``,
     ``device``, ``num_threads``, ``latents``, ``backward_needs_hidden`` (the SAE normalises every
     token or has a GLU encoder, so that the gradient needs hidden too).
@@ -498,6 +512,7 @@ class Plan(Immutable):
         self.d_sae: int = info.d_sae
         self.num_latents: int = info.num_latents
         self.num_positive: int = info.num_positive
+        self.site: str = sae.site
         self.layer: int | None = None if info.layer < 0 else info.layer
         self.identity: str = info.identity.decode()
         self.numerics: str = info.numerics.decode()

@@ -26,6 +26,11 @@ DEVICES = {"cpu": 0, "cuda": 1}
 ARCHITECTURES = {"standard": 0, "jumprelu": 1, "gated": 2, "topk": 3}
 ENCODER_LAYOUTS = {"auto": 0, "d_f": 1, "f_d": 2}
 SELECTIONS = {"largest": 0, "magnitude": 1, "groups": 2, "batch": 3}
+SITES = {
+    "unknown": 0, "block_input": 1, "block_output": 2, "attention_output": 3, "mlp_output": 4,
+    "attention_z": 5, "embedding": 6, "block_middle": 7, "mlp_input": 8, "module_output": 9,
+    "attention_input": 10, "keys": 11, "values": 12, "norm_output": 13, "linear_input": 14,
+}  # fmt: skip
 TOKEN_NORMS = {"none": 0, "constant_norm_rescale": 1, "layer_norm": 2}
 BACKENDS = {"auto": 0, "cpu": 1, "cuda": 2, "reference": 3}
 PARTS = {"whole": 0, "columns": 1, "gate": 2}
@@ -147,7 +152,7 @@ class SaeInfo(Sized):
         ("activation_kind", c_int32),
         ("dtype", c_int32),
         ("b_dec_subtracted", c_int32),
-        ("reserved", c_int32),
+        ("site", c_int32),
     ]
 
 

@@ -11,8 +11,9 @@ use crate::{Recipe, positive, print, progress};
 /// H holds hidden [T, d] or [B, S, d] (f32, f16 or bf16), the residual stream or whatever the SAE
 /// reads; optionally mask and positions [T] or [B, S] (position 0 is a sequence's first token),
 /// output (what a transcoder predicts), and hidden_states.N: the same tokens at other indices of
-/// Hugging Face's hidden_states, to find the layer. Some tokens are encoded again as if the file
-/// meant something else (a scale, b_dec, thresholds, top-k); what fits better is flagged.
+/// Hugging Face's hidden_states, to find the layer of an SAE that reads block boundaries. Some tokens
+/// are encoded again as if the file meant something else (a scale, b_dec, thresholds, top-k); what
+/// fits better is flagged.
 #[derive(Args)]
 pub struct Verify {
     /// A file, or the folder in which its owner keeps it
