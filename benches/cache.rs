@@ -29,6 +29,7 @@ pub fn group(c: &mut Criterion) {
         layer: Some(0),
         dtype: Some(DType::BF16),
         plan: Some(&plan),
+        ..CacheOptions::default()
     };
     let cache = Cache::open(&path, &options).unwrap();
     let keys: Vec<Key> =

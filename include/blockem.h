@@ -1254,7 +1254,8 @@ typedef struct blockem_cache_options {
    */
   int32_t hidden_dtype;
   /**
-   * 0-based decoder block in which the SAE's site lies; -1 (by _INIT) takes the plan's.
+   * 0-based decoder block in which the site lies; -1 (by _INIT) takes the plan's. Of a plan whose
+   * SAE says nothing, the block whose output is encoded.
    */
   int64_t layer;
   /**
@@ -1267,6 +1268,14 @@ typedef struct blockem_cache_options {
    * expects nothing.
    */
   const struct blockem_plan *plan;
+  /**
+   * BLOCKEM_SITE_... where hidden states are read; 0 takes the plan's.
+   */
+  int32_t site;
+  /**
+   * Zero.
+   */
+  int32_t reserved;
 } blockem_cache_options;
 
 /**
@@ -1286,7 +1295,7 @@ typedef struct blockem_cache_info {
    */
   int64_t num_columns;
   /**
-   * 0-based decoder block in which the SAE's site lies.
+   * 0-based decoder block in which the site lies; -1 for the embedding.
    */
   int64_t layer;
   /**
@@ -1294,9 +1303,9 @@ typedef struct blockem_cache_info {
    */
   int32_t hidden_dtype;
   /**
-   * Zero.
+   * BLOCKEM_SITE_... where hidden states were read.
    */
-  int32_t reserved;
+  int32_t site;
   /**
    * The name that the base model's weights were given.
    */
@@ -1912,7 +1921,7 @@ blockem_status blockem_penalty(const struct blockem_plan *plan,
 
 /**
  * Opens a reference cache.
- * The file belongs to one base model, layer, dtype of hidden and numerics. It survives a process
+ * The file belongs to one base model, site, dtype of hidden and numerics. It survives a process
  * that is killed at any moment: what a call stored before it returned is there, and the next writer
  * goes on. A reader that finds such a file may have to repair it, for which it needs to be able to
  * write it.
@@ -2336,7 +2345,7 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
   { sizeof(blockem_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, 0, 0, 1.0, BLOCKEM_TENSOR_INIT, NULL, 0 }
-#define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL }
+#define BLOCKEM_CACHE_OPTIONS_INIT { sizeof(blockem_cache_options), 0, -1, -1, NULL, NULL, 0, 0 }
 #define BLOCKEM_CACHE_EXAMPLE_INIT { sizeof(blockem_cache_example), NULL, NULL, 0, NULL, 0 }
 #define BLOCKEM_CACHE_INFO_INIT { sizeof(blockem_cache_info), 0, 0, 0, 0, 0, { 0 }, { 0 } }
 #define BLOCKEM_STATS_INFO_INIT \

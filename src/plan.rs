@@ -110,6 +110,8 @@ pub struct Plan {
     d_sae: usize,
     num_latents: usize,
     num_positive: usize,
+    site: Site,
+    hook: Option<String>,
     layer: Option<i64>,
     /// The gate is TopK's.
     has_topk: bool,
@@ -162,6 +164,8 @@ impl Plan {
             d_sae: sae.recipe().d_sae,
             num_latents: latents.len(),
             num_positive: latents.signs().iter().filter(|s| **s > 0).count(),
+            site: sae.recipe().site,
+            hook: sae.recipe().hook.clone(),
             layer: sae.recipe().layer,
             has_topk,
             token_norm: sae.recipe().token_norm,
@@ -206,6 +210,17 @@ impl Plan {
         self.activation
     }
 
+    /// Where the SAE reads.
+    pub fn site(&self) -> Site {
+        self.site
+    }
+
+    /// The name of that place in the SAE's file.
+    pub fn hook(&self) -> Option<&str> {
+        self.hook.as_deref()
+    }
+
+    /// 0-based decoder block in which the site lies.
     pub fn layer(&self) -> Option<i64> {
         self.layer
     }

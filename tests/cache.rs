@@ -15,7 +15,7 @@ use blockem::error::{Result, Status};
 use blockem::latents::Latents;
 use blockem::penalty::EncodeArgs;
 use blockem::plan::{Activation, BackendKind, Plan, PlanOptions};
-use blockem::sae::Architecture;
+use blockem::sae::{Architecture, Layout, Sae, SaeTensors, Site};
 use blockem::tensor::{DType, Tensor, TensorMut};
 use support::{RandomSae, Rng};
 use tempfile::TempDir;
@@ -64,6 +64,7 @@ fn open(path: &Path, mode: Mode, plan: &Plan) -> Result<Cache> {
             layer: Some(19),
             dtype: Some(DType::F32),
             plan: Some(plan),
+            ..CacheOptions::default()
         },
     )
 }
@@ -233,6 +234,7 @@ mod contents {
             layer: Some(19),
             dtype: Some(DType::F32),
             plan: Some(&plan),
+            ..CacheOptions::default()
         };
         let other = Cache::open(&elsewhere.1, &options).unwrap();
         assert_ne!(plain, other.example_key(&[5, 6, 7], None, &[]).unwrap());
@@ -359,13 +361,15 @@ mod identity {
         let none = CacheOptions::default();
         expect(CacheOptions { base_model: Some("revision 2"), ..none });
         expect(CacheOptions { layer: Some(20), ..none });
+        expect(CacheOptions { site: Site::MlpOutput, ..none });
         expect(CacheOptions { dtype: Some(DType::BF16), ..none });
         let oracle = plan_of(5, &[3, 17], BackendKind::Reference, Activation::Native);
         expect(CacheOptions { plan: Some(&oracle), ..none });
 
         let cache = Cache::open(&path, &none).unwrap();
         assert_eq!(cache.identity().base_model, BASE);
-        assert_eq!((cache.identity().layer, cache.identity().dtype), (19, DType::F32));
+        assert_eq!((cache.identity().layer, cache.identity().dtype), (Some(19), DType::F32));
+        assert_eq!(cache.identity().site, Site::BlockOutput);
         assert_eq!(cache.identity().numerics, plan.numerics());
         refused(get(&cache, &oracle, 0), Status::CacheStale, &["reference-1", "numerics"]);
     }
@@ -389,6 +393,66 @@ mod identity {
         }
     }
 
+    /// A plan whose SAE says where it reads.
+    fn plan_at(hook: &str) -> Plan {
+        let (encoder, bias) = ([0.5f32; 16], [0.0f32; 8]);
+        let view = Tensor::from_slice(&encoder, &[8, 2]).unwrap();
+        let mut tensors = SaeTensors::new(Architecture::Standard, 2, 8, view);
+        tensors.encoder_layout = Some(Layout::LatentMajor);
+        tensors.encoder_bias = Some(Tensor::from_slice(&bias, &[8]).unwrap());
+        tensors.hook_name = Some(hook.into());
+        let set = Latents::new(&[3], &[1], None).unwrap();
+        Plan::new(&Sae::from_tensors(&tensors).unwrap(), &set, &PlanOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn has_the_site_that_the_sae_reads() {
+        let folder = TempDir::new().unwrap();
+        let open = |hook: &str, site, layer, mode| {
+            let plan = plan_at(hook);
+            let options = CacheOptions {
+                mode,
+                base_model: Some(BASE),
+                dtype: Some(DType::F32),
+                plan: Some(&plan),
+                site,
+                layer,
+            };
+            Cache::open(folder.path().join(format!("{hook}.cache")), &options)
+        };
+        let plain = |hook| open(hook, Site::Unknown, None, Mode::Create);
+        let mut keys = Vec::new();
+        for (hook, site, layer) in [
+            ("blocks.3.hook_mlp_out", Site::MlpOutput, Some(3)),
+            ("blocks.3.hook_resid_post", Site::BlockOutput, Some(3)),
+            ("blocks.3.hook_resid_pre", Site::BlockOutput, Some(2)),
+            ("blocks.0.hook_resid_pre", Site::Embedding, None),
+            ("blocks.3.attn.hook_z", Site::AttentionZ, Some(3)),
+        ] {
+            let cache = plain(hook).unwrap();
+            assert_eq!((cache.identity().site, cache.identity().layer), (site, layer), "{hook}");
+            keys.push(cache.example_key(&[5, 6], None, &[]).unwrap());
+            refused(cache.missing(&plan_at("blocks.5.hook_mlp_out"), &[]), Status::CacheStale, &[]);
+            drop(cache);
+            let (read, other) = (plain(hook).unwrap(), Site::AttentionOutput);
+            assert_eq!(read.identity().site, site);
+            drop(read);
+            refused(open(hook, other, None, Mode::Read), Status::InvalidArgument, &["site is"]);
+        }
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), 5, "sites share keys");
+
+        let unheard = "blocks.4.hook_unheard";
+        refused(plain(unheard), Status::InvalidArgument, &["'blocks.4.hook_unheard'", "site"]);
+        let stated = open(unheard, Site::MlpOutput, Some(4), Mode::Create).unwrap();
+        assert_eq!((stated.identity().site, stated.identity().layer), (Site::MlpOutput, Some(4)));
+        let input = open("blocks.4.hook_odd", Site::BlockInput, Some(4), Mode::Create);
+        refused(input, Status::InvalidArgument, &["block_output of the block before"]);
+        let nowhere = open("blocks.4.hook_odd", Site::Embedding, Some(4), Mode::Create);
+        refused(nowhere, Status::InvalidArgument, &["embedding is of no block"]);
+    }
+
     #[test]
     fn a_new_cache_needs_all_of_it() {
         let (_folder, path) = folder();
@@ -399,6 +463,7 @@ mod identity {
             layer: Some(1),
             dtype: Some(DType::F16),
             plan: Some(&plan),
+            ..CacheOptions::default()
         };
         let long = "x".repeat(256);
         let lacks = |options: CacheOptions, word| {
@@ -433,6 +498,293 @@ mod identity {
                 refused(open(&path, mode, &plan), Status::Format, &["reference.cache"]);
                 assert_eq!(std::fs::read(&path).unwrap(), contents, "it was written to");
             }
+        }
+    }
+}
+
+/// The file that ABI.md describes, bit for bit.
+mod format {
+    use std::collections::BTreeMap;
+    use std::io::Read;
+
+    use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    type Records = BTreeMap<Vec<u8>, Vec<u8>>;
+
+    const TABLES: [&str; 5] = ["meta", "examples", "columns", "groups", "values"];
+    const TOKENS: [i64; 3] = [5, 6, 7];
+    const POSITIONS: [i64; 3] = [0, 1, 4];
+    const IMAGE: &[u8] = b"an image";
+    const NOTE: &str = "{\"image\": 60}";
+    /// z of the latents 3, 17 and then 1.
+    const Z: [[f32; 3]; 3] = [[0.5, 1.0, 4.0], [-2.0, 0.0, 0.0], [3.25, 0.125, 7.0]];
+
+    /// Its z does not matter, and its numerics are those of every machine.
+    fn plan(ids: &[i64]) -> Plan {
+        let encoder: Vec<f32> = (0..40).map(|i| i as f32 / 8.0).collect();
+        let view = Tensor::from_slice(&encoder, &[20, 2]).unwrap();
+        let mut tensors = SaeTensors::new(Architecture::Standard, 2, 20, view);
+        tensors.encoder_layout = Some(Layout::LatentMajor);
+        let bias = [0.25; 20];
+        tensors.encoder_bias = Some(Tensor::from_slice(&bias, &[20]).unwrap());
+        let set = Latents::new(ids, &vec![1; ids.len()], None).unwrap();
+        let options = PlanOptions { backend: BackendKind::Reference, ..PlanOptions::default() };
+        Plan::new(&Sae::from_tensors(&tensors).unwrap(), &set, &options).unwrap()
+    }
+
+    fn open(path: &Path, mode: Mode) -> Result<Cache> {
+        let plan = plan(&[3, 17]);
+        Cache::open(
+            path,
+            &CacheOptions {
+                mode,
+                base_model: Some("base"),
+                layer: Some(1),
+                dtype: Some(DType::BF16),
+                plan: Some(&plan),
+                ..CacheOptions::default()
+            },
+        )
+    }
+
+    /// Two examples of the same tokens, the first of which has a latent more.
+    fn write(path: &Path) {
+        let cache = open(path, Mode::Create).unwrap();
+        cache.put_note("placeholders", NOTE).unwrap();
+        let keys = [
+            cache.example_key(&TOKENS, None, &[]).unwrap(),
+            cache.example_key(&TOKENS, Some(&POSITIONS), IMAGE).unwrap(),
+        ];
+        let two: Vec<f32> = Z.iter().flat_map(|z| [z[0], z[1]]).collect();
+        let two = Tensor::from_slice(&two, &[3, 2]).unwrap();
+        assert_eq!(cache.put(&plan(&[3, 17]), &keys, &[two, two]).unwrap(), 4);
+        let turned: Vec<f32> = Z.iter().flat_map(|z| [z[1], z[2]]).collect();
+        let turned = Tensor::from_slice(&turned, &[3, 2]).unwrap();
+        assert_eq!(cache.put(&plan(&[17, 1]), &keys[..1], &[turned]).unwrap(), 1);
+    }
+
+    /// What ABI.md says, by other code.
+    fn expected() -> Vec<Records> {
+        let identity = concat!(
+            r#"{"format":2,"base_model":"base","site":"block_output","layer":1,"#,
+            r#""dtype":"bfloat16","numerics":"reference-1"}"#
+        );
+        let mut digest = Sha256::new();
+        for text in ["blockem cache 2", "base", "block_output", "bfloat16", "reference-1"] {
+            digest.update((text.len() as u64).to_le_bytes());
+            digest.update(text);
+        }
+        digest.update(1i64.to_le_bytes());
+        let file: Key = digest.finalize().into();
+        let example = |positions: [i64; 3], context: &[u8]| {
+            let mut digest = Sha256::new();
+            digest.update(b"blockem example 2");
+            digest.update(file);
+            digest.update(3u64.to_le_bytes());
+            TOKENS.iter().chain(&positions).for_each(|x| digest.update(x.to_le_bytes()));
+            let context = match context {
+                [] => [0; 32],
+                bytes => Sha256::digest([b"blockem context 2", bytes].concat()).into(),
+            };
+            [&digest.finalize()[..16], &context[..16]].concat()
+        };
+        let (first, second) = (example([0, 1, 2], &[]), example(POSITIONS, IMAGE));
+        let all = plan(&[3, 17, 1]);
+        let latents = [0, 1, 2].map(|k| all.column_digest(k));
+        let group = |members: &[Key]| Sha256::digest(members.concat()).to_vec();
+        let (pair, single) = (group(&latents[..2]), group(&latents[2..]));
+        let column = |k: usize| Z.iter().flat_map(|z| z[k].to_le_bytes()).collect::<Vec<u8>>();
+        let z_of_pair = [&[1, 0, 0, 0, 2, 0, 0, 0][..], &column(0), &column(1)].concat();
+        let z_of_single = [&[1, 0, 0, 0, 1, 0, 0, 0][..], &column(2)].concat();
+        let tokens = 3u64.to_le_bytes();
+        let tables: [Vec<(Vec<u8>, Vec<u8>)>; 5] = [
+            vec![
+                (b"identity".to_vec(), identity.as_bytes().to_vec()),
+                (b"note placeholders".to_vec(), NOTE.as_bytes().to_vec()),
+            ],
+            vec![
+                (first.clone(), [&tokens[..], &pair, &single].concat()),
+                (second.clone(), [&tokens[..], &pair].concat()),
+            ],
+            latents
+                .iter()
+                .zip([3u64, 17, 1])
+                .map(|(latent, id)| (latent.to_vec(), id.to_le_bytes().to_vec()))
+                .collect(),
+            vec![
+                (pair.clone(), [&[1, 0, 0, 0][..], &latents[..2].concat()].concat()),
+                (single.clone(), [&[1, 0, 0, 0][..], &latents[2]].concat()),
+            ],
+            vec![
+                ([&first[..], &pair].concat(), z_of_pair.clone()),
+                ([&second[..], &pair].concat(), z_of_pair),
+                ([&first[..], &single].concat(), z_of_single),
+            ],
+        ];
+        let seal = |(key, value): (Vec<u8>, Vec<u8>)| {
+            let sealed = sealed(&key, &value);
+            (key, sealed)
+        };
+        tables.into_iter().map(|table| table.into_iter().map(seal).collect()).collect()
+    }
+
+    fn sealed(key: &[u8], value: &[u8]) -> Vec<u8> {
+        let mut crc = flate2::Crc::new();
+        crc.update(key);
+        crc.update(value);
+        [&crc.sum().to_le_bytes(), value].concat()
+    }
+
+    fn definition(name: &str) -> TableDefinition<'_, &'static [u8], &'static [u8]> {
+        TableDefinition::new(name)
+    }
+
+    fn tables(path: &Path) -> Vec<Records> {
+        let file = Database::open(path).unwrap();
+        let transaction = file.begin_read().unwrap();
+        let records = |name| {
+            let table = transaction.open_table(definition(name)).unwrap();
+            let record = |pair: std::result::Result<_, redb::StorageError>| {
+                let (key, value): (redb::AccessGuard<&[u8]>, redb::AccessGuard<&[u8]>) =
+                    pair.unwrap();
+                (key.value().to_vec(), value.value().to_vec())
+            };
+            table.iter().unwrap().map(record).collect()
+        };
+        TABLES.map(records).into()
+    }
+
+    /// A file of tests/data/caches.
+    fn committed(name: &str, path: &Path) {
+        let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/caches").join(name);
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(&archive).unwrap();
+        flate2::read::GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn is_what_is_described_and_what_was_committed() {
+        let (_folder, path) = folder();
+        write(&path);
+        if std::env::var_os("BLOCKEM_WRITE_CACHE").is_some() {
+            let archive =
+                concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/caches/format-2.cache.gz");
+            let file = std::fs::File::create(archive).unwrap();
+            let mut encoder = flate2::write::GzEncoder::new(file, flate2::Compression::best());
+            encoder.write_all(&std::fs::read(&path).unwrap()).unwrap();
+            encoder.finish().unwrap();
+        }
+        let golden = path.with_extension("golden");
+        committed("format-2.cache.gz", &golden);
+        for file in [&path, &golden] {
+            for (name, (found, wanted)) in TABLES.iter().zip(tables(file).iter().zip(&expected())) {
+                assert_eq!(found, wanted, "{name} of {}", file.display());
+            }
+        }
+        let cache = open(&golden, Mode::Read).unwrap();
+        assert_eq!(cache.note("placeholders").unwrap().unwrap(), NOTE);
+        let key = cache.example_key(&TOKENS, None, &[]).unwrap();
+        let mut z = [[f32::NAN; 3]; 3];
+        let view = TensorMut::from_slice(z.as_flattened_mut(), &[3, 3]).unwrap();
+        cache.get(&plan(&[3, 17, 1]), &[key], &mut [view]).unwrap();
+        assert_eq!(z, Z);
+    }
+
+    #[test]
+    fn of_another_number_is_unsupported_and_stays() {
+        let (_folder, path) = folder();
+        committed("format-1.cache.gz", &path);
+        let before = std::fs::read(&path).unwrap();
+        for mode in [Mode::Read, Mode::Write, Mode::Create] {
+            let options = CacheOptions { mode, ..CacheOptions::default() };
+            let words = ["reference.cache", "format 1", "reads format 2", "make a new file"];
+            refused(Cache::open(&path, &options), Status::Unsupported, &words);
+        }
+        let after = std::fs::read(&path).unwrap();
+        assert_eq!(tables_of(before), tables_of(after), "it was changed");
+    }
+
+    fn tables_of(bytes: Vec<u8>) -> Vec<Records> {
+        let (_folder, path) = folder();
+        std::fs::write(&path, bytes).unwrap();
+        tables(&path)
+    }
+
+    /// Changes every record of a table, and seals it.
+    fn change(path: &Path, table: &str, change: impl Fn(&mut Vec<u8>)) {
+        let records = tables(path).swap_remove(TABLES.iter().position(|t| *t == table).unwrap());
+        let file = Database::open(path).unwrap();
+        let transaction = file.begin_write().unwrap();
+        for (key, value) in records {
+            let mut payload = value[4..].to_vec();
+            change(&mut payload);
+            let mut table = transaction.open_table(definition(table)).unwrap();
+            table.insert(&key[..], &sealed(&key, &payload)[..]).unwrap();
+        }
+        transaction.commit().unwrap();
+    }
+
+    #[test]
+    fn of_later_records_is_refused_by_name_and_never_misread() {
+        let (_folder, path) = folder();
+        type Change = fn(&mut Vec<u8>);
+        let cases: [(&str, Change, Status, &str); 12] = [
+            ("groups", |r| r[0] = 2, Status::Unsupported, "hidden states"),
+            ("groups", |r| r[0] = 3, Status::Unsupported, "keys and values of a prefix"),
+            ("groups", |r| r[0] = 9, Status::Unsupported, "kind 9"),
+            ("groups", |r| r[2] = 1, Status::Unsupported, "later version"),
+            ("groups", |r| r.truncate(3), Status::Format, "no kind"),
+            ("groups", |r| r.truncate(4 + 33), Status::Format, "cut short"),
+            ("values", |r| r[0] = 2, Status::Unsupported, "hidden states"),
+            ("values", |r| r[1] = 2, Status::Unsupported, "bfloat16"),
+            ("values", |r| r[3] = 1, Status::Unsupported, "later version"),
+            ("values", |r| r[4] = 7, Status::Format, "width"),
+            ("values", |r| r.truncate(7), Status::Format, "no header"),
+            ("examples", |r| r.truncate(9), Status::Format, "half a group"),
+        ];
+        for (table, how, status, word) in cases {
+            write(&path);
+            change(&path, table, how);
+            let cache = open(&path, Mode::Write).unwrap();
+            let keys = [
+                cache.example_key(&TOKENS, None, &[]).unwrap(),
+                cache.example_key(&TOKENS, Some(&POSITIONS), IMAGE).unwrap(),
+            ];
+            let plan = plan(&[3, 17]);
+            for key in keys {
+                let mut z = [7.0f32; 6];
+                let view = TensorMut::from_slice(&mut z, &[3, 2]).unwrap();
+                refused(cache.get(&plan, &[key], &mut [view]), status, &[word]);
+                assert_eq!(z, [7.0; 6], "{table} with {word}: written to in spite of the error");
+            }
+            drop(cache);
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn without_an_identity_that_is_whole_is_refused() {
+        let (_folder, path) = folder();
+        for (text, status, word) in [
+            ("{", Status::Format, "not JSON"),
+            ("[]", Status::Unsupported, "format null"),
+            (r#"{"format": 3}"#, Status::Unsupported, "format 3"),
+            (r#"{"format": 2}"#, Status::Format, "lacks"),
+            (
+                r#"{"format": 2, "base_model": "b", "site": "the moon", "layer": 1,
+                    "dtype": "float32", "numerics": "reference-1"}"#,
+                Status::Unsupported,
+                "the moon",
+            ),
+        ] {
+            write(&path);
+            change(&path, "meta", |record| *record = text.as_bytes().to_vec());
+            refused(open(&path, Mode::Read), status, &["reference.cache", word]);
+            std::fs::remove_file(&path).unwrap();
         }
     }
 }

@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result, Status, bail};
 use crate::plan::Plan;
+use crate::sae::Site;
 use crate::tensor::{DType, Device, Tensor, TensorMut};
 use record::{Header, Kind, joined, seal, unseal};
 use store::{COLUMNS, EXAMPLES, GROUPS, META, Store, VALUES};
@@ -64,7 +65,10 @@ pub struct CacheOptions<'a> {
     pub mode: Mode,
     /// Names the weights of the base model: a name and revision, or better a digest.
     pub base_model: Option<&'a str>,
-    /// 0-based decoder block whose output is encoded; absent means the plan's.
+    /// Where hidden is read; Unknown means where the plan's SAE reads.
+    pub site: Site,
+    /// 0-based decoder block in which the site lies; absent means the plan's. Of a plan whose SAE says
+    /// nothing, the block whose output is encoded.
     pub layer: Option<i64>,
     /// Of hidden.
     pub dtype: Option<DType>,
@@ -76,7 +80,9 @@ pub struct CacheOptions<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     pub base_model: String,
-    pub layer: i64,
+    pub site: Site,
+    /// None of a site that is of no block.
+    pub layer: Option<i64>,
     pub dtype: DType,
     /// [`Plan::numerics`]
     pub numerics: String,
@@ -102,7 +108,7 @@ impl Cache {
         let path = path.as_ref();
         let expected = Expected::new(options)?;
         if options.mode == Mode::Create && !store::exists(path)? {
-            let identity = expected.identity()?;
+            let identity = expected.identity(options.plan)?;
             store::create(path, &identity.to_json())?;
         }
         let cache = Cache::of(Store::open(path, options.mode != Mode::Read)?)?;
@@ -436,8 +442,12 @@ impl Cache {
             Expected { base_model: Some(name), .. } if *name != found.base_model => {
                 self.stale("base model", &found.base_model, name)
             }
-            Expected { layer: Some(layer), .. } if *layer != found.layer => {
-                self.stale("layer", found.layer, layer)
+            Expected { site: Some(site), .. } if *site != found.site => {
+                self.stale("site", found.site.name(), site.name())
+            }
+            Expected { layer: Some(layer), .. } if Some(*layer) != found.layer => {
+                let found = found.layer.map_or("none".into(), |layer| layer.to_string());
+                self.stale("layer", found, layer)
             }
             Expected { dtype: Some(dtype), .. } if *dtype != found.dtype => {
                 self.stale("dtype of hidden", found.dtype.name(), dtype.name())
@@ -461,6 +471,7 @@ impl Cache {
 
     fn check_plan(&self, plan: &Plan) -> Result<()> {
         self.check(&Expected {
+            site: Some(plan.site()).filter(|site| *site != Site::Unknown),
             layer: plan.layer(),
             numerics: Some(plan.numerics()),
             ..Expected::default()
@@ -509,6 +520,7 @@ impl Identity {
         let text = json!({
             "format": FORMAT,
             "base_model": self.base_model,
+            "site": self.site.name(),
             "layer": self.layer,
             "dtype": self.dtype.name(),
             "numerics": self.numerics,
@@ -529,21 +541,37 @@ impl Identity {
         }
         let text = |key: &str| value[key].as_str().map(str::to_owned);
         let dtype = HIDDEN_DTYPES.into_iter().find(|d| value["dtype"] == d.name());
-        match (text("base_model"), value["layer"].as_i64(), dtype, text("numerics")) {
-            (Some(base_model), Some(layer), Some(dtype), Some(numerics)) => {
-                Ok(Identity { base_model, layer, dtype, numerics })
+        let site = match text("site") {
+            Some(name) => match Site::from_name(&name) {
+                Some(site) => Some(site),
+                None => bail!(
+                    Unsupported,
+                    "it holds z of the site '{name}', which this version does not know; use the \
+                     version that filled it"
+                ),
+            },
+            None => None,
+        };
+        let layer = match &value["layer"] {
+            Value::Null => Some(None),
+            layer => layer.as_i64().map(Some),
+        };
+        match (text("base_model"), site, layer, dtype, text("numerics")) {
+            (Some(base_model), Some(site), Some(layer), Some(dtype), Some(numerics)) => {
+                Ok(Identity { base_model, site, layer, dtype, numerics })
             }
-            _ => bail!(Format, "its identity lacks base_model, layer, dtype or numerics"),
+            _ => bail!(Format, "its identity lacks base_model, site, layer, dtype or numerics"),
         }
     }
 
     fn digest(&self) -> Key {
         let mut hash = Sha256::new();
-        for text in ["blockem cache 2", &self.base_model, self.dtype.name(), &self.numerics] {
+        let (site, dtype) = (self.site.name(), self.dtype.name());
+        for text in ["blockem cache 2", &self.base_model, site, dtype, &self.numerics] {
             hash.update((text.len() as u64).to_le_bytes());
             hash.update(text);
         }
-        hash.update(self.layer.to_le_bytes());
+        hash.update(self.layer.unwrap_or(-1).to_le_bytes());
         hash.finalize().into()
     }
 }
@@ -554,6 +582,8 @@ const HIDDEN_DTYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F
 #[derive(Default)]
 struct Expected {
     base_model: Option<String>,
+    /// Never Unknown.
+    site: Option<Site>,
     layer: Option<i64>,
     dtype: Option<DType>,
     numerics: Option<String>,
@@ -581,28 +611,68 @@ impl Expected {
         {
             bail!(Dtype, "hidden cannot be {}", dtype.name());
         }
-        let of_plan = options.plan.and_then(Plan::layer);
-        if let (Some(layer), Some(of_plan)) = (options.layer, of_plan)
+        let known = |site: Site| (site != Site::Unknown).then_some(site);
+        let (site, site_of_plan) =
+            (known(options.site), options.plan.and_then(|p| known(p.site())));
+        if let (Some(site), Some(of_plan)) = (site, site_of_plan)
+            && site != of_plan
+        {
+            bail!(
+                InvalidArgument,
+                "site is {}, and the plan's SAE reads {}",
+                site.name(),
+                of_plan.name()
+            );
+        }
+        if site == Some(Site::BlockInput) {
+            bail!(
+                InvalidArgument,
+                "site is block_input: give block_output of the block before, or embedding"
+            );
+        }
+        let layer_of_plan = options.plan.and_then(Plan::layer);
+        if let (Some(layer), Some(of_plan)) = (options.layer, layer_of_plan)
             && layer != of_plan
         {
             bail!(InvalidArgument, "layer is {layer}, and the plan's SAE reads layer {of_plan}");
         }
         Ok(Expected {
             base_model: options.base_model.map(str::to_owned),
-            layer: options.layer.or(of_plan),
+            site: site.or(site_of_plan),
+            layer: options.layer.or(layer_of_plan),
             dtype: options.dtype,
             numerics: options.plan.map(Plan::numerics),
         })
     }
 
     /// Of a file that is to be made.
-    fn identity(&self) -> Result<Identity> {
+    fn identity(&self, plan: Option<&Plan>) -> Result<Identity> {
         let absent = |what: &str| {
             Error::new(Status::InvalidArgument, format!("a new cache needs {what}: state it"))
         };
+        let site = match (self.site, plan.and_then(Plan::hook)) {
+            (Some(site), _) => site,
+            // A number alone means what leaves the block.
+            (None, None) => Site::BlockOutput,
+            (None, Some(hook)) => bail!(
+                InvalidArgument,
+                "the SAE's hook '{hook}' is not known: state the site that it reads"
+            ),
+        };
+        let layer = match (site, self.layer) {
+            (Site::Embedding, Some(layer)) => {
+                bail!(InvalidArgument, "layer is {layer}, but an embedding is of no block")
+            }
+            (Site::Embedding, None) => None,
+            // Modules outside of the blocks.
+            (Site::ModuleOutput | Site::NormOutput | Site::LinearInput, layer) => layer,
+            (_, None) => return Err(absent("layer, which the plan's SAE does not say")),
+            (_, layer) => layer,
+        };
         Ok(Identity {
             base_model: self.base_model.clone().ok_or_else(|| absent("base_model"))?,
-            layer: self.layer.ok_or_else(|| absent("layer, which the plan's SAE does not say"))?,
+            site,
+            layer,
             dtype: self.dtype.ok_or_else(|| absent("the dtype of hidden"))?,
             numerics: self.numerics.clone().ok_or_else(|| absent("plan"))?,
         })

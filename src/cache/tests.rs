@@ -61,6 +61,7 @@ fn options(mode: Mode, plan: &Plan) -> CacheOptions<'_> {
         layer: Some(0),
         dtype: Some(DType::F32),
         plan: Some(plan),
+        ..CacheOptions::default()
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::cache::{Cache, CacheOptions, Key, Mode};
 use crate::error::{Result, bail};
+use crate::sae::Site;
 use crate::tensor::DType;
 
 /// Opens a file that is there. Any number of processes at once, while none writes.
@@ -37,7 +38,8 @@ pub struct blockem_cache_options {
     pub mode: i32,
     /// BLOCKEM_DTYPE_... of the hidden states that are encoded; -1 (by _INIT) expects nothing.
     pub hidden_dtype: i32,
-    /// 0-based decoder block in which the SAE's site lies; -1 (by _INIT) takes the plan's.
+    /// 0-based decoder block in which the site lies; -1 (by _INIT) takes the plan's. Of a plan whose
+    /// SAE says nothing, the block whose output is encoded.
     pub layer: i64,
     /// Names the base model's weights in 1 to 255 bytes of UTF-8, by name and revision or better by
     /// a digest; NULL expects nothing.
@@ -45,8 +47,12 @@ pub struct blockem_cache_options {
     /// Gives the numerics; with READ a cache that has z only of other latents is stale, too. NULL
     /// expects nothing.
     pub plan: *const blockem_plan,
+    /// BLOCKEM_SITE_... where hidden states are read; 0 takes the plan's.
+    pub site: i32,
+    /// Zero.
+    pub reserved: i32,
 }
-versioned!(blockem_cache_options, first_size = 40, last = plan: *const blockem_plan);
+versioned!(blockem_cache_options, first_size = 40, last = reserved: i32);
 
 /// What a cache is. Filled by blockem_cache_info_get.
 #[repr(C)]
@@ -58,12 +64,12 @@ pub struct blockem_cache_info {
     pub num_examples: i64,
     /// Latents of which any z is stored.
     pub num_columns: i64,
-    /// 0-based decoder block in which the SAE's site lies.
+    /// 0-based decoder block in which the site lies; -1 for the embedding.
     pub layer: i64,
     /// BLOCKEM_DTYPE_... of the hidden states that were encoded.
     pub hidden_dtype: i32,
-    /// Zero.
-    pub reserved: i32,
+    /// BLOCKEM_SITE_... where hidden states were read.
+    pub site: i32,
     /// The name that the base model's weights were given.
     pub base_model: [c_char; 256],
     /// blockem_plan_info.numerics of the plans that encoded.
@@ -72,7 +78,7 @@ pub struct blockem_cache_info {
 versioned!(blockem_cache_info, first_size = 360, last = numerics: [c_char; 64]);
 
 /// Opens a reference cache.
-/// The file belongs to one base model, layer, dtype of hidden and numerics. It survives a process
+/// The file belongs to one base model, site, dtype of hidden and numerics. It survives a process
 /// that is killed at any moment: what a call stored before it returned is there, and the next writer
 /// goes on. A reader that finds such a file may have to repair it, for which it needs to be able to
 /// write it.
@@ -115,9 +121,9 @@ pub unsafe extern "C" fn blockem_cache_info_get(
             struct_size: size_of::<blockem_cache_info>(),
             num_examples: counts.examples as i64,
             num_columns: counts.columns as i64,
-            layer: identity.layer,
+            layer: identity.layer.unwrap_or(-1),
             hidden_dtype: identity.dtype as i32,
-            reserved: 0,
+            site: identity.site as i32,
             base_model: fixed_text(&identity.base_model),
             numerics: fixed_text(&identity.numerics),
         };
@@ -376,12 +382,19 @@ unsafe fn cache_options<'a>(options: &blockem_cache_options) -> Result<CacheOpti
         (_, Some(dtype)) => Some(dtype),
         (code, None) => bail!(Dtype, "options.hidden_dtype is the unknown dtype {code}"),
     };
+    let Some(site) = Site::ALL.into_iter().find(|site| *site as i32 == options.site) else {
+        bail!(InvalidArgument, "options.site is {}, which is no BLOCKEM_SITE_...", options.site);
+    };
+    if options.reserved != 0 {
+        bail!(InvalidArgument, "options.reserved is not zero");
+    }
     // SAFETY: the caller's promise.
     let (base_model, plan) =
         unsafe { (read_text("options.base_model", options.base_model)?, options.plan.as_ref()) };
     Ok(CacheOptions {
         mode,
         base_model,
+        site,
         layer: (options.layer != -1).then_some(options.layer),
         dtype,
         plan: plan.map(|plan| &*plan.0),

@@ -432,6 +432,10 @@ static void cache_statuses(void) {
   CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_DTYPE);
   options.hidden_dtype = BLOCKEM_DTYPE_F16;
   options.plan = plan;
+  options.site = 99;
+  CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("BLOCKEM_SITE_"));
+  options.site = BLOCKEM_SITE_UNKNOWN;
   CHECK_OK(blockem_cache_open(path, &options, &cache));
   CHECK_STATUS(blockem_cache_open(path, &options, &refused), BLOCKEM_STATUS_CACHE_BUSY);
 

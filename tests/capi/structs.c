@@ -170,7 +170,7 @@ static void inputs(const char *folder) {
   cache_options.now.base_model = "base";
   cache_options.now.hidden_dtype = BLOCKEM_DTYPE_BF16;
   cache_options.now.plan = plan;
-  CHECK_INPUT(blockem_cache_options, 0, cache_options,
+  CHECK_INPUT(blockem_cache_options, 40, cache_options,
               blockem_cache_open(cache_path, &cache_options.now, &cache),
               blockem_cache_free(cache));
   CHECK_OK(blockem_cache_open(cache_path, &cache_options.now, &cache));
@@ -297,6 +297,7 @@ static void outputs(const char *folder) {
   CHECK_OUTPUT(blockem_cache_info, 0, cache_info, blockem_cache_info_get(cache, &cache_info.now));
   CHECK(cache_info.now.num_examples == 0 && cache_info.now.num_columns == 0);
   CHECK(cache_info.now.layer == 3 && cache_info.now.hidden_dtype == BLOCKEM_DTYPE_BF16);
+  CHECK(cache_info.now.site == BLOCKEM_SITE_BLOCK_OUTPUT);
   CHECK(strcmp(cache_info.now.base_model, "base") == 0);
   CHECK(strcmp(cache_info.now.numerics, plan_info.now.numerics) == 0);
   blockem_cache_free(cache);

@@ -33,8 +33,8 @@ class Cache:
     An example is known by all that the base model sees of it: token ids, positions, and the rest of
     its batch, such as images, audio and token types (:meth:`reference` has the rules). What no key
     covers is refused. Each latent is a column of its own: plans that share latents share columns, and
-    a larger set adds only what is new. The file belongs to one base model, layer, dtype of hidden and
-    numerics; another one is CACHE_STALE.
+    a larger set adds only what is new. The file belongs to one base model, site (with its layer), dtype
+    of hidden and numerics; another one is CACHE_STALE.
 
     What was stored survives a process that is killed at any moment. One process writes, or any
     number read (CACHE_BUSY otherwise). Threads may share a Cache; processes each open their own,
@@ -44,7 +44,9 @@ class Cache:
     base_model: names the weights in 1 to 255 bytes, by name and revision or by
         :func:`blockem.base_model_digest`. None, when reading or writing an existing file, compares
         nothing.
-    layer: 0-based decoder block; None takes the plan's.
+    site: where hidden states are read, in the words of :class:`Sae`'s ``site``; None takes the plan's.
+    layer: 0-based decoder block in which the site lies; None takes the plan's. Of an SAE that says
+        nothing, the block whose output is encoded.
     dtype: of the hidden states that are encoded ("float32", "float16", "bfloat16"); None, for an
         existing file, compares nothing.
     mode: "read", "write" (the file is there) or "create" (it is made if it is not).
@@ -52,7 +54,8 @@ class Cache:
     context: names of other inputs of the model, and of whom their rows are: "row" ([B, ...]), "token"
         ([B, T, ...]), or "batch" (all of it belongs to every example of the batch).
 
-    Attributes: ``plan``, ``base_model``, ``layer``, ``dtype``, ``numerics``, ``ignore``, ``context``.
+    Attributes: ``plan``, ``base_model``, ``site``, ``layer`` (None for "embedding"), ``dtype``,
+    ``numerics``, ``ignore``, ``context``.
 
     Raises Error: CACHE_STALE, CACHE_BUSY, IO (also OSError), FORMAT, INVALID_ARGUMENT, DTYPE,
     UNSUPPORTED.
@@ -64,6 +67,7 @@ class Cache:
         plan: Plan,
         *,
         base_model: str | None = None,
+        site: str | None = None,
         layer: int | None = None,
         dtype: object = None,
         mode: str = "read",
@@ -85,6 +89,7 @@ class Cache:
             layer=-1 if layer is None else layer,
             base_model=None if base_model is None else base_model.encode(),
             plan=plan._handle.pointer,
+            site=0 if site is None else _code("site", site, _ffi.SITES),
         )
         if base_model is not None and "\0" in base_model:
             fail(_ffi.STATUS_INVALID_ARGUMENT, "base_model holds a NUL character")
@@ -102,7 +107,8 @@ class Cache:
             self.close()
             raise
         self.base_model: str = info.base_model.decode()
-        self.layer: int = info.layer
+        self.site: str = _name(info.site, _ffi.SITES)
+        self.layer: int | None = None if info.layer == -1 else info.layer
         self.dtype: str = _name(info.hidden_dtype, _ffi.DTYPES)
         self.numerics: str = info.numerics.decode()
 
@@ -253,7 +259,7 @@ class Cache:
             be given where the model has several.
 
         Raises Error: CACHE_STALE (hidden has another dtype, or the file was filled from a model with
-        other placeholder tokens), NON_FINITE, INVALID_ARGUMENT (also: a batch has an item that no key
+        other placeholder tokens or base_adapters), NON_FINITE, INVALID_ARGUMENT (also: a batch has an item that no key
         covers; a PeftModel without its adapters is not its base, as with PiSSA), SHAPE, UNSUPPORTED (a
         model with an encoder), IO.
         """
@@ -265,7 +271,7 @@ class Cache:
         )  # fmt: skip
 
     def use(self, plan: Plan) -> None:
-        """From now on the latents are those of another plan, of the same layer and numerics. What is
+        """From now on the latents are those of another plan, of the same site and numerics. What is
         stored of them is found; the file does not change.
 
         Raises Error: CACHE_STALE, FORKED.
@@ -343,7 +349,8 @@ class Cache:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self)} examples"
-        return f"Cache({self.path!r}, {state}, {self.base_model!r}, layer={self.layer}, {self.dtype})"
+        place = self.site if self.layer is None else f"{self.site} of layer {self.layer}"
+        return f"Cache({self.path!r}, {state}, {self.base_model!r}, {place}, {self.dtype})"
 
     def __reduce__(self) -> Any:
         raise TypeError("a Cache cannot be pickled: open it in each process")

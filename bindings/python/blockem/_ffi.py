@@ -260,6 +260,8 @@ class CacheOptions(Sized):
         ("layer", c_int64),
         ("base_model", c_char_p),
         ("plan", c_void_p),
+        ("site", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -270,7 +272,7 @@ class CacheInfo(Sized):
         ("num_columns", c_int64),
         ("layer", c_int64),
         ("hidden_dtype", c_int32),
-        ("reserved", c_int32),
+        ("site", c_int32),
         ("base_model", c_char * 256),
         ("numerics", c_char * 64),
     ]

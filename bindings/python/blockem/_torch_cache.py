@@ -78,6 +78,7 @@ def fill(
         kept = expect_base(peft_of(model), base_adapters)
         expect_own_layers(peft_of(model), stack.indices)
     _keep_placeholders(cache, base)
+    _keep_adapters(cache, base, kept)
     with as_base(model, kept), torch.no_grad():
         for batch in _shown(batches, progress):
             found = _examples(cache, batch, packed)
@@ -127,8 +128,8 @@ def extend(
 
 def _writer(cache: Cache, plan: Plan) -> Cache:
     return Cache(
-        cache.path, plan, base_model=cache.base_model, layer=cache.layer, dtype=cache.dtype,
-        mode="write", ignore=cache.ignore, context=cache.context,
+        cache.path, plan, base_model=cache.base_model, site=cache.site, layer=cache.layer,
+        dtype=cache.dtype, mode="write", ignore=cache.ignore, context=cache.context,
     )  # fmt: skip
 
 
@@ -173,27 +174,50 @@ def _extend_together(
     return stored
 
 
-def base_model_digest(model: nn.Module) -> str:
+def base_model_digest(model: nn.Module, *, base_adapters: Sequence[str] = ()) -> str:
     """sha256 of a model's parameters and persistent buffers, their names, dtypes and shapes, for
     ``Cache(base_model=...)``. Adapters of peft do not count: a PeftModel has its base's digest.
+
+    base_adapters: names of those that count, as they belong to the base (:meth:`Cache.fill`).
 
     Reads every weight once: seconds for each 10 GB.
 
     Raises Error INVALID_ARGUMENT for weights that are not loaded (on the meta device).
     """
-    adapters = _adapter_prefixes(base_of(model))
-    digest = hashlib.sha256(b"blockem base model 1")
-    tensors = {
-        _base_name(name): tensor
-        for name, tensor in base_of(model).state_dict().items()
-        if isinstance(tensor, torch.Tensor) and not name.startswith(adapters)
-    }
+    of_base, of_adapters = _weights(base_of(model), base_adapters)
+    return _digest(b"blockem base model 1", of_base | of_adapters)
+
+
+def _digest(head: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(head)
     for name, tensor in sorted(tensors.items()):
         if tensor.device.type == "meta":
             fail(_ffi.STATUS_INVALID_ARGUMENT, f"{name} is not loaded: it is on the meta device")
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _weights(
+    base: nn.Module, base_adapters: Iterable[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Those of the model without adapters by the names that they have there, and of these adapters."""
+    prefixes, of_base, of_adapters = _adapter_prefixes(base), {}, {}
+    for name, tensor in base.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is None:
+            of_base[_base_name(name)] = tensor
+        elif name.removeprefix(prefix).split(".")[0] in base_adapters:
+            of_adapters[name] = tensor
+    return of_base, of_adapters
+
+
+def _keep_adapters(cache: Cache, base: nn.Module, kept: Iterable[str]) -> None:
+    """One file is of one base, whatever its user calls it."""
+    digest = _digest(b"blockem base adapters 2", _weights(base, kept)[1]) if kept else "none"
+    cache.put_note("base_adapters", digest)
 
 
 def _examples(cache: Cache, batch: Mapping[str, Any], packed: bool) -> list[Example]:

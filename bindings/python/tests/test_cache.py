@@ -28,12 +28,14 @@ def raises(name: str, text: str) -> Iterator[None]:
     assert info.value.name == name
 
 
-def make_plan(ids: list[int], seed: int = 0, **options: object) -> blockem.Plan:
+def make_plan(
+    ids: list[int], seed: int = 0, hook: str = f"blocks.{LAYER}.hook_resid_post", **options: object
+) -> blockem.Plan:
     rng = torch.Generator().manual_seed(seed)
     sae = blockem.Sae.from_tensors(
         encoder_weight=torch.randn(64, D, generator=rng),
         encoder_bias=torch.randn(64, generator=rng),
-        hook_name=f"blocks.{LAYER}.hook_resid_post",
+        hook_name=hook,
     )
     return blockem.Plan(sae, blockem.Latents(ids, [1] * len(ids)), **options)
 
@@ -173,6 +175,29 @@ def test_fill_has_the_bits_of_a_whole_forward_pass(tmp_path: Path, plan: blockem
     other = {name: torch.cat([x[[2, 0]], torch.zeros(2, 3, dtype=x.dtype)], 1) for name, x in batch.items()}
     again = cache.reference(other)
     assert torch.equal(again[0, :7], reference[2, :7]) and torch.equal(again[1, :9], reference[0])
+
+
+def test_a_cache_has_the_site_that_the_sae_reads(tmp_path: Path, plan: blockem.Plan) -> None:
+    sites = {
+        "mlp_output": ("blocks.1.hook_mlp_out", 1),
+        "attention_z": ("blocks.1.attn.hook_z", 1),
+        "embedding": ("blocks.0.hook_resid_pre", None),
+    }
+    for site, (hook, layer) in sites.items():
+        folder = tmp_path / site
+        folder.mkdir()
+        reads = make_plan([3, 17, 40], hook=hook)
+        with open_cache(folder, reads) as cache:
+            assert (cache.site, cache.layer) == (site, layer) and site in repr(cache)
+            with raises("CACHE_STALE", f"site '{site}', expected 'block_output'"):
+                cache.use(plan)
+        with raises("CACHE_STALE", f"site '{site}', expected 'block_output'"):
+            open_cache(folder, plan, "read")
+        with raises("INVALID_ARGUMENT", f"site is mlp_input, and the plan's SAE reads {site}"):
+            open_cache(folder, reads, "read", site="mlp_input")
+        assert open_cache(folder, reads, "read", site=site).site == site
+    with raises("INVALID_ARGUMENT", "site is 'the moon'"):
+        open_cache(tmp_path, plan, site="the moon")
 
 
 def test_fill_goes_on_where_it_was(tmp_path: Path, plan: blockem.Plan) -> None:

@@ -483,6 +483,38 @@ def test_a_file_keeps_one_models_placeholders(tmp_path: Path) -> None:
             cache.fill(model, [gemma_batch([1])], progress=False)
 
 
+def test_a_file_is_filled_from_one_set_of_base_adapters(tmp_path: Path) -> None:
+    """Two adapters, one of which belongs to the base and stays on."""
+    from peft import LoraConfig, get_peft_model
+
+    batch = padded([6, 4])
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = get_peft_model(llama(), config, adapter_name="sft")
+    model.add_adapter("new", config)
+    model.set_adapter("new")
+    digests = [blockem.base_model_digest(model, base_adapters=names) for names in ([], ["sft"])]
+    with open_cache(tmp_path, PLAN) as cache:
+        cache.fill(model, [batch], progress=False, base_adapters=["sft"])
+        z = cache.reference(batch)
+        with raises("CACHE_STALE", "base_adapters"):
+            cache.fill(model, [batch], progress=False, base_adapters=[])
+        cache.fill(model, [batch], progress=False, base_adapters=["sft"])
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["sft"].weight.add_(1e-3)
+    with open_cache(tmp_path, PLAN, "write") as cache, raises("CACHE_STALE", "base_adapters"):
+        cache.fill(model, [batch], progress=False, base_adapters=["sft"])
+    # What belongs to the base has another digest: by it, other files are told.
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["sft"].weight.sub_(1e-3)
+    assert digests[0] == blockem.base_model_digest(llama()) != digests[1]
+    model.set_adapter("sft")
+    merged = model.merge_and_unload(adapter_names=["sft"])
+    expected = true_z(merged, batch)
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(z[kept], expected[kept], rtol=1e-5, atol=1e-5)
+
+
 def test_a_cache_of_the_first_format_says_what_to_do(tmp_path: Path) -> None:
     import gzip
 
