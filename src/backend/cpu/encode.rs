@@ -254,12 +254,15 @@ impl<S: Source> Work for Convert<'_, S> {
             // SAFETY: the caller's promise: `inputs` elements from `at` on, CHUNK lines per row.
             unsafe {
                 let (row, line) = (row.add(chunk.at), lines.add(m * CONVERTED));
-                for s in 0..chunk.inputs / LANES {
+                let (whole, rest) = (chunk.inputs / LANES, chunk.inputs % LANES);
+                for s in 0..whole {
                     let h = S::E::load::<<S::P as Product>::L>(row.add(s * LANES * S::BYTES));
                     <S::P as Product>::L::store(line.add(s).cast(), h);
                 }
-                for i in chunk.inputs / LANES * LANES..chunk.inputs {
-                    *line.cast::<f32>().add(i) = S::E::widen(row.add(i * S::BYTES));
+                if rest > 0 {
+                    let row = row.add(whole * LANES * S::BYTES);
+                    let h = S::E::load_part::<<S::P as Product>::L>(row, rest);
+                    <S::P as Product>::L::store(line.add(whole).cast(), h);
                 }
             }
         }

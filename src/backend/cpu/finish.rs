@@ -121,7 +121,9 @@ impl Work for Normalize<'_> {
 
     #[inline(always)]
     unsafe fn run(self) {
-        self.row.iter_mut().for_each(|dot| *dot *= self.scale);
+        for dot in self.row {
+            *dot *= self.scale;
+        }
     }
 }
 

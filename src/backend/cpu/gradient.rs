@@ -73,18 +73,15 @@ impl Normed {
         }
     }
 
-    /// The same of fewer inputs.
+    /// The same of fewer inputs; what follows them is not written.
     #[inline(always)]
     unsafe fn part<L: Lanes>(&self, start: usize, inputs: usize) -> L::V {
-        let mut line = Line([0.0; LANES]);
         // SAFETY: the caller's promise: so many inputs lie within the row.
         unsafe {
-            for (i, x) in line.0.iter_mut().enumerate().take(inputs) {
-                *x = with_element!(self.dtype, H => {
-                    H::widen(self.hidden.add((start + i) * H::BYTES))
-                }) - self.mean;
-            }
-            L::load((&raw const line).cast())
+            let hidden = with_element!(self.dtype, H => {
+                H::load_part::<L>(self.hidden.add(start * H::BYTES), inputs)
+            });
+            L::add(hidden, L::splat(-self.mean))
         }
     }
 }

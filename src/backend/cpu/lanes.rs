@@ -117,6 +117,10 @@ macro_rules! with_lanes {
 pub(super) use with_lanes;
 
 /// A piece of work that is compiled once per instruction set.
+///
+/// Its code must be inlined throughout: what the compiler leaves as a function of its own has the
+/// baseline's instructions, and each intrinsic in it becomes a call. So lanes are handled in
+/// `#[inline(always)]` functions and loops, not in closures. bindings/python/tests/test_hot_loops.py reads the machine code.
 pub(super) trait Work {
     type Out;
 
@@ -183,8 +187,18 @@ pub(super) trait Element: Copy {
     unsafe fn load<L: Lanes>(p: *const u8) -> L::V;
     unsafe fn store<L: Lanes>(p: *mut u8, v: L::V);
     unsafe fn stream<L: Lanes>(p: *mut u8, v: L::V);
-    /// One element.
-    unsafe fn widen(p: *const u8) -> f32;
+
+    /// The first `n` < 16 of a register; zeros follow.
+    #[inline(always)]
+    unsafe fn load_part<L: Lanes>(p: *const u8, n: usize) -> L::V {
+        let mut line = Line([0.0; LANES]);
+        let line = (&raw mut line).cast::<u8>();
+        // SAFETY: the caller's promise: n elements, which are no wider than the line's.
+        unsafe {
+            p.copy_to_nonoverlapping(line, n * Self::BYTES);
+            Self::load::<L>(line)
+        }
+    }
 }
 
 macro_rules! element {
@@ -211,12 +225,6 @@ macro_rules! element {
             unsafe fn stream<L: Lanes>(p: *mut u8, v: L::V) {
                 // SAFETY: the caller's promise to `Lanes`.
                 unsafe { L::$stream(p.cast(), v) }
-            }
-
-            #[inline(always)]
-            unsafe fn widen(p: *const u8) -> f32 {
-                // SAFETY: the caller's promise: an aligned element.
-                unsafe { (*p.cast::<$t>()).into() }
             }
         }
     };
@@ -389,15 +397,8 @@ mod x86 {
                 bits
             }
             fn load(p: *const f32) -> Self::V { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
-            fn load_bf16(p: *const u16) -> Self::V {
-                [0, 8].map(|i| {
-                    let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(i).cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
-                })
-            }
-            fn load_f16(p: *const u16) -> Self::V {
-                [0, 8].map(|i| _mm256_cvtph_ps(_mm_loadu_si128(p.add(i).cast())))
-            }
+            fn load_bf16(p: *const u16) -> Self::V { [f32_from_bf16(p), f32_from_bf16(p.add(8))] }
+            fn load_f16(p: *const u16) -> Self::V { [f32_from_f16(p), f32_from_f16(p.add(8))] }
             fn store(p: *mut f32, v: Self::V) {
                 _mm256_storeu_ps(p, v[0]);
                 _mm256_storeu_ps(p.add(8), v[1])
@@ -529,15 +530,22 @@ mod x86 {
         }
         /// The same on two registers.
         fn bf16_from_f32(v: [__m256; 2]) -> __m256i {
-            let half = v.map(|v| {
-                let bits = _mm256_castps_si256(v);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(up, quiet, nan))
-            });
-            _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(half[0], half[1]))
+            let (low, high) = (bf16_from_f32x8(v[0]), bf16_from_f32x8(v[1]));
+            _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high))
         }
+        /// In the low halves of eight words.
+        fn bf16_from_f32x8(v: __m256) -> __m256i {
+            let bits = _mm256_castps_si256(v);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            _mm256_srli_epi32::<16>(_mm256_blendv_epi8(up, quiet, nan))
+        }
+        fn f32_from_bf16(p: *const u16) -> __m256 {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        }
+        fn f32_from_f16(p: *const u16) -> __m256 { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::lanes::{Element, Isa, LANES, Lanes, Work, with_element, with_lanes};
+use super::lanes::{Element, Isa, LANES, Lanes, Line, Work, with_element, with_lanes};
 use crate::sae::TokenNorm;
 use crate::tensor::DType;
 
@@ -64,17 +64,17 @@ unsafe fn squares(isa: Isa, dtype: DType, hidden: *const u8, d_in: usize, mean: 
     // SAFETY: the caller's promise.
     unsafe {
         with_lanes!(isa, L => with_element!(dtype, E => {
-            L::enter(Squares::<E> { hidden, d_in, mean, element: PhantomData })
+            L::enter(Squares::<L, E> { hidden, d_in, mean, types: PhantomData })
         }))
     }
 }
 
 /// Σ h and Σ (h − mean)², in sixteen chains.
-struct Squares<E> {
+struct Squares<L, E> {
     hidden: *const u8,
     d_in: usize,
     mean: f64,
-    element: PhantomData<E>,
+    types: PhantomData<(L, E)>,
 }
 
 struct Sums {
@@ -82,27 +82,36 @@ struct Sums {
     squares: f64,
 }
 
-impl<E: Element> Work for Squares<E> {
+impl<L: Lanes, E: Element> Work for Squares<L, E> {
     type Out = Sums;
 
     #[inline(always)]
     unsafe fn run(self) -> Sums {
         let (mut sums, mut squares) = ([0.0; LANES], [0.0; LANES]);
-        let mut add = |lane: usize, i: usize| {
-            // SAFETY: the caller's promise: i < d_in.
-            let h = unsafe { E::widen(self.hidden.add(i * E::BYTES)) } as f64;
-            sums[lane] += h;
-            squares[lane] += (h - self.mean) * (h - self.mean);
-        };
-        let whole = self.d_in / LANES * LANES;
-        for start in (0..whole).step_by(LANES) {
-            for lane in 0..LANES {
-                add(lane, start + lane);
+        let mut line = Line([0.0; LANES]);
+        let (whole, rest) = (self.d_in / LANES, self.d_in % LANES);
+        // SAFETY: the caller's promise: d_in inputs.
+        unsafe {
+            for i in 0..whole {
+                L::store(line.0.as_mut_ptr(), E::load::<L>(self.hidden.add(i * LANES * E::BYTES)));
+                add(&line.0, self.mean, &mut sums, &mut squares);
+            }
+            if rest > 0 {
+                let end = E::load_part::<L>(self.hidden.add(whole * LANES * E::BYTES), rest);
+                L::store(line.0.as_mut_ptr(), end);
+                add(&line.0[..rest], self.mean, &mut sums, &mut squares);
             }
         }
-        for i in whole..self.d_in {
-            add(i - whole, i);
-        }
         Sums { sum: sums.iter().sum(), squares: squares.iter().sum() }
+    }
+}
+
+/// One input for each chain.
+#[inline(always)]
+fn add(line: &[f32], mean: f64, sums: &mut [f64; LANES], squares: &mut [f64; LANES]) {
+    for ((h, sum), square) in line.iter().zip(sums).zip(squares) {
+        let h = *h as f64;
+        *sum += h;
+        *square += (h - mean) * (h - mean);
     }
 }

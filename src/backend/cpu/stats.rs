@@ -377,7 +377,9 @@ impl Work for AddSums<'_, '_> {
         for t in (0..several).step_by(AT_ONCE) {
             sums.add([row(t), row(t + 1), row(t + 2), row(t + 3)], &shares[t..]);
         }
-        (several..z.len()).for_each(|t| sums.add([row(t)], &shares[t..]));
+        for t in several..z.len() {
+            sums.add([row(t)], &shares[t..]);
+        }
     }
 }
 
@@ -437,7 +439,9 @@ impl Work for AddMoves<'_, '_> {
         for t in (0..several).step_by(AT_ONCE) {
             moves.add([pair(t), pair(t + 1), pair(t + 2), pair(t + 3)], &shares[t..]);
         }
-        (several..z.len()).for_each(|t| moves.add([pair(t)], &shares[t..]));
+        for t in several..z.len() {
+            moves.add([pair(t)], &shares[t..]);
+        }
     }
 }
 

@@ -105,22 +105,29 @@ impl<L: Lanes, E: Element> Work for Push<L, E> {
         // direction.
         unsafe {
             let factor = L::splat(self.factor);
-            let push = |at: *mut u8, i: usize| {
-                let direction = L::load(self.direction.add(i).cast());
-                E::store::<L>(at, L::fma(factor, direction, E::load::<L>(at)));
-            };
             for i in 0..whole {
-                push(self.hidden.add(i * LANES * E::BYTES), i);
+                let at = self.hidden.add(i * LANES * E::BYTES);
+                push::<L, E>(at, factor, self.direction.add(i));
             }
             if rest > 0 {
                 let mut line = Line([0.0; LANES]);
                 let line = (&raw mut line).cast::<u8>();
                 let at = self.hidden.add(whole * LANES * E::BYTES);
                 at.copy_to_nonoverlapping(line, rest * E::BYTES);
-                push(line, whole);
+                push::<L, E>(line, factor, self.direction.add(whole));
                 line.copy_to_nonoverlapping(at, rest * E::BYTES);
             }
         }
+    }
+}
+
+/// Sixteen columns.
+#[inline(always)]
+unsafe fn push<L: Lanes, E: Element>(at: *mut u8, factor: L::V, direction: *const Line) {
+    // SAFETY: the caller's promise: sixteen elements at `at`, a line of the direction.
+    unsafe {
+        let direction = L::load(direction.cast());
+        E::store::<L>(at, L::fma(factor, direction, E::load::<L>(at)));
     }
 }
 

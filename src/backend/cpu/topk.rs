@@ -350,14 +350,17 @@ impl Work for Ranks<'_> {
             }
             Some(glu_bias) => {
                 for (i, (bias, glu_bias)) in self.bias.iter().zip(glu_bias).enumerate() {
-                    let [value, gate] = [2 * i, 2 * i + 1].map(|n| self.row[n] * self.scale);
+                    let (value, gate) = (self.row[2 * i], self.row[2 * i + 1]);
+                    let (value, gate) = (value * self.scale, gate * self.scale);
                     self.row[i] = Glu::of(value + bias, gate + glu_bias).pre();
                 }
                 &mut self.row[..self.bias.len()]
             }
         };
         if let Some(gain) = self.gain {
-            row.iter_mut().zip(gain).for_each(|(x, gain)| *x *= gain);
+            for (x, gain) in row.iter_mut().zip(gain) {
+                *x *= gain;
+            }
         }
         for x in row {
             let rank = if self.by_magnitude { x.abs() } else { *x };
@@ -381,8 +384,12 @@ impl Work for Keep<'_> {
     unsafe fn run(self) {
         let Keep { ranks, list, k, state } = self;
         for line in ranks.chunks(LANES) {
+            let mut any = false;
+            for rank in line {
+                any |= *rank > state.floor;
+            }
             // Soon hardly any line holds one.
-            if !line.iter().fold(false, |any, rank| any | (*rank > state.floor)) {
+            if !any {
                 continue;
             }
             for rank in line {
