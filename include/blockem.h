@@ -547,6 +547,23 @@
 #define BLOCKEM_CLOSING_EXCLUDE 1
 
 /**
+ * Closed, where their turn marker is what a start marker begins with; else open.
+ */
+#define BLOCKEM_OTHER_TURNS_AUTO 0
+
+/**
+ * Other roles' turns are closed by an end marker, as the assistant's: another turn that opens
+ * within one is MASK_UNALIGNED, because a message then holds a marker.
+ */
+#define BLOCKEM_OTHER_TURNS_CLOSED 1
+
+/**
+ * Other roles' turns end where the next turn begins, as in DeepSeek, GLM and Mistral: an end marker
+ * within one is MASK_UNALIGNED.
+ */
+#define BLOCKEM_OTHER_TURNS_OPEN 2
+
+/**
  * A token that lies partly in the assistant's text is marked: who writes the text writes it.
  */
 #define BLOCKEM_BORDER_INCLUDE 0
@@ -1564,9 +1581,10 @@ typedef struct blockem_token_norms_args {
 
 /**
  * Where the assistant's text is in a rendered conversation: in spans, which the caller knows from
- * rendering it, or between the markers of a chat template. Text is UTF-8 and counted in bytes.
- * Markers are found wherever they stand, also in a user's message: turn_marker finds most of
- * those, and spans are for text that is not trusted.
+ * rendering it, or between the markers of a chat template, which blockem_mask_preset knows for
+ * common ones. Text is UTF-8 and counted in bytes. Where several markers stand at one place, the
+ * longest counts. Markers are found wherever they stand, also in a user's message: turn markers
+ * find most of those, and spans are for text that is not trusted.
  */
 typedef struct blockem_mask_options {
   /**
@@ -1581,17 +1599,20 @@ typedef struct blockem_mask_options {
   const int64_t *spans;
   size_t num_spans;
   /**
-   * What comes before the assistant's text, such as "<|im_start|>assistant\n"; NULL with spans.
+   * What comes before the assistant's text, such as "<|im_start|>assistant\n"; it is never
+   * marked. NULL with spans or start_markers.
    */
   const char *start_marker;
   /**
-   * What comes after it, such as "<|im_end|>"; NULL with spans.
+   * What comes after it, such as "<|im_end|>"; NULL with spans or end_markers.
    */
   const char *end_marker;
   /**
-   * What the turns of every role begin with, such as "<|im_start|>" (start_marker begins with
-   * it): a turn that opens within another's is then MASK_UNALIGNED, whosever they are. NULL
-   * looks at the assistant's turns alone.
+   * What the turns of other roles, or of every role, begin with, such as "<|im_start|>": a turn
+   * that opens within the assistant's is MASK_UNALIGNED, so that a tool's reply is never the
+   * assistant's. With NULL here and in turn_markers it is derived from the start markers: the
+   * bracketed word before the role's name ("<|im_start|>" of "<|im_start|>assistant\n"), or the
+   * word with another role's name ("<|user|>", "<|tool|>", ... of "<|assistant|>").
    */
   const char *turn_marker;
   /**
@@ -1622,13 +1643,38 @@ typedef struct blockem_mask_options {
    */
   int32_t add_special_tokens;
   /**
-   * Zero.
+   * BLOCKEM_OTHER_TURNS_..., for markers.
    */
-  int32_t reserved;
+  int32_t other_turns;
   /**
    * Keeps so many tokens from the beginning, the added ones among them; 0 keeps all.
    */
   int64_t max_tokens;
+  /**
+   * [num_start_markers] several in place of start_marker, where the assistant also goes on after
+   * a tool's reply; NULL with start_marker or spans.
+   */
+  const char *const *start_markers;
+  size_t num_start_markers;
+  /**
+   * [num_end_markers] several in place of end_marker, such as "<|end|>", "<|call|>" and
+   * "<|return|>": the first that comes closes the turn. One may be what begins the next turn, as
+   * "<|user|>" in GLM. NULL with end_marker or spans.
+   */
+  const char *const *end_markers;
+  size_t num_end_markers;
+  /**
+   * [num_turn_markers] several in place of turn_marker; not NULL with num_turn_markers 0 looks
+   * at the assistant's turns alone.
+   */
+  const char *const *turn_markers;
+  size_t num_turn_markers;
+  /**
+   * [num_injected_texts] several in place of injected: the longest that a turn begins with is not
+   * the assistant's. NULL for none.
+   */
+  const char *const *injected_texts;
+  size_t num_injected_texts;
 } blockem_mask_options;
 
 #ifdef __cplusplus
@@ -2226,6 +2272,21 @@ blockem_status blockem_token_norms(const struct blockem_token_norms_args *args,
                                    void *stream);
 
 /**
+ * Sets the markers of a common chat template in options: start_markers, end_markers, turn_markers,
+ * other_turns, closing and allow_unclosed. They point to memory that lives as long as the library;
+ * the caller may change them afterwards. Whether injected text is to be left out depends on how a
+ * text was rendered: options.injected stays as it is.
+ * name: "chatml" (also "qwen"), "harmony" (also "gpt-oss"), "llama3", "deepseek", "glm4", "gemma",
+ * "gemma4", "phi3" (also "phi"), "mistral" or "cohere".
+ * options: initialised by BLOCKEM_MASK_OPTIONS_INIT, without spans and other markers.
+ * Errors: NULL_POINTER, STRUCT_SIZE (also a caller compiled for a libblockem without these fields),
+ * INVALID_ARGUMENT (an unknown name, or options with spans or markers). Thread-safe.
+ */
+BLOCKEM_API
+blockem_status blockem_mask_preset(const char *name,
+                                   struct blockem_mask_options *options);
+
+/**
  * The mask of tokens whose places in the text are known, from any tokenizer. A token is marked
  * where any byte that it stands for is the assistant's (options.border decides on those of which
  * others are not).
@@ -2361,7 +2422,8 @@ BLOCKEM_API void blockem_tokenizer_free(struct blockem_tokenizer *tokenizer);
 #define BLOCKEM_TOKEN_NORMS_ARGS_INIT \
   { sizeof(blockem_token_norms_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, 0, 0 }
 #define BLOCKEM_MASK_OPTIONS_INIT \
-  { sizeof(blockem_mask_options), NULL, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0 }
+  { sizeof(blockem_mask_options), NULL, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, NULL, 0, \
+    NULL, 0, NULL, 0, NULL, 0 }
 #define BLOCKEM_RAW_PENALTY_ARGS_INIT \
   { sizeof(blockem_raw_penalty_args), BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \
     BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, BLOCKEM_TENSOR_INIT, \

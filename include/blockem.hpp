@@ -777,6 +777,13 @@ class Cache : public detail::Handle<blockem_cache, blockem_cache_free> {
 /// Where the assistant's text is. What its pointers say must live until the call returns.
 struct MaskOptions : blockem_mask_options {
   MaskOptions() : blockem_mask_options BLOCKEM_MASK_OPTIONS_INIT {}
+
+  /// The markers of a common chat template, such as "chatml": see blockem_mask_preset.
+  static MaskOptions preset(const std::string& name) {
+    MaskOptions options;
+    check(blockem_mask_preset(name.c_str(), &options));
+    return options;
+  }
 };
 
 /// Begin and end (excluded) in bytes of a text.

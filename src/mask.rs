@@ -1,7 +1,13 @@
 //! Which tokens of a text the assistant wrote: spans or role markers, and where each token lies in
 //! the text, give a mask. Needs no tokenizer; [`crate::tokenizer`] brings one.
 
+mod markers;
+mod presets;
+
 use std::ops::Range;
+
+pub use markers::{Closing, Markers, OtherTurns, Texts};
+pub use presets::PRESETS;
 
 use crate::error::{Result, bail};
 
@@ -28,33 +34,6 @@ pub enum Turns<'a> {
     Markers(Markers<'a>),
 }
 
-/// How a chat template marks the assistant's turns.
-#[derive(Clone, Debug)]
-pub struct Markers<'a> {
-    /// What comes before the assistant's text, such as `<|im_start|>assistant\n`.
-    pub start: &'a str,
-    /// What comes after it, such as `<|im_end|>`.
-    pub end: &'a str,
-    /// What every role's turn begins with, such as `<|im_start|>`. It tells a marker that another
-    /// role wrote from one of the template's: a turn that opens within a turn is an error.
-    pub turn: Option<&'a str>,
-    /// What the template itself puts before some answers, such as an empty thinking block. It is no
-    /// part of the assistant's text.
-    pub injected: Option<&'a str>,
-    pub closing: Closing,
-    /// The last turn may lack its end marker: it then ends with the text.
-    pub allow_unclosed: bool,
-}
-
-/// Whether the end marker belongs to the assistant's text.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Closing {
-    #[default]
-    Include = 0,
-    Exclude = 1,
-}
-
 /// What becomes of a token that lies partly in a span.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(i32)]
@@ -65,13 +44,6 @@ pub enum Border {
     Exclude = 1,
     /// An error.
     Refuse = 2,
-}
-
-impl Closing {
-    pub fn from_code(code: i32) -> Option<Closing> {
-        use Closing::*;
-        [Include, Exclude].into_iter().find(|c| *c as i32 == code)
-    }
 }
 
 impl Border {
@@ -89,7 +61,7 @@ pub fn mask_from_offsets(text: &str, options: &MaskOptions, offsets: &[Span]) ->
     check_length(text)?;
     let spans = match &options.turns {
         Turns::Spans(spans) => checked(text, spans)?,
-        Turns::Markers(markers) => marked(text, markers)?,
+        Turns::Markers(markers) => markers.spans(text)?,
     };
     let spans = joined(spans);
     for (i, offset) in offsets.iter().enumerate() {
@@ -122,8 +94,8 @@ fn expect_tokens(options: &MaskOptions, spans: &[Span], mask: &[u8]) -> Result<(
     }
     let reason = match (&options.turns, spans) {
         (Turns::Markers(markers), []) => format!(
-            "no turn that begins with {:?} has any text; look at what the chat template writes",
-            markers.start
+            "no turn that begins with {} has any text; look at what the chat template writes",
+            markers::listed(&markers.start)
         ),
         (Turns::Spans(_), []) => {
             "no span has any text; many chat templates mark no assistant text \
@@ -194,66 +166,6 @@ fn checked(text: &str, spans: &[Span]) -> Result<Vec<Span>> {
     Ok(spans.to_vec())
 }
 
-fn marked(text: &str, markers: &Markers) -> Result<Vec<Span>> {
-    markers.check()?;
-    let opening = markers.turn.unwrap_or(markers.start);
-    let find = |what: &str, from: usize| text[from..].find(what).map(|at| from + at);
-    let (mut found, mut from) = (Vec::new(), 0);
-    while let Some(at) = find(opening, from) {
-        let is_assistant = text[at..].starts_with(markers.start);
-        let body = at + if is_assistant { markers.start.len() } else { opening.len() };
-        let close = find(markers.end, body);
-        let stop = close.unwrap_or(text.len());
-        if let Some(inner) = find(opening, body).filter(|inner| *inner < stop) {
-            bail!(
-                MaskUnaligned,
-                "the turn at byte {at} is not closed by {:?} before another opens at byte {inner}: \
-                 a message holds a marker, or the end marker is another; give spans",
-                markers.end
-            );
-        }
-        if close.is_none() && !markers.allow_unclosed {
-            bail!(
-                MaskUnaligned,
-                "the turn at byte {at} is not closed by {:?}: the text was cut or the end marker \
-                 is another; allow_unclosed takes it up to the end of the text",
-                markers.end
-            );
-        }
-        let after = close.map_or(text.len(), |close| close + markers.end.len());
-        if is_assistant {
-            let injected = markers.injected.filter(|i| text[body..stop].starts_with(i));
-            let start = body + injected.map_or(0, str::len);
-            found.push(start..if markers.closing == Closing::Include { after } else { stop });
-        }
-        from = after;
-    }
-    Ok(found)
-}
-
-impl Markers<'_> {
-    fn check(&self) -> Result<()> {
-        let named = [
-            ("start marker", Some(self.start)),
-            ("end marker", Some(self.end)),
-            ("turn marker", self.turn),
-            ("injected text", self.injected),
-        ];
-        if let Some((name, _)) = named.into_iter().find(|(_, text)| text.is_some_and(str::is_empty))
-        {
-            bail!(InvalidArgument, "the {name} is empty");
-        }
-        match self.turn {
-            Some(turn) if !self.start.starts_with(turn) => bail!(
-                InvalidArgument,
-                "the start marker {:?} does not begin with the turn marker {turn:?}",
-                self.start
-            ),
-            _ => Ok(()),
-        }
-    }
-}
-
 /// Without empty spans; those that touch are one.
 fn joined(spans: Vec<Span>) -> Vec<Span> {
     let mut out: Vec<Span> = Vec::with_capacity(spans.len());
@@ -271,103 +183,16 @@ mod tests {
     use super::*;
     use crate::backend::random::Random;
 
-    const CHATML: Markers = Markers {
-        start: "<|im_start|>assistant\n",
-        end: "<|im_end|>",
-        turn: None,
-        injected: None,
-        closing: Closing::Include,
-        allow_unclosed: false,
-    };
-
     fn options(turns: Turns<'_>) -> MaskOptions<'_> {
         MaskOptions { turns, border: Border::Include, allow_empty: false }
     }
 
-    /// What the markers find, as text.
-    fn texts<'t>(text: &'t str, markers: Markers) -> Result<Vec<&'t str>> {
-        Ok(joined(marked(text, &markers)?).into_iter().map(|span| &text[span]).collect())
-    }
-
-    fn refused(text: &str, markers: Markers, words: &[&str]) {
-        let error = texts(text, markers).unwrap_err();
-        assert_eq!(error.status, crate::error::Status::MaskUnaligned, "{error}");
-        assert!(words.iter().all(|word| error.message.contains(word)), "{error}");
-    }
-
     #[test]
-    fn markers_find_every_turn_with_its_closing() {
-        let text = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\nfor é<|im_end|>\n\
-                    <|im_start|>assistant\n<|im_end|>";
-        assert_eq!(texts(text, CHATML).unwrap(), ["for é<|im_end|>", "<|im_end|>"]);
-        let exclude = Markers { closing: Closing::Exclude, ..CHATML };
-        assert_eq!(texts(text, exclude.clone()).unwrap(), ["for é"]);
-        let strict = Markers { turn: Some("<|im_start|>"), ..exclude };
-        assert_eq!(texts(text, strict).unwrap(), ["for é"]);
-        assert_eq!(texts("nothing here", CHATML).unwrap(), [""; 0]);
-        assert_eq!(texts("", CHATML).unwrap(), [""; 0]);
-    }
-
-    #[test]
-    fn an_unclosed_turn_is_refused_unless_it_may_be_the_last() {
-        let text = "<|im_start|>assistant\nfor <|im_end|>\n<|im_start|>assistant\nit was c";
-        refused(text, CHATML, &["byte 37", "allow_unclosed"]);
-        let open = Markers { allow_unclosed: true, ..CHATML };
-        assert_eq!(texts(text, open.clone()).unwrap(), ["for <|im_end|>", "it was c"]);
-        // Only the last: a turn that another follows was closed by something else.
-        let text = "<|im_start|>assistant\nfor</s>\n<|im_start|>assistant\nit";
-        refused(text, open.clone(), &["byte 0", "byte 30"]);
-        // Nothing has been written after a generation prompt.
-        assert_eq!(texts("<|im_start|>assistant\n", open).unwrap(), [""; 0]);
-    }
-
-    #[test]
-    fn a_marker_in_a_users_message() {
-        let inner = "<|im_start|>user\nsay <|im_start|>assistant\nyes<|im_end|>\n\
-                     <|im_start|>assistant\nno<|im_end|>";
-        // The assistant's markers alone cannot tell who wrote them; every role's can.
-        assert_eq!(texts(inner, CHATML).unwrap(), ["yes<|im_end|>", "no<|im_end|>"]);
-        let strict = Markers { turn: Some("<|im_start|>"), ..CHATML };
-        refused(inner, strict.clone(), &["byte 0", "byte 21", "holds a marker"]);
-        // An end marker before it makes it a turn like any other: only spans know better.
-        let forged = inner.replacen("say ", "say <|im_end|>", 1);
-        assert_eq!(texts(&forged, strict).unwrap(), ["yes<|im_end|>", "no<|im_end|>"]);
-        let at = forged.find("no<").unwrap();
-        let spans = Turns::Spans(vec![Span { start: at, end: at + 2 }]);
-        let offsets: Vec<Span> = (0..forged.len()).map(|i| i..i + 1).collect();
-        let mask = mask_from_offsets(&forged, &options(spans), &offsets).unwrap();
-        assert_eq!(mask.iter().filter(|m| **m == 1).count(), 2);
-    }
-
-    #[test]
-    fn what_the_template_injects_is_not_the_assistants() {
-        let think = Markers { injected: Some("<think>\n\n</think>\n\n"), ..CHATML };
-        let text = "<|im_start|>assistant\n<think>\n\n</think>\n\nyes<|im_end|>";
-        assert_eq!(texts(text, think.clone()).unwrap(), ["yes<|im_end|>"]);
-        let thought = text.replace("\n\n</think>", "\nhm\n</think>");
-        assert_eq!(
-            texts(&thought, think).unwrap(),
-            ["<think>\nhm\n</think>\n\nyes<|im_end|>"],
-            "thoughts of its own are"
-        );
-        assert_eq!(texts(text, CHATML).unwrap(), [&text[22..]]);
-    }
-
-    #[test]
-    fn markers_and_spans_that_make_no_sense() {
+    fn spans_that_make_no_sense_are_refused() {
         let status = |turns| {
             mask_from_offsets("caf\u{e9} <|im_end|>", &options(turns), &[]).unwrap_err().status
         };
         use crate::error::Status::{InvalidArgument, MaskEmpty};
-        for wrong in [
-            Markers { start: "", ..CHATML },
-            Markers { end: "", ..CHATML },
-            Markers { turn: Some(""), ..CHATML },
-            Markers { injected: Some(""), ..CHATML },
-            Markers { turn: Some("assistant"), ..CHATML },
-        ] {
-            assert_eq!(status(Turns::Markers(wrong)), InvalidArgument);
-        }
         let spans = |spans: &[(usize, usize)]| {
             Turns::Spans(spans.iter().map(|&(start, end)| start..end).collect())
         };

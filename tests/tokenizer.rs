@@ -5,17 +5,20 @@
 
 mod support;
 
+use std::borrow::Cow;
+
 use blockem::error::{Error, Status};
-use blockem::mask::{Border, Closing, Markers, MaskOptions, Turns};
+use blockem::mask::{Border, Closing, Markers, MaskOptions, OtherTurns, Turns};
 use blockem::tokenizer::{Masked, TokenOptions, Tokenizer};
 use serde_json::{Value, json};
 use support::Rng;
 
 const CHATML: Markers = Markers {
-    start: "<|im_start|>assistant\n",
-    end: "<|im_end|>",
-    turn: Some("<|im_start|>"),
-    injected: None,
+    start: Cow::Borrowed(&["<|im_start|>assistant\n"]),
+    end: Cow::Borrowed(&["<|im_end|>"]),
+    turn: Some(Cow::Borrowed(&["<|im_start|>"])),
+    other_turns: OtherTurns::Auto,
+    injected: Cow::Borrowed(&[]),
     closing: Closing::Include,
     allow_unclosed: false,
 };
@@ -92,7 +95,7 @@ fn an_injected_thinking_block_is_not_marked() {
     let tokenizer = byte_level(json!(null), false);
     let block = "<think>\n\n</think>\n\n";
     let text = CHAT.replace("because", &format!("{block}because"));
-    let markers = Markers { injected: Some(block), ..CHATML };
+    let markers = Markers { injected: Cow::Owned(vec![block]), ..CHATML };
     for text in [&text[..], CHAT] {
         let found = masked(&tokenizer, text, Turns::Markers(markers.clone())).unwrap();
         assert_eq!(marked_text(&found), "because of 🙂 é<|im_end|>");
@@ -149,8 +152,8 @@ fn trimmed_offsets_do_not_unmark_white_space() {
 fn a_token_that_swallows_white_space_keeps_its_place() {
     let tokenizer = byte_level(json!(null), true);
     let text = CHAT.replace(">assistant", ">  assistant").replace("é<", "é  <");
-    let exclude =
-        Markers { start: "<|im_start|>", turn: None, closing: Closing::Exclude, ..CHATML };
+    let start = Cow::Borrowed(&["<|im_start|>"][..]);
+    let exclude = Markers { start, turn: None, closing: Closing::Exclude, ..CHATML };
     let found = masked(&tokenizer, &text, Turns::Markers(exclude)).unwrap();
     assert_eq!(marked_text(&found), "user\nwhy?assistant\nbecause of 🙂 é");
 }

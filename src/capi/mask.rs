@@ -1,15 +1,27 @@
-use std::ffi::c_char;
+use std::ffi::{CString, c_char};
+use std::sync::OnceLock;
 
 use super::latents::array;
-use super::{blockem_status, check_out, guard, read_struct, read_text, versioned};
+use super::{blockem_status, check_out, guard, read_struct, read_text, versioned, write_struct};
 use crate::error::{Result, bail};
-use crate::mask::{self, Border, Closing, Markers, MaskOptions, Span, Turns};
+use crate::mask::{
+    self, Border, Closing, Markers, MaskOptions, OtherTurns, PRESETS, Span, Texts, Turns,
+};
 use crate::tokenizer::TokenOptions;
 
 /// The end marker is part of the assistant's text, which so learns to stop.
 pub const BLOCKEM_CLOSING_INCLUDE: i32 = 0;
 /// The assistant's text ends before the end marker.
 pub const BLOCKEM_CLOSING_EXCLUDE: i32 = 1;
+
+/// Closed, where their turn marker is what a start marker begins with; else open.
+pub const BLOCKEM_OTHER_TURNS_AUTO: i32 = 0;
+/// Other roles' turns are closed by an end marker, as the assistant's: another turn that opens
+/// within one is MASK_UNALIGNED, because a message then holds a marker.
+pub const BLOCKEM_OTHER_TURNS_CLOSED: i32 = 1;
+/// Other roles' turns end where the next turn begins, as in DeepSeek, GLM and Mistral: an end marker
+/// within one is MASK_UNALIGNED.
+pub const BLOCKEM_OTHER_TURNS_OPEN: i32 = 2;
 
 /// A token that lies partly in the assistant's text is marked: who writes the text writes it.
 pub const BLOCKEM_BORDER_INCLUDE: i32 = 0;
@@ -19,9 +31,10 @@ pub const BLOCKEM_BORDER_EXCLUDE: i32 = 1;
 pub const BLOCKEM_BORDER_REFUSE: i32 = 2;
 
 /// Where the assistant's text is in a rendered conversation: in spans, which the caller knows from
-/// rendering it, or between the markers of a chat template. Text is UTF-8 and counted in bytes.
-/// Markers are found wherever they stand, also in a user's message: turn_marker finds most of
-/// those, and spans are for text that is not trusted.
+/// rendering it, or between the markers of a chat template, which blockem_mask_preset knows for
+/// common ones. Text is UTF-8 and counted in bytes. Where several markers stand at one place, the
+/// longest counts. Markers are found wherever they stand, also in a user's message: turn markers
+/// find most of those, and spans are for text that is not trusted.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct blockem_mask_options {
@@ -32,13 +45,16 @@ pub struct blockem_mask_options {
     /// NULL with num_spans 0 says that there is none.
     pub spans: *const i64,
     pub num_spans: usize,
-    /// What comes before the assistant's text, such as "<|im_start|>assistant\n"; NULL with spans.
+    /// What comes before the assistant's text, such as "<|im_start|>assistant\n"; it is never
+    /// marked. NULL with spans or start_markers.
     pub start_marker: *const c_char,
-    /// What comes after it, such as "<|im_end|>"; NULL with spans.
+    /// What comes after it, such as "<|im_end|>"; NULL with spans or end_markers.
     pub end_marker: *const c_char,
-    /// What the turns of every role begin with, such as "<|im_start|>" (start_marker begins with
-    /// it): a turn that opens within another's is then MASK_UNALIGNED, whosever they are. NULL
-    /// looks at the assistant's turns alone.
+    /// What the turns of other roles, or of every role, begin with, such as "<|im_start|>": a turn
+    /// that opens within the assistant's is MASK_UNALIGNED, so that a tool's reply is never the
+    /// assistant's. With NULL here and in turn_markers it is derived from the start markers: the
+    /// bracketed word before the role's name ("<|im_start|>" of "<|im_start|>assistant\n"), or the
+    /// word with another role's name ("<|user|>", "<|tool|>", ... of "<|assistant|>").
     pub turn_marker: *const c_char,
     /// What the template itself puts at the beginning of some answers, such as
     /// "<think>\n\n</think>\n\n": it is not the assistant's. NULL for nothing.
@@ -55,12 +71,121 @@ pub struct blockem_mask_options {
     /// 1: the tokenizer puts its own tokens around the text, such as BOS, which are never marked. 0
     /// for what a chat template wrote.
     pub add_special_tokens: i32,
-    /// Zero.
-    pub reserved: i32,
+    /// BLOCKEM_OTHER_TURNS_..., for markers.
+    pub other_turns: i32,
     /// Keeps so many tokens from the beginning, the added ones among them; 0 keeps all.
     pub max_tokens: i64,
+    /// [num_start_markers] several in place of start_marker, where the assistant also goes on after
+    /// a tool's reply; NULL with start_marker or spans.
+    pub start_markers: *const *const c_char,
+    pub num_start_markers: usize,
+    /// [num_end_markers] several in place of end_marker, such as "<|end|>", "<|call|>" and
+    /// "<|return|>": the first that comes closes the turn. One may be what begins the next turn, as
+    /// "<|user|>" in GLM. NULL with end_marker or spans.
+    pub end_markers: *const *const c_char,
+    pub num_end_markers: usize,
+    /// [num_turn_markers] several in place of turn_marker; not NULL with num_turn_markers 0 looks
+    /// at the assistant's turns alone.
+    pub turn_markers: *const *const c_char,
+    pub num_turn_markers: usize,
+    /// [num_injected_texts] several in place of injected: the longest that a turn begins with is not
+    /// the assistant's. NULL for none.
+    pub injected_texts: *const *const c_char,
+    pub num_injected_texts: usize,
 }
-versioned!(blockem_mask_options, first_size = 88, last = max_tokens: i64);
+versioned!(blockem_mask_options, first_size = 88, last = num_injected_texts: usize);
+
+/// Sets the markers of a common chat template in options: start_markers, end_markers, turn_markers,
+/// other_turns, closing and allow_unclosed. They point to memory that lives as long as the library;
+/// the caller may change them afterwards. Whether injected text is to be left out depends on how a
+/// text was rendered: options.injected stays as it is.
+/// name: "chatml" (also "qwen"), "harmony" (also "gpt-oss"), "llama3", "deepseek", "glm4", "gemma",
+/// "gemma4", "phi3" (also "phi"), "mistral" or "cohere".
+/// options: initialised by BLOCKEM_MASK_OPTIONS_INIT, without spans and other markers.
+/// Errors: NULL_POINTER, STRUCT_SIZE (also a caller compiled for a libblockem without these fields),
+/// INVALID_ARGUMENT (an unknown name, or options with spans or markers). Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blockem_mask_preset(
+    name: *const c_char,
+    options: *mut blockem_mask_options,
+) -> blockem_status {
+    guard(|| {
+        // SAFETY: the caller's string and struct, or NULL.
+        let (name, mut given) =
+            unsafe { (read_text("name", name)?, read_struct("options", options)?) };
+        let Some(name) = name else { bail!(NullPointer, "name is NULL") };
+        if given.struct_size < size_of::<blockem_mask_options>() {
+            bail!(
+                StructSize,
+                "options has {} bytes, which have no room for several markers; compile with this \
+                 library's header",
+                given.struct_size
+            );
+        }
+        let singles = [given.start_marker, given.end_marker, given.turn_marker];
+        let several = [given.start_markers, given.end_markers, given.turn_markers];
+        let has_markers =
+            singles.iter().any(|p| !p.is_null()) || several.iter().any(|p| !p.is_null());
+        if has_markers || !given.spans.is_null() {
+            bail!(InvalidArgument, "options have spans or markers; a preset is in place of them");
+        }
+        let preset = Preset::named(name)?;
+        (given.start_markers, given.num_start_markers) = preset.start.array();
+        (given.end_markers, given.num_end_markers) = preset.end.array();
+        (given.turn_markers, given.num_turn_markers) = preset.turn.array();
+        given.other_turns = preset.other_turns as i32;
+        given.closing = preset.closing as i32;
+        given.allow_unclosed = preset.allow_unclosed.into();
+        // SAFETY: the caller's struct, which has the size of ours.
+        unsafe { write_struct("options", options, &given) }
+    })
+}
+
+/// A preset as C reads it.
+struct Preset {
+    start: Strings,
+    end: Strings,
+    turn: Strings,
+    other_turns: OtherTurns,
+    closing: Closing,
+    allow_unclosed: bool,
+}
+
+impl Preset {
+    fn named(name: &str) -> Result<&'static Preset> {
+        static KEPT: [OnceLock<Preset>; PRESETS.len()] = [const { OnceLock::new() }; PRESETS.len()];
+        let markers = Markers::preset(name)?;
+        let known = PRESETS.iter().zip(&KEPT).find(|(known, _)| **known == name);
+        let Some((_, kept)) = known else { bail!(Internal, "the preset {name} is not listed") };
+        Ok(kept.get_or_init(|| Preset {
+            start: Strings::new(&markers.start),
+            end: Strings::new(&markers.end),
+            turn: Strings::new(markers.turn.as_deref().unwrap_or_default()),
+            other_turns: markers.other_turns,
+            closing: markers.closing,
+            allow_unclosed: markers.allow_unclosed,
+        }))
+    }
+}
+
+/// An array of strings that lives as long as the library.
+struct Strings(Vec<*const c_char>);
+
+// SAFETY: nothing writes to the strings or frees them.
+unsafe impl Send for Strings {}
+// SAFETY: as above.
+unsafe impl Sync for Strings {}
+
+impl Strings {
+    fn new(texts: &[&str]) -> Strings {
+        let kept = |text: &&str| CString::new(*text).unwrap_or_default().into_raw().cast_const();
+        Strings(texts.iter().map(kept).collect())
+    }
+
+    fn array(&self) -> (*const *const c_char, usize) {
+        (self.0.as_ptr(), self.0.len())
+    }
+}
 
 /// The mask of tokens whose places in the text are known, from any tokenizer. A token is marked
 /// where any byte that it stands for is the assistant's (options.border decides on those of which
@@ -133,9 +258,6 @@ pub(super) unsafe fn mask_options<'a>(
         Ok(most) => Some(most),
         Err(_) => bail!(InvalidArgument, "options.max_tokens is {}", options.max_tokens),
     };
-    if options.reserved != 0 {
-        bail!(InvalidArgument, "options.reserved is {}; expected 0", options.reserved);
-    }
     let allow_empty = flag("options.allow_empty", options.allow_empty)?;
     let add_special_tokens = flag("options.add_special_tokens", options.add_special_tokens)?;
     Ok((
@@ -148,25 +270,54 @@ pub(super) unsafe fn mask_options<'a>(
 /// As [`mask_options`].
 unsafe fn turns<'a>(options: &blockem_mask_options) -> Result<Turns<'a>> {
     // SAFETY: the caller's promise.
-    let (turn, injected) = unsafe {
-        (
-            read_text("options.turn_marker", options.turn_marker)?,
-            read_text("options.injected", options.injected)?,
-        )
+    let [start, end, turn, injected] = unsafe {
+        let o = options;
+        [
+            texts(
+                "start_marker",
+                "start_markers",
+                o.start_marker,
+                o.start_markers,
+                o.num_start_markers,
+            )?,
+            texts("end_marker", "end_markers", o.end_marker, o.end_markers, o.num_end_markers)?,
+            texts(
+                "turn_marker",
+                "turn_markers",
+                o.turn_marker,
+                o.turn_markers,
+                o.num_turn_markers,
+            )?,
+            texts(
+                "injected",
+                "injected_texts",
+                o.injected,
+                o.injected_texts,
+                o.num_injected_texts,
+            )?,
+        ]
     };
     let Some(closing) = Closing::from_code(options.closing) else {
         bail!(InvalidArgument, "there is no closing {}", options.closing);
     };
+    let Some(other_turns) = OtherTurns::from_code(options.other_turns) else {
+        bail!(InvalidArgument, "options.other_turns is {}, which is none", options.other_turns);
+    };
     let allow_unclosed = flag("options.allow_unclosed", options.allow_unclosed)?;
     if !options.spans.is_null() {
-        if !options.start_marker.is_null() || !options.end_marker.is_null() {
+        if start.is_some() || end.is_some() {
             bail!(InvalidArgument, "options have spans and markers; give one of them");
         }
-        if turn.or(injected).is_some() || closing != Closing::default() || allow_unclosed {
+        let is_set = turn.is_some()
+            || injected.is_some()
+            || closing != Closing::default()
+            || other_turns != OtherTurns::default()
+            || allow_unclosed;
+        if is_set {
             bail!(
                 InvalidArgument,
-                "options.turn_marker, injected, closing and allow_unclosed belong to markers; \
-                 spans say it themselves"
+                "options.turn_marker, turn_markers, injected, closing, other_turns and \
+                 allow_unclosed belong to markers; spans say it themselves"
             );
         }
         // SAFETY: the caller's promise.
@@ -177,21 +328,50 @@ unsafe fn turns<'a>(options: &blockem_mask_options) -> Result<Turns<'a>> {
     if options.num_spans > 0 {
         bail!(NullPointer, "options.spans is NULL");
     }
-    // SAFETY: the caller's promise.
-    let markers = unsafe {
-        (
-            read_text("options.start_marker", options.start_marker)?,
-            read_text("options.end_marker", options.end_marker)?,
-        )
-    };
-    let (Some(start), Some(end)) = markers else {
+    let (Some(start), Some(end)) = (start, end) else {
         bail!(
             InvalidArgument,
             "options do not say where the assistant's text is: give spans, or start_marker and \
-             end_marker"
+             end_marker, or start_markers and end_markers"
         );
     };
-    Ok(Turns::Markers(Markers { start, end, turn, injected, closing, allow_unclosed }))
+    let injected = injected.unwrap_or_default();
+    Ok(Turns::Markers(Markers { start, end, turn, other_turns, injected, closing, allow_unclosed }))
+}
+
+/// One text, or several; None for neither.
+///
+/// # Safety
+/// As blockem_mask_options says of its pointers.
+unsafe fn texts<'a>(
+    one_name: &str,
+    several_name: &str,
+    one: *const c_char,
+    several: *const *const c_char,
+    n: usize,
+) -> Result<Option<Texts<'a>>> {
+    // SAFETY: the caller's promise.
+    let one = unsafe { read_text(&format!("options.{one_name}"), one)? };
+    if several.is_null() {
+        if n > 0 {
+            bail!(NullPointer, "options.{several_name} is NULL");
+        }
+        return Ok(one.map(|one| Texts::Owned(vec![one])));
+    }
+    if one.is_some() {
+        bail!(InvalidArgument, "options have {one_name} and {several_name}; give one of them");
+    }
+    let name = format!("options.{several_name}");
+    // SAFETY: the caller's promise.
+    let pointers = unsafe { array(&name, several, n) }?;
+    let text = |(i, pointer): (usize, &*const c_char)| {
+        // SAFETY: the caller's promise.
+        match unsafe { read_text(&format!("{name}[{i}]"), *pointer)? } {
+            Some(text) => Ok(text),
+            None => bail!(NullPointer, "{name}[{i}] is NULL"),
+        }
+    };
+    Ok(Some(pointers.iter().enumerate().map(text).collect::<Result<_>>()?))
 }
 
 /// # Safety

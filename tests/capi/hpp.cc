@@ -369,6 +369,8 @@ void masks() {
   CHECK((masked.ids == std::vector<std::int64_t>{1, 4, 6, 2}));
   CHECK(masked.mask == answer);
   CHECK(tokenizer.mask_ids(text, options, masked.ids) == answer);
+  CHECK(tokenizer.mask(text, blockem::MaskOptions::preset("chatml")).mask == answer);
+  throws(BLOCKEM_STATUS_INVALID_ARGUMENT, "\"none\"", [] { blockem::MaskOptions::preset("none"); });
   throws(BLOCKEM_STATUS_MASK_UNALIGNED, "position 0",
          [&] { tokenizer.mask_ids(text, options, {0, 4, 6, 2}); });
   throws(BLOCKEM_STATUS_MASK_EMPTY, "chat template", [&] { tokenizer.mask("why", options); });

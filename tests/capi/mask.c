@@ -150,6 +150,7 @@ static void offsets(void) {
 
 static void bad_options(const blockem_tokenizer *tokenizer) {
   static const int64_t span[2] = {0, 1};
+  static const char *const none[1] = {NULL}, *const ends[1] = {"<|im_end|>"};
   blockem_mask_options good = chatml(), options;
   size_t n;
 
@@ -171,8 +172,22 @@ static void bad_options(const blockem_tokenizer *tokenizer) {
   options.end_marker = "";
   REFUSED("end marker is empty");
   options = good;
-  options.turn_marker = "<|start|>";
+  options.turn_marker = "assistant";
   REFUSED("does not begin with");
+  options = good;
+  options.other_turns = 3;
+  REFUSED("other_turns is 3");
+  options = good;
+  options.end_markers = ends;
+  REFUSED("end_marker and end_markers");
+  options.end_marker = NULL;
+  options.end_markers = none;
+  REFUSED("no end marker");
+  options.num_end_markers = 1;
+  CHECK_STATUS(CALL, BLOCKEM_STATUS_NULL_POINTER);
+  CHECK(message_has("end_markers[0]"));
+  options.end_markers = NULL;
+  CHECK_STATUS(CALL, BLOCKEM_STATUS_NULL_POINTER);
   options = good;
   options.start_marker = "\xff";
   REFUSED("UTF-8");
@@ -192,12 +207,87 @@ static void bad_options(const blockem_tokenizer *tokenizer) {
   options.add_special_tokens = 7;
   REFUSED("add_special_tokens");
   options = good;
-  options.reserved = 1;
-  REFUSED("reserved");
-  options = good;
   options.start_marker = options.end_marker = options.turn_marker = NULL;
   options.num_spans = 1;
   CHECK_STATUS(CALL, BLOCKEM_STATUS_NULL_POINTER);
+}
+
+/* Every byte of a text is a token. */
+static void expect_marked(const char *text, const blockem_mask_options *options,
+                          const char *expected) {
+  int64_t places[256][2] = {{0}};
+  uint8_t mask[256];
+  char marked[257];
+  size_t i, n = strlen(text), count = 0;
+  CHECK(n <= 256);
+  for (i = 0; i < n; i++) {
+    places[i][0] = (int64_t)i;
+    places[i][1] = (int64_t)i + 1;
+  }
+  CHECK_OK(blockem_mask_from_offsets(text, n, options, places[0], n, mask));
+  for (i = 0; i < n; i++) {
+    if (mask[i]) marked[count++] = text[i];
+  }
+  marked[count] = 0;
+  CHECK(strcmp(marked, expected) == 0);
+}
+
+static void several_markers(void) {
+  static const char *const ends[] = {"<|end|>", "<|call|>", "<|return|>"};
+  static const char talk[] =
+      "<|start|>user<|message|>U<|end|><|start|>assistant to=f<|message|>{}<|call|>"
+      "<|start|>f to=assistant<|message|>R<|end|><|start|>assistant<|message|>A<|return|>";
+  static const char said[] = " to=f<|message|>{}<|call|><|message|>A<|return|>";
+  blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT, preset = BLOCKEM_MASK_OPTIONS_INIT;
+  uint8_t mask[1];
+  const int64_t place[2] = {0, 1};
+  options.start_marker = "<|start|>assistant";
+  options.end_markers = ends;
+  options.num_end_markers = 3;
+  expect_marked(talk, &options, said);
+  options.turn_marker = "<|start|>";
+  expect_marked(talk, &options, said);
+  /* One end marker too few: the tool's reply is no part of the call's turn. */
+  options.num_end_markers = 1;
+  CHECK_STATUS(blockem_mask_from_offsets(talk, strlen(talk), &options, place, 1, mask),
+               BLOCKEM_STATUS_MASK_UNALIGNED);
+  CHECK(message_has("end marker"));
+
+  CHECK_OK(blockem_mask_preset("harmony", &preset));
+  CHECK(preset.struct_size == sizeof preset && preset.num_end_markers == 3);
+  CHECK(strcmp(preset.start_markers[0], "<|start|>assistant") == 0);
+  expect_marked(talk, &preset, said);
+  preset.closing = BLOCKEM_CLOSING_EXCLUDE;
+  expect_marked(talk, &preset, " to=f<|message|>{}<|message|>A");
+  CHECK_STATUS(blockem_mask_preset("harmony", &preset), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("in place of"));
+}
+
+static void presets(void) {
+  static const char *const injected[1] = {"!"};
+  blockem_mask_options options = BLOCKEM_MASK_OPTIONS_INIT, again = BLOCKEM_MASK_OPTIONS_INIT;
+  options.injected = "!";
+  CHECK_OK(blockem_mask_preset("glm4", &options));
+  CHECK(options.other_turns == BLOCKEM_OTHER_TURNS_OPEN && options.allow_unclosed == 1);
+  expect_marked("<|user|>\nU<|assistant|>!A<|observation|>R<|assistant|>B", &options,
+                "A<|observation|>B");
+  options.turn_markers = options.injected_texts = injected;
+  options.num_turn_markers = 0;
+  options.num_injected_texts = 1;
+  CHECK_STATUS(blockem_mask_from_offsets("why", 3, &options, NULL, 0, NULL),
+               BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("injected and injected_texts"));
+  options.injected = NULL;
+  expect_marked("<|user|>\nU<|assistant|>!A<|observation|>R<|assistant|>B", &options,
+                "A<|observation|>B");
+  CHECK_STATUS(blockem_mask_preset("glm", &again), BLOCKEM_STATUS_INVALID_ARGUMENT);
+  CHECK(message_has("\"glm\"") && message_has("chatml, qwen, harmony"));
+  CHECK_STATUS(blockem_mask_preset(NULL, &again), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_preset("glm4", NULL), BLOCKEM_STATUS_NULL_POINTER);
+  /* What a caller was compiled with before there were several markers. */
+  again.struct_size = offsetof(blockem_mask_options, start_markers);
+  CHECK_STATUS(blockem_mask_preset("glm4", &again), BLOCKEM_STATUS_STRUCT_SIZE);
+  CHECK(again.start_markers == NULL);
 }
 
 static void files(const char *folder) {
@@ -229,6 +319,8 @@ int main(int argc, char **argv) {
   spans(tokenizer);
   trainers_ids(tokenizer);
   offsets();
+  several_markers();
+  presets();
   bad_options(tokenizer);
   blockem_tokenizer_free(tokenizer);
   files(argv[1]);

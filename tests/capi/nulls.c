@@ -532,6 +532,8 @@ static void text_mask(const char *folder) {
                BLOCKEM_STATUS_NULL_POINTER);
   blockem_tokenizer_free(NULL);
 
+  CHECK_STATUS(blockem_mask_preset(NULL, &options), BLOCKEM_STATUS_NULL_POINTER);
+  CHECK_STATUS(blockem_mask_preset("chatml", NULL), BLOCKEM_STATUS_NULL_POINTER);
   CHECK_STATUS(blockem_mask_from_offsets(NULL, 3, &options, offsets, 1, mask),
                BLOCKEM_STATUS_NULL_POINTER);
   CHECK_STATUS(blockem_mask_from_offsets("why", 3, NULL, offsets, 1, mask),

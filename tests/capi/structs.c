@@ -210,7 +210,7 @@ static void inputs(const char *folder) {
 
   mask_options.now.spans = offsets;
   mask_options.now.num_spans = 1;
-  CHECK_INPUT(blockem_mask_options, 0, mask_options,
+  CHECK_INPUT(blockem_mask_options, 88, mask_options,
               blockem_mask_from_offsets("why", 3, &mask_options.now, offsets, 1, mask), (void)0);
 
   free(block);

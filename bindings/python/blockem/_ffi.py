@@ -45,6 +45,7 @@ STATS_STATE = {
 STATS_ROWS = 4
 STATS_ROWS_WITH_BASE = 10
 CLOSINGS = {"include": 0, "exclude": 1}
+OTHER_TURNS = {"auto": 0, "closed": 1, "open": 2}
 BORDERS = {"include": 0, "exclude": 1, "refuse": 2}
 
 
@@ -371,8 +372,16 @@ class MaskOptions(Sized):
         ("allow_unclosed", c_int32),
         ("allow_empty", c_int32),
         ("add_special_tokens", c_int32),
-        ("reserved", c_int32),
+        ("other_turns", c_int32),
         ("max_tokens", c_int64),
+        ("start_markers", POINTER(c_char_p)),
+        ("num_start_markers", c_size_t),
+        ("end_markers", POINTER(c_char_p)),
+        ("num_end_markers", c_size_t),
+        ("turn_markers", POINTER(c_char_p)),
+        ("num_turn_markers", c_size_t),
+        ("injected_texts", POINTER(c_char_p)),
+        ("num_injected_texts", c_size_t),
     ]
 
 
@@ -457,6 +466,7 @@ FUNCTIONS = {
     "blockem_xla_penalty_forward_cuda": (c_void_p, [c_void_p]),
     "blockem_xla_penalty_backward_cpu": (c_void_p, [c_void_p]),
     "blockem_xla_penalty_backward_cuda": (c_void_p, [c_void_p]),
+    "blockem_mask_preset": (c_int32, [c_char_p, POINTER(MaskOptions)]),
     "blockem_mask_from_offsets": (
         c_int32,
         [c_char_p, c_size_t, POINTER(MaskOptions), c_void_p, c_size_t, c_void_p],

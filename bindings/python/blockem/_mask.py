@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _ffi
 from ._arrays import Array
-from ._core import Handle, Immutable, _code, _encode_path, _whole_numbers
+from ._core import Handle, Immutable, _code, _encode_path, _name, _whole_numbers
 from ._library import check, fail, library
 
 #: What HF trainers and :func:`blockem.torch.attach` take for a token that does not count.
@@ -24,25 +24,77 @@ IGNORED = -100
 class Markers:
     """How a chat template marks the assistant's turns.
 
+        blockem.Markers.preset("chatml")                 # a common template's
         blockem.Markers("<|im_start|>assistant\\n", "<|im_end|>", turn="<|im_start|>")
+        blockem.Markers("<|start|>assistant", ["<|end|>", "<|call|>", "<|return|>"])
 
-    start, end: what comes before and after the assistant's text.
-    turn: what the turns of every role begin with. A turn that opens within another, as where a
-        message holds a marker, is then an error. A message that holds an end marker too looks like
-        any turn: for text that is not trusted, give spans.
+    start: what comes before the assistant's text; several where the assistant also goes on after
+        something else, such as a tool's reply. It is never marked.
+    end: what comes after it; of several, the first that comes closes the turn. It may be what begins
+        the next turn, as in GLM, whose model ends its turn by writing the next role's marker.
+    turn: what the turns of other roles, or of every role, begin with. A turn that opens within
+        another, as where a message holds a marker, is then an error. A message that holds an end
+        marker too looks like any turn: for text that is not trusted, give spans. None derives it
+        from `start`: "<|im_start|>" of "<|im_start|>assistant\\n"; "<|user|>", "<|tool|>", ... of
+        "<|assistant|>". An empty list looks at the assistant's turns alone.
     injected: what the template itself puts before some answers, such as
-        "<think>\\n\\n</think>\\n\\n": it is not the assistant's.
+        "<think>\\n\\n</think>\\n\\n"; of several, the longest that a turn begins with. It is not the
+        assistant's.
     closing: "include" the end marker in the mask, so that the model learns to stop, or "exclude"
         it.
     allow_unclosed: the last turn may lack its end marker, and then goes up to the end of the text.
+    other_turns: the turns of other roles are "closed" by an end marker, too, or "open": they end
+        where the next turn begins, as in DeepSeek, GLM and Mistral, and an end marker in one is an
+        error. "auto": closed where `turn` is what `start` begins with.
+
+    Where several markers stand at one place, the longest counts.
     """
 
-    start: str
-    end: str
-    turn: str | None = None
-    injected: str | None = None
+    start: str | Sequence[str]
+    end: str | Sequence[str]
+    turn: str | Sequence[str] | None = None
+    injected: str | Sequence[str] | None = None
     closing: str = "include"
     allow_unclosed: bool = False
+    other_turns: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "turn", "injected"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, str):
+                # Hashable, and no longer the caller's list.
+                object.__setattr__(self, name, tuple(given))
+
+    @staticmethod
+    def preset(name: str) -> Markers:
+        """The markers of a common chat template.
+
+        name: "chatml" (also "qwen": Qwen 2 to 3.8, LFM2, Nemotron 3), "harmony" (also "gpt-oss"),
+            "llama3" (3 to 3.2), "deepseek" (V3, R1), "glm4" (4 to 4.5), "gemma" (1 to 3), "gemma4",
+            "phi3" (also "phi": 3, 3.5), "mistral" or "cohere" (1 and 2).
+
+        A tool's reply is never marked, thoughts and tool calls of the assistant are. A thinking
+        block that the template itself writes is marked unless it is named:
+        ``dataclasses.replace(Markers.preset("qwen"), injected="<think>\\n\\n</think>\\n\\n")``.
+        "glm4" has allow_unclosed, because the template writes nothing after the last answer.
+
+        Raises Error INVALID_ARGUMENT with the names that there are.
+        """
+        options = _ffi.MaskOptions()
+        check(library.blockem_mask_preset(_text("name", name), byref(options)))
+        markers = [
+            tuple(pointer[i].decode() for i in range(count)) for pointer, count in (
+                (options.start_markers, options.num_start_markers),
+                (options.end_markers, options.num_end_markers),
+                (options.turn_markers, options.num_turn_markers),
+            )
+        ]
+        return Markers(
+            *markers,
+            closing=_name(options.closing, _ffi.CLOSINGS),
+            allow_unclosed=bool(options.allow_unclosed),
+            other_turns=_name(options.other_turns, _ffi.OTHER_TURNS),
+        )
 
 
 #: Markers, or (begin, end) of the assistant's text as indices of the text.
@@ -234,13 +286,17 @@ def _options(where: Where, to_bytes: Any, border: str, allow_empty: bool) -> _ff
     """The struct keeps what it points to alive."""
     if isinstance(where, Markers):
         options = _ffi.MaskOptions(
-            start_marker=_text("start", where.start),
-            end_marker=_text("end", where.end),
-            turn_marker=None if where.turn is None else _text("turn", where.turn),
-            injected=None if where.injected is None else _text("injected", where.injected),
             closing=_code("closing", where.closing, _ffi.CLOSINGS),
             allow_unclosed=where.allow_unclosed,
+            other_turns=_code("other_turns", where.other_turns, _ffi.OTHER_TURNS),
         )
+        options.start_markers, options.num_start_markers = _texts("start", where.start)
+        options.end_markers, options.num_end_markers = _texts("end", where.end)
+        if where.turn is not None:
+            options.turn_markers, options.num_turn_markers = _texts("turn", where.turn)
+        if where.injected is not None:
+            injected = _texts("injected", where.injected)
+            options.injected_texts, options.num_injected_texts = injected
     else:
         spans = to_bytes("where", where)
         options = _ffi.MaskOptions(spans=_int64(spans), num_spans=len(spans))
@@ -282,9 +338,17 @@ def _pairs(name: str, pairs: Any) -> np.ndarray:
 
 
 def _text(name: str, text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} has a {type(text).__name__}; expected str")
     if "\0" in text:
         fail(_ffi.STATUS_INVALID_ARGUMENT, f"{name} holds a NUL character")
     return text.encode()
+
+
+def _texts(name: str, texts: str | Sequence[str]) -> tuple[Any, int]:
+    """An array of strings, not NULL for none, and its length."""
+    encoded = [_text(name, text) for text in ([texts] if isinstance(texts, str) else texts)]
+    return (ctypes.c_char_p * max(1, len(encoded)))(*encoded), len(encoded)
 
 
 def _max_tokens(most: int | None) -> int:

@@ -204,6 +204,8 @@ class HttpJudge:
             if key in self.body:
                 raise ValueError(f"{key} cannot be among the parameters: the judge sets it")
         self._headers = dict(extra_headers or {})
+        if api_version is not None and not api_key:
+            raise ValueError("api_version needs api_key; for other credentials give a client as url")
         if isinstance(url, str):
             self._endpoint = _Endpoint.of(url, timeout, api_key, api_version)
         elif api_key is not None or api_version is not None:

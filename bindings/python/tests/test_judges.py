@@ -409,7 +409,7 @@ def test_grades_come_in_order_and_at_once(server: Server, capfd: pytest.CaptureF
     four = threading.Barrier(4)
 
     def together(handler: http.server.BaseHTTPRequestHandler) -> None:
-        four.wait(60)
+        four.wait(600)
         send(GOOD)(handler)
 
     server.script = [together]
@@ -479,7 +479,7 @@ def test_processes_share_a_cache(server: Server, tmp_path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
         assert worker.exitcode == 0
     before = len(server.requests)
     _grade_in_a_process(server.url, cache)
@@ -555,6 +555,7 @@ def test_any_callable_is_a_judge(capfd: pytest.CaptureFixture) -> None:
     ({"max_tokens": 0}, "max_tokens"),
     ({"parameters": {"stream": True}}, "stream"),
     ({"extra_body": {"n": 2}}, "n cannot be"),
+    ({"api_version": "2024-10-21"}, "needs api_key"),
 ])  # fmt: skip
 def test_wrong_settings(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
