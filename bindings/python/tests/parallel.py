@@ -502,6 +502,30 @@ def trainer_case(make: str, kind: str, **args: object) -> Callable:
     return case
 
 
+def trl_case(name: str) -> Callable:
+    """The same of test_trl.py."""
+
+    def case(rank: int, ranks: int, folder: Path) -> dict:
+        import test_trl
+
+        found = trl_trainer(name, folder, ranks, **GLOO)
+        assert found.args.world_size == ranks
+        found.train()
+        return {key: test_trl.test_trainer.logged(found, key) for key in ("blockem/penalty", "loss")}
+
+    return case
+
+
+def trl_trainer(name: str, folder: Path, ranks: int, **args: object):
+    """Greedy where it generates: ranks have random numbers of their own."""
+    import test_trl
+
+    greedy = {"top_k": 1, "beta": 0.1} if name == "GRPO" else {}
+    return test_trl.made(
+        name, True, folder, {"per_device_train_batch_size": 4 // ranks} | greedy | args,
+        penalty=dict(plan=DICTIONARY.plan, lam=0.05))
+
+
 def tensor_parallel_trainer(rank: int, ranks: int, folder: Path) -> dict:
     """transformers' own tensor parallelism, of all weights; the reference is split too."""
     import test_trainer
@@ -534,6 +558,8 @@ TRAINERS: dict[str, Callable] = {
     "SFTTrainer, packed, ddp": trainer_case("sft", "BlockedSFTTrainer", **BFD, **GLOO),
     "Trainer, fsdp2": trainer_case("trainer", "BlockedTrainer", **FSDP2, **GLOO),
     "Trainer, tensor parallel": tensor_parallel_trainer,
+    "DPO, ddp": trl_case("DPO"),
+    "GRPO, ddp": trl_case("GRPO"),
 }
 
 

@@ -139,7 +139,8 @@ def test_parts_of_a_plan() -> None:
 @pytest.mark.parametrize("case", parallel.TRAINERS)
 def test_a_trainer_on_two_ranks_is_one_process(case: str, tmp_path: Path) -> None:
     """Accumulation, ragged or packed rows, num_items_in_batch."""
-    many = run(case, 2)[case]
+    together = [name for name in parallel.TRAINERS if name.startswith(("DPO", "GRPO"))]
+    many = run("; ".join(together) if case in together else case, 2)[case]
     penalty, size = dict(plan=parallel.DICTIONARY.plan, lam=0.05), {"per_device_train_batch_size": 4}
     if case.startswith("SFT"):
         one = test_trainer.sft(
@@ -148,6 +149,8 @@ def test_a_trainer_on_two_ranks_is_one_process(case: str, tmp_path: Path) -> Non
         one = test_trainer.trainer(
             test_trainer.BlockedTrainer, tmp_path, args=size, model=tiny.llama(kv_heads=4),
             penalty=penalty | {"reference": "frozen_copy"})
+    elif case in together:
+        one = parallel.trl_trainer(case.partition(",")[0], tmp_path, 1)
     else:
         one = test_trainer.trainer(
             test_trainer.BlockedTrainer, tmp_path, args=size, penalty=penalty)

@@ -44,7 +44,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(words, unk_token="w03"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="w00", bos_token="w01", eos_token="w02")
+        tokenizer_object=made, pad_token="w00", bos_token="w01", eos_token="w02",
+        chat_template=CHAT)
 
 
 def text(words: range, low: int, high: int, generator: torch.Generator) -> str:
@@ -62,6 +63,22 @@ def rows(*columns: str, count: int = 24) -> datasets.Dataset:
         # Runs of one kind: steps and micro-batches without a chosen completion.
         found.append(texts | ({"label": row % 3 == 0} if "completion" in columns else {}))
     return datasets.Dataset.from_list(found)
+
+
+def conversations() -> datasets.Dataset:
+    """Two turns each."""
+    generator, found = torch.Generator().manual_seed(4), []
+    for _ in range(24):
+        turns = [{"role": role, "content": text(words, 2, 6, generator)}
+                 for role, words in [("user", PROMPT), ("assistant", COMPLETION)] * 2]
+        found.append({"messages": turns})
+    return datasets.Dataset.from_list(found)
+
+
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] | trim }}{% endgeneration %} {% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
 
 def is_completion(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -179,6 +196,10 @@ def late(completion_ids: list[list[int]], **kwargs: object) -> list[float]:
 PAIRS, GENERATION = ("chosen", "rejected"), {
     "num_generations": 2, "max_completion_length": 6, "temperature": 1.0}
 KINDS: dict[str, dict] = {
+    "SFT": dict(trainer=trl.SFTTrainer, config=trl.SFTConfig,
+                rows=lambda: rows("completion").remove_columns("label")),
+    "SFT, chat": dict(trainer=trl.SFTTrainer, config=trl.SFTConfig, rows=conversations,
+                      args={"assistant_only_loss": True}),
     "DPO": dict(trainer=trl.DPOTrainer, config=trl.DPOConfig, columns=PAIRS),
     "KTO": dict(trainer=trl.KTOTrainer, config=trl.KTOConfig, columns=("completion",)),
     "CPO": dict(trainer=CPOTrainer, config=CPOConfig, columns=PAIRS,
@@ -199,7 +220,8 @@ KINDS: dict[str, dict] = {
 
 
 def made(
-    name: str, blocked: bool, folder: Path, args: dict, fresh: bool = False, **more: object
+    name: str, blocked: bool, folder: Path, args: dict, fresh: bool = False, wrapped: bool = False,
+    **more: object,
 ):
     kind = KINDS[name]
     base = kind["trainer"]
@@ -217,19 +239,24 @@ def made(
     if name == "Distillation":
         more["teacher_model"] = tiny.llama(seed=5)
     torch.manual_seed(1)
+    adapters = {"peft_config": lora(task, fresh)}
+    if wrapped:
+        model, adapters = peft.get_peft_model(model, lora(task, fresh)), {}
     return own(
         model, args=kind["config"](**settings), processing_class=tokenizer(),
-        train_dataset=rows(*kind.get("columns", ())), peft_config=lora(task, fresh),
-        **kind.get("more", {}), **more)
+        train_dataset=kind.get("rows", lambda: rows(*kind.get("columns", ())))(), **adapters, **kind.get("more", {}), **more)
 
 
-def compare(name: str, folder: Path, args: dict, chosen: bool = False, **penalty: object) -> None:
+def compare(
+    name: str, folder: Path, args: dict, chosen: bool = False, wrapped: bool = False,
+    **penalty: object,
+) -> None:
     """Losses, penalties, gradients of every step and the weights after them."""
     # Reentrant checkpointing gives no gradients to autograd.grad.
     plain = {key: value for key, value in args.items() if "checkpointing" not in key}
-    reference = made(name, False, folder, plain, lam=LAM, chosen=chosen)
+    reference = made(name, False, folder, plain, lam=LAM, chosen=chosen, wrapped=wrapped)
     options = {"completions": "chosen"} if chosen else {}
-    blocked = made(name, True, folder, args,
+    blocked = made(name, True, folder, args, wrapped=wrapped,
                    penalty=dict(plan=DICTIONARY.plan, lam=LAM, **penalty), **options)
     gradients = Gradients(), Gradients()
     for one, keeps in zip((reference, blocked), gradients):
@@ -238,7 +265,7 @@ def compare(name: str, folder: Path, args: dict, chosen: bool = False, **penalty
         torch.manual_seed(6)
         one.train()
     want, found = reference.trajectory, test_trainer.logged(blocked, "blockem/penalty")
-    assert len(want) == len(found) == blocked.args.max_steps and min(want) > 1e-3
+    assert len(want) == len(found) == blocked.state.max_steps and min(want) > 1e-3
     assert found == pytest.approx(want, rel=2e-4)
     losses = [test_trainer.logged(one, "loss") for one in (reference, blocked)]
     assert losses[1] == pytest.approx(
@@ -253,6 +280,8 @@ def compare(name: str, folder: Path, args: dict, chosen: bool = False, **penalty
 
 
 @pytest.mark.parametrize("name, args", [
+    ("SFT", {}),
+    ("SFT, chat", {}),
     ("DPO", {}),
     ("DPO", {"precompute_ref_log_probs": True, "gradient_checkpointing": True,
              "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
@@ -273,6 +302,15 @@ def compare(name: str, folder: Path, args: dict, chosen: bool = False, **penalty
 ])
 def test_a_trainer_of_completions_follows_autograd(tmp_path: Path, name: str, args: dict) -> None:
     compare(name, tmp_path, args)
+
+
+@pytest.mark.parametrize("name, args", [("DPO", {}), ("KTO", {}), ("GRPO", {"beta": 0.1})])
+def test_the_reference_of_the_penalty_is_not_the_policys(
+    tmp_path: Path, name: str, args: dict
+) -> None:
+    """Of a PeftModel that it is given TRL keeps the adapters in a second one, for its own reference;
+    the penalty's is the model without any."""
+    compare(name, tmp_path, args, wrapped=True)
 
 
 @pytest.mark.parametrize("name", ["DPO", "KTO", "CPO", "ORPO"])
