@@ -34,7 +34,9 @@ def tokenizer(template: str) -> transformers.PreTrainedTokenizerFast:
         tokenizer_object=made, chat_template=template, bos_token="<s>", eos_token="</s>")
 
 
-def prompts(made: transformers.PreTrainedTokenizerFast, system: str | None, **options: object) -> list[Prompt]:
+def prompts(
+    made: transformers.PreTrainedTokenizerFast, system: str | None, **options: object
+) -> list[Prompt]:
     return tokenised(made, chat_template(made, system, options), TEXTS, False)
 
 
@@ -63,7 +65,8 @@ def test_prompts_are_rendered_as_transformers_renders_them(system: str | None) -
             other = made.apply_chat_template(
                 [*turns, {"role": "user", "content": content("\N{SNOWMAN}")}], tokenize=False,
                 add_generation_prompt=True, enable_thinking=False)
-            begin = len(made(other[: other.index("\N{SNOWMAN}")], add_special_tokens=False)["input_ids"])
+            head = other.partition("\N{SNOWMAN}")[0]
+            begin = len(made(head, add_special_tokens=False)["input_ids"])
             decoded = made.decode(prompt.ids[prompt.start :])
             assert decoded.startswith(prompt.text.strip()), path.stem
             assert begin <= prompt.start <= begin + 1, path.stem

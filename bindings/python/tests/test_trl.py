@@ -244,7 +244,8 @@ def made(
         model, adapters = peft.get_peft_model(model, lora(task, fresh)), {}
     return own(
         model, args=kind["config"](**settings), processing_class=tokenizer(),
-        train_dataset=kind.get("rows", lambda: rows(*kind.get("columns", ())))(), **adapters, **kind.get("more", {}), **more)
+        train_dataset=kind["rows"]() if "rows" in kind else rows(*kind.get("columns", ())),
+        **adapters, **kind.get("more", {}), **more)
 
 
 def compare(
@@ -309,8 +310,16 @@ def test_the_reference_of_the_penalty_is_not_the_policys(
     tmp_path: Path, name: str, args: dict
 ) -> None:
     """Of a PeftModel that it is given TRL keeps the adapters in a second one, for its own reference;
-    the penalty's is the model without any."""
-    compare(name, tmp_path, args, wrapped=True)
+    the penalty's is the model without any, or with those, as it is told."""
+    compare(name, tmp_path, args, wrapped=True, base_adapters=[])
+    penalty = dict(plan=DICTIONARY.plan, lam=LAM)
+    blocked = made(name, True, tmp_path, args, wrapped=True,
+                   penalty=penalty | {"base_adapters": ["ref"]})
+    blocked.train()
+    found = test_trainer.logged(blocked, "blockem/penalty")
+    assert found[0] == 0 < found[1]
+    with pytest.raises(ValueError, match="say which belong to its base"):
+        made(name, True, tmp_path, args, wrapped=True, penalty=penalty)
 
 
 @pytest.mark.parametrize("name", ["DPO", "KTO", "CPO", "ORPO"])
