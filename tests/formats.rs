@@ -535,7 +535,8 @@ fn the_options_state_the_site() {
         (json!({"hook_name": "blocks.3.hook_mlp_out", "layer": 4}), "layer is 4"),
         (json!({"hook_name": "blocks.3.hook_mlp_out", "site": "mlp_input"}), "site is mlp_input"),
     ] {
-        let error = open("openmoss_topk", recipe.clone()).err().expect(&recipe.to_string());
+        let error =
+            open("openmoss_topk", recipe.clone()).err().unwrap_or_else(|| panic!("{recipe}"));
         assert!(error.message.contains(word), "{recipe}: {error}");
     }
 }

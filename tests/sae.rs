@@ -290,6 +290,12 @@ mod recipe {
                 hook("blocks.5.hook_resid_post"),
             ),
             (
+                json!({"hook_point": "blocks.5.attn.hook_z", "hook_point_head_index": 3}),
+                Site::Unknown,
+                Some(5),
+                hook("blocks.5.attn.hook_z"),
+            ),
+            (
                 json!({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}),
                 Site::Unknown,
                 Some(5),
@@ -305,7 +311,7 @@ mod recipe {
                 "hf_hook_name is model.layers.7",
             ),
         ] {
-            let error = told(keys.clone()).err().expect(&keys.to_string());
+            let error = told(keys.clone()).err().unwrap_or_else(|| panic!("{keys}"));
             assert_eq!(error.status, Status::Format, "{error}");
             for word in ["cfg.json", word, "blocks.5"] {
                 assert!(error.message.contains(word), "no {word:?} in: {error}");

@@ -226,6 +226,8 @@ fn number(text: &str) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::Hook;
     use super::Site::{self, *};
 
@@ -294,6 +296,43 @@ mod tests {
             ("pos_embed.hook_out", Unknown, None, None),
             ("unembed.hook_in", Unknown, None, None),
         ]);
+    }
+
+    /// By values: tests/make_site_names.py found what each hook of TransformerLens has in common with
+    /// Hugging Face's modules. A name means what it means in all families, or is not known.
+    #[test]
+    fn names_of_transformer_lens_have_their_sites_values() {
+        let text = include_str!("../../tests/data/sites.json");
+        type Sites = BTreeSet<(String, Option<i64>)>;
+        let families: BTreeMap<String, BTreeMap<String, Sites>> =
+            serde_json::from_str(text).unwrap();
+        let names: BTreeSet<&String> = families.values().flat_map(BTreeMap::keys).collect();
+        // Raw values before norms that follow; the last block's output, whose number is not named.
+        let left_out = [
+            "blocks.1.ln1_post.hook_in",
+            "blocks.1.ln2_post.hook_in",
+            "blocks.1.attn.k_norm.hook_in",
+            "blocks.1.attn.hook_hidden_states",
+            "ln_final.hook_in",
+        ];
+        let mut known = 0;
+        for name in names {
+            let fitting: Vec<_> = families.values().filter_map(|of| of.get(name)).collect();
+            let place = Hook::parse(name).place;
+            if place.site != Unknown {
+                known += 1;
+                let told = (place.site.name().to_string(), place.layer);
+                assert!(
+                    fitting.iter().all(|of| of.contains(&told)),
+                    "{name}: {place:?} {fitting:?}"
+                );
+                continue;
+            }
+            let common = |site: &&(String, Option<i64>)| fitting.iter().all(|of| of.contains(site));
+            let missed = fitting[0].iter().find(common);
+            assert!(missed.is_none() || left_out.contains(&&name[..]), "{name} is {missed:?}");
+        }
+        assert!(known >= 35, "only {known} names");
     }
 
     /// Modules of transformers 5.23 (named_modules of the families), with and without the wrappers of

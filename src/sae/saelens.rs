@@ -329,7 +329,8 @@ impl Rules {
             check_k(k, self.selection, d_sae, config.origin())?;
         }
         let (hook, mut place) = Stated::read(&config.file_alone())?.resolve(config)?;
-        if config.find("hook_head_index").is_some() {
+        let heads = ["hook_head_index", "hook_point_head_index"];
+        if heads.iter().any(|key| config.find(key).is_some()) {
             // One head alone, which no site means.
             place = Place::new(Site::Unknown, place.layer);
         }

@@ -134,6 +134,7 @@ def test_attributes(sae_folder: Path) -> None:
     assert (sae.layer, sae.hook, sae.dtype) == (2, "blocks.2.hook_resid_post", "float32")
     recipe = sae.describe()
     assert recipe["hidden_states_index"] == 3
+    assert sae.site == recipe["site"] == "block_output"
     assert recipe["threshold"]["median"] == pytest.approx(0.1)
     latents = blockem.Latents([7, 3, 30], [1, -1, 1], [1, 2, 3])
     assert latents.ids.dtype == np.int64 and len(latents) == 3
@@ -142,6 +143,15 @@ def test_attributes(sae_folder: Path) -> None:
     plan = blockem.Plan(sae, latents, activation="preactivation", num_threads=1)
     assert (plan.d_in, plan.d_sae, plan.num_latents, plan.num_positive) == (8, 32, 3, 2)
     assert (plan.layer, plan.activation, plan.backend) == (2, "preactivation", "cpu")
+    assert plan.site == "block_output"
+    elsewhere = blockem.load_sae(sae_folder, recipe={"hook_name": "model.layers.5.mlp"})
+    assert (elsewhere.site, elsewhere.layer) == ("mlp_output", 5)
+    assert blockem.Plan(elsewhere, latents).identity != blockem.Plan(sae, latents).identity
+    for name in blockem._ffi.SITES:
+        layer = {} if name == "embedding" else {"layer": 2}
+        stated = blockem.load_sae(sae_folder, recipe={"site": name, **layer})
+        reported = "block_output" if name == "block_input" else name
+        assert stated.site == stated.describe()["site"] == reported
     assert (plan.device, plan.num_threads) == ("cpu", 1)
     assert re.fullmatch("[0-9a-f]{64}", plan.identity) and plan.numerics
     for text in map(repr, (sae, latents, plan)):
