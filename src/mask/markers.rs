@@ -610,10 +610,11 @@ mod tests {
             }
         }
         match turn {
-            Some((_, _, true)) if !markers.allow_unclosed => Err(()),
-            Some((body, true, _)) => Ok([spans, vec![body..text.len()]].concat()),
-            _ => Ok(spans),
+            Some((_, _, true)) if !markers.allow_unclosed => return Err(()),
+            Some((body, true, _)) => spans.push(body..text.len()),
+            _ => {}
         }
+        Ok(spans)
     }
 
     /// Texts of markers, parts of markers and words, by the presets and by markers that begin like
