@@ -17,9 +17,14 @@ from . import _arrays, _ffi
 from ._arrays import Array
 from ._core import Plan, _code, _encode_path, _name, _whole_numbers, expect
 from ._library import Error, check, fail, library
+from ._site import Site, site_of
 
 if TYPE_CHECKING:
     import torch
+
+
+#: The note of a cache that is of a module which was stated by name.
+_MODULE = "module"
 
 
 class Cache:
@@ -44,7 +49,8 @@ class Cache:
     base_model: names the weights in 1 to 255 bytes, by name and revision or by
         :func:`blockem.base_model_digest`. None, when reading or writing an existing file, compares
         nothing.
-    site: where hidden states are read, in the words of :class:`Sae`'s ``site``; None takes the plan's.
+    site: where hidden states are read, in the words of :class:`Sae`'s ``site``, or the name of a module
+        as of :func:`blockem.torch.attach`; None takes the plan's.
     layer: 0-based decoder block in which the site lies; None takes the plan's. Of an SAE that says
         nothing, the block whose output is encoded.
     dtype: of the hidden states that are encoded ("float32", "float16", "bfloat16"); None, for an
@@ -83,6 +89,10 @@ class Cache:
                     f'context has {name}: {belongs!r}; expected "row", "token" or "batch"',
                 )
         dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        module = None
+        if site is not None and ("." in site or site == "block_input"):
+            stated = site_of(plan, layer, site)
+            site, layer, module = stated.kind, stated.layer, stated.hook if stated.exact else None
         options = _ffi.CacheOptions(
             mode=_code("mode", mode, _ffi.CACHE_MODES),
             hidden_dtype=-1 if dtype is None else _code("dtype", dtype, _ffi.DTYPES),
@@ -102,6 +112,7 @@ class Cache:
         self._open(options.mode)
         try:
             info = self._info()
+            module = self._agreed_module(module)
         except Error:
             # The exception may keep this object for long, and with it the file's lock.
             self.close()
@@ -109,8 +120,24 @@ class Cache:
         self.base_model: str = info.base_model.decode()
         self.site: str = _name(info.site, _ffi.SITES)
         self.layer: int | None = None if info.layer == -1 else info.layer
+        exact = module is not None
+        self._site = Site(self.site, self.layer, module if exact else plan._sae.hook, exact)
         self.dtype: str = _name(info.hidden_dtype, _ffi.DTYPES)
         self.numerics: str = info.numerics.decode()
+
+    def _agreed_module(self, module: str | None) -> str | None:
+        """The module that hidden states are of, which must be the file's, where one was stated."""
+        noted = self.note(_MODULE)
+        if module in (None, noted):
+            return noted
+        if self._mode == "read" or len(self):
+            fail(
+                _ffi.STATUS_CACHE_STALE,
+                f"{self.path}: stale: it holds z for the site '{noted or 'of the plan'}', expected "
+                f"{module!r}; open the cache that was made for it, or make a new file",
+            )
+        self.put_note(_MODULE, module)
+        return module
 
     def _open(self, mode: int) -> None:
         self._closed, self._options.mode = True, mode

@@ -31,8 +31,8 @@ class Stats:
     sae: the whole dictionary, not a partial file; every row of it is kept on the device.
     device, activation, backend, num_threads: as of :class:`Plan`.
 
-    Attributes: ``d_in``, ``d_sae`` (F), ``layer``, ``identity`` (that of a plan of all latents),
-    ``numerics``, ``activation``, ``backend``, ``device``, ``num_threads``.
+    Attributes: ``d_in``, ``d_sae`` (F), ``site`` and ``layer`` (those of the SAE), ``identity`` (that
+    of a plan of all latents), ``numerics``, ``activation``, ``backend``, ``device``, ``num_threads``.
 
     Raises Error: UNSUPPORTED (a partial file, the native activation of a topk SAE that chooses over a
     batch), and what :class:`Plan` raises.
@@ -50,10 +50,11 @@ class Stats:
         options = _plan_options(device, activation, backend, num_threads)
         pointer = ctypes.c_void_p()
         check(library.blockem_stats_create(sae._handle.pointer, byref(options), byref(pointer)))
-        self._adopt(Handle(pointer, library.blockem_stats_free))
+        self._adopt(Handle(pointer, library.blockem_stats_free), sae)
 
-    def _adopt(self, handle: Handle) -> None:
-        self._handle = handle
+    def _adopt(self, handle: Handle, sae: Sae) -> None:
+        self._handle, self._sae = handle, sae
+        self.site: str = sae.site
         info = _ffi.StatsInfo()
         check(library.blockem_stats_info_get(handle.pointer, byref(info)))
         self.d_in: int = info.d_in
@@ -71,7 +72,7 @@ class Stats:
     def fresh(self) -> Stats:
         """Another one without sums, which shares the rows."""
         other = Stats.__new__(Stats)
-        other._adopt(self._handle)
+        other._adopt(self._handle, self._sae)
         return other
 
     def reset(self) -> None:

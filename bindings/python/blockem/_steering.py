@@ -46,7 +46,7 @@ class Steering(Immutable):
     ids: [n] whole numbers, ids in the dictionary.
     device, backend, num_threads: as of :class:`Plan`.
 
-    Attributes: ``ids`` ([n] int64), ``d_in``, ``layer``, ``identity`` (sha256 of ids and directions),
+    Attributes: ``ids`` ([n] int64), ``d_in``, ``site`` and ``layer`` (those of the SAE), ``identity`` (sha256 of ids and directions),
     ``device``, ``backend``, ``num_threads``.
 
     Raises Error: TENSOR_MISSING (no decoder), LATENT_RANGE, INVALID_ARGUMENT (no ids, a decoder row of
@@ -73,12 +73,13 @@ class Steering(Immutable):
                 sae._handle.pointer, numbers, len(column), byref(options), byref(pointer)
             )
         )
-        self._handle = Handle(pointer, library.blockem_steering_free)
+        self._handle, self._sae = Handle(pointer, library.blockem_steering_free), sae
         info = _ffi.SteeringInfo()
         check(library.blockem_steering_info_get(pointer, byref(info)))
         self.ids: np.ndarray = column.copy()
         self.ids.flags.writeable = False
         self.d_in: int = info.d_in
+        self.site: str = sae.site
         self.layer: int | None = None if info.layer < 0 else info.layer
         self.identity: str = info.identity.decode()
         self.device: str = _device_name(info)

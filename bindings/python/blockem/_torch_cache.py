@@ -20,7 +20,7 @@ from ._library import fail
 from ._torch_context import MEDIA, PACKING, TEXT, Example, Inputs, examples_of
 from .torch._peft import as_base, base_of, expect_base, expect_own_layers, peft_of
 from .torch._ranks import Ranks
-from .torch._spread import is_dtensor
+from .torch._spread import is_dtensor, of_tokens
 from .torch._stack import Stack, find
 
 __all__ = ["base_model_digest", "extend", "fill", "reference"]
@@ -72,7 +72,7 @@ def fill(
             f"{type(base).__name__} has an encoder, whose input no key covers: use a reference by a "
             'pass, like attach(reference="adapters_off")',
         )
-    stack = find(model, [cache.layer], layers)
+    stack = find(model, [cache._site], layers)
     kept = ()
     if peft_of(model) is not None:
         kept = expect_base(peft_of(model), base_adapters)
@@ -278,12 +278,7 @@ def _hidden_after(
                 value = value[..., rows, :]
         inputs[name] = value
     (hidden,) = stack.run(stack.call(inputs))
-    if hidden.shape[:-1] != (len(rows) if alone else shape[0], shape[1]):
-        fail(
-            _ffi.STATUS_SHAPE,
-            f"hidden states of the layer have the shape {list(hidden.shape)} for the tokens "
-            f"{list(shape)} of the batch: they are not one for each token",
-        )
+    hidden = of_tokens(hidden, (len(rows) if alone else shape[0], shape[1]))
     if str(hidden.dtype) != f"torch.{cache.dtype}":
         fail(
             _ffi.STATUS_CACHE_STALE,

@@ -34,6 +34,8 @@ import blockem
 from blockem.torch import DualAscent, Watch, attach
 
 DICTIONARY = Dictionary()
+#: SAEs of other places of the block, by what stands in the name of a case.
+OF_SITES = {"z": Dictionary(hook="blocks.1.attn.hook_z"), "MLP": Dictionary(hook="blocks.1.hook_mlp_out")}
 
 
 def model() -> torch.nn.Module:
@@ -83,6 +85,7 @@ def train(
     copies: int = 1,
     local: Callable[[dict], dict] = lambda batch: batch,
     together: Callable[[torch.Tensor], None] = lambda grad: None,
+    dictionary: Dictionary = DICTIONARY,
     **settings: object,
 ) -> dict:
     """Two steps of gradients over this rank's micro-batches, without an optimizer.
@@ -90,7 +93,7 @@ def train(
     local: what of a batch the rank computes; together: makes its gradient that of all.
     """
     lam = DualAscent(0.001, rate=1000.0, initial=20.0)
-    handle = attach(net, DICTIONARY.plan, lam=lam, **settings)
+    handle = attach(net, dictionary.plan, lam=lam, **settings)
     losses = []
     for _ in range(2):
         net.zero_grad()
@@ -132,12 +135,17 @@ def ddp(rank: int, ranks: int) -> dict:
     return train(shards(ranks)[rank], net, ranks, items(ranks))
 
 
-def fsdp2(rank: int, ranks: int) -> dict:
+def fsdp2(rank: int, ranks: int, **settings) -> dict:
     """Every layer and the rest sharded: the base pass stops between them."""
     net, mesh = model(), distributed.init_device_mesh("cpu", (ranks,))
     for layer in net.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
-    return train(shards(ranks)[rank], fully_shard(net, mesh=mesh), ranks, items(ranks))
+    net = fully_shard(net, mesh=mesh)
+    return train(shards(ranks)[rank], net, ranks, items(ranks), **settings)
+
+
+def fsdp2_inside(rank: int, ranks: int) -> dict:
+    return fsdp2(rank, ranks, dictionary=OF_SITES["MLP"])
 
 
 # Ranks that compute the same rows together.
@@ -359,6 +367,7 @@ def checks(rank: int, ranks: int) -> list:
 CASES: dict[str, Callable] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
+    "fsdp2, MLP": fsdp2_inside,
     "tensor, plain": tensor_case(None, as_dtensor=False),
     "tensor, plain, sum": tensor_case(None, as_dtensor=False, told=True, gradients="sum"),
     "tensor, Replicate": tensor_case(Replicate(), as_dtensor=True, gradients="sum"),
@@ -366,6 +375,8 @@ CASES: dict[str, Callable] = {
     "tensor, columns": tensor_case(Shard(-1), as_dtensor=False, told=True),
     "tensor, Shard(1)": tensor_case(Shard(1), as_dtensor=True, gradients="sum"),
     "tensor, tokens": tensor_case(Shard(1), as_dtensor=False, told=True),
+    "tensor, z": tensor_case(None, as_dtensor=False, told=True, dictionary=OF_SITES["z"]),
+    "tensor, MLP": tensor_case(None, as_dtensor=False, dictionary=OF_SITES["MLP"]),
     "data and tensor, world": data_and_tensor_parallel(False, "mean"),
     "data and tensor, data group": data_and_tensor_parallel(True, "mean"),
     "data and tensor, world, sum": data_and_tensor_parallel(False, "sum"),

@@ -188,7 +188,8 @@ def test_the_layer_s_own_output(make, layer: int) -> None:
         norm = [m for m in model.modules() if "Norm" in type(m).__name__][-1]
         torch.testing.assert_close(norm(hidden), out.hidden_states[-1])
     assert handle.last_check.difference == 0 and handle.last_check.active > 0.2
-    assert f"block {layer} (0-based), hidden_states[{layer + 1}]" in repr(handle)
+    where = f"the output of decoder block {layer} (0-based), the output of {handle._stack.name}.{layer}"
+    assert where in repr(handle)
 
 
 def test_wrapped_models() -> None:
@@ -324,7 +325,7 @@ def test_a_layer_that_runs_twice() -> None:
     handle = attach(model, DICTIONARY.plan, lam=1.0, reference="frozen_copy")
     batch, = tiny.batches(1)
     model(**batch, use_cache=False)
-    with pytest.raises(ValueError, match="block 1 ran 2 times"):
+    with pytest.raises(ValueError, match="the output of decoder block 1 2 times"):
         handle.penalty(batch)
 
 
@@ -334,7 +335,7 @@ def test_output_changed_in_place() -> None:
     model.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
     batch, = tiny.batches(1)
     model(**batch)
-    with pytest.raises(ValueError, match="block 1 was changed in place"):
+    with pytest.raises(ValueError, match="the output of decoder block 1 was changed in place"):
         handle.penalty(batch)
 
 
@@ -903,7 +904,7 @@ def test_a_resumed_run_continues_exactly() -> None:
             handle.load_state_dict(state | change)
     site, = state["sites"]
     for change, text in [
-        ({"plan": "0"}, "plan at decoder block 1"),
+        ({"plan": "0"}, "plan at the output of decoder block 1"),
         ({"signs": [1] * 5}, "signs at"),
         ({"layer": 2}, "layer at"),
         ({"lambda": {"kind": "fixed", "value": 1.0}}, "lambda's kind was fixed"),

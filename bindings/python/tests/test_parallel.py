@@ -41,15 +41,23 @@ def found(case: str, ranks: int) -> dict:
 
 
 @functools.cache
-def one_process(ranks: int) -> dict:
+def one_process(ranks: int, site: str = "") -> dict:
     """The micro-batches of all ranks, by one."""
-    return parallel.train(parallel.step_of(ranks), parallel.model(), 1, parallel.items(ranks))
+    dictionary = parallel.OF_SITES.get(site, parallel.DICTIONARY)
+    return parallel.train(parallel.step_of(ranks), parallel.model(), 1, parallel.items(ranks),
+                          dictionary=dictionary)
+
+
+def site_of(case: str) -> str:
+    last = case.rpartition(", ")[2]
+    return last if last in parallel.OF_SITES else ""
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", STEPS)
 def test_ranks_are_one_process(case: str, ranks: int) -> None:
-    many, want = found(case, ranks), one_process(ranks if case in ("ddp", "fsdp2") else 2)
+    own_rows = case.startswith(("ddp", "fsdp2"))
+    many, want = found(case, ranks), one_process(ranks if own_rows else 2, site_of(case))
     grads = {n: g for n, g in want["grads"].items() if g.abs().max() > 0}
     assert len(grads) >= 10 and max(g.abs().max() for g in grads.values()) > 1e-3
     for name, grad in many["grads"].items():
@@ -66,7 +74,7 @@ def test_ranks_are_one_process(case: str, ranks: int) -> None:
 @pytest.mark.parametrize("case", [case for case in STEPS if case.startswith("tensor")])
 def test_ranks_that_share_rows_see_one_penalty(case: str, ranks: int) -> None:
     """The loss is counted once, whatever part of hidden a rank holds, and hidden is not gathered."""
-    many, want = found(case, ranks), one_process(2)
+    many, want = found(case, ranks), one_process(2, site_of(case))
     assert many["losses"] == pytest.approx(want["losses"], rel=1e-5) and max(want["losses"]) > 0
     assert many["cosine"] == pytest.approx(want["cosine"], rel=1e-3) and abs(want["cosine"]) > 1e-3
     operations = many["communication"]

@@ -407,7 +407,7 @@ def test_movers_of_an_unblocked_run() -> None:
 
     with pytest.raises(ValueError, match="every label is -100"):
         handle.movers([], stats())
-    with pytest.raises(ValueError, match="of decoder block 2, the plan of 1"):
+    with pytest.raises(ValueError, match="the statistics reads .* block 2, not .* block 1"):
         handle.movers(data, blockem.Stats(Dictionary(layer=2).sae))
     handle.remove()
     copied = attach(model(0.0), DICTIONARY.plan, lam=1.0, reference=tiny.llama())
@@ -420,7 +420,7 @@ def test_movers_of_an_unblocked_run() -> None:
 
 def test_what_is_not_finite_is_told() -> None:
     planted = Planted()
-    with pytest.raises(blockem.Error, match="latent 0 at decoder block 1 was not.*.32 latents"):
+    with pytest.raises(blockem.Error, match="latent 0 at the output of decoder block 1 was not.*.32 latents"):
         planted.step({3: math.inf})
     assert planted.step({3: 1.0})["blockem/watch/outside"] == pytest.approx(1)
 
@@ -627,7 +627,7 @@ def test_wrong_swaps_are_refused(tmp_path: Path) -> None:
     other = Dictionary(seed=9)
     elsewhere = with_plan(Dictionary(layer=2).sae)
     cases: list[tuple[type, str, Callable]] = [
-        (ValueError, "reads decoder block 2, the one before 1", lambda: handle.swap(elsewhere)),
+        (ValueError, "the plan reads .* block 2, not .* block 1", lambda: handle.swap(elsewhere)),
         (ValueError, "d 16, the one before 32", lambda: handle.swap(
             with_plan(Dictionary(width=16).sae))),
         (ValueError, "another SAE: its rows", lambda: handle.swap(with_plan(other.sae))),
@@ -635,7 +635,7 @@ def test_wrong_swaps_are_refused(tmp_path: Path) -> None:
             with_plan(DICTIONARY.sae, activation="preactivation"))),
         (ValueError, "numerics is reference", lambda: handle.swap(
             with_plan(DICTIONARY.sae, backend="reference"))),
-        (ValueError, "layer is 2; expected one of 1", lambda: handle.swap(LARGER, layer=2)),
+        (ValueError, "layer is 2; expected one of layer1", lambda: handle.swap(LARGER, layer=2)),
         (TypeError, "latents is a list", lambda: handle.swap([1, 2])),
         (ValueError, "latent 99 does not exist", lambda: handle.swap(blockem.Latents([99], [1]))),
     ]
@@ -682,7 +682,7 @@ def test_a_cache_that_cannot_be_filled_is_as_before(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no peft.PeftModel"):
         other.swap(LARGER, cache=cache, batches=data)
     wrong = attach(model(), Dictionary(layer=2).plan, lam=1.0)
-    with pytest.raises(ValueError, match="decoder block 1; the latents of block 2"):
+    with pytest.raises(ValueError, match="z of the output of decoder block 1, the penalty is on .* block 2"):
         wrong.swap(LARGER, cache=cache, batches=data)
 
 
@@ -932,10 +932,10 @@ def test_arguments() -> None:
         ("share is 0", lambda: Watch(handle, stats(), share=0)),
         ("memory is 2", lambda: Watch(handle, stats(), memory=2)),
         ("top is 0", lambda: Watch(handle, stats(), top=0)),
-        ("layer is 2; expected one of 1", lambda: Watch(handle, stats(), layer=2)),
+        ("layer is 2; expected one of layer1", lambda: Watch(handle, stats(), layer=2)),
         ("activation is dense_relu, the plan's native", lambda: Watch(
             handle, blockem.Stats(DICTIONARY.sae, activation="dense_relu"))),
-        ("of decoder block 2, the plan of 1", lambda: Watch(
+        ("the statistics reads .* block 2, not .* block 1", lambda: Watch(
             handle, blockem.Stats(Dictionary(layer=2).sae))),
         ("known has latent 12", lambda: Watch(handle, stats(), known=blockem.Latents([12], [1]))),
         ("outside_ratio is 1", lambda: AlarmRule(outside_ratio=1.0)),

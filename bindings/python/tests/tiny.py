@@ -37,9 +37,11 @@ def with_lora(model: torch.nn.Module, seed: int = 1, dropout: float = 0.0) -> pe
 
 
 class Dictionary:
-    """A random SAE of the residual stream, with three latents in K+ and two in K-."""
+    """A random SAE, of the residual stream unless hook says else, with three latents in K+ and two in K-."""
 
-    def __init__(self, layer: int | None = LAYER, width: int = WIDTH, seed: int = 2) -> None:
+    def __init__(
+        self, layer: int | None = LAYER, width: int = WIDTH, seed: int = 2, hook: str | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.randn(12, width, generator=generator)
         self.bias = 0.5 * torch.rand(12, generator=generator)
@@ -47,7 +49,7 @@ class Dictionary:
         self.weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5])
         self.sae = blockem.Sae.from_tensors(
             encoder_weight=self.weight, encoder_bias=self.bias, encoder_layout="f_d",
-            hook_name=None if layer is None else f"blocks.{layer}.hook_resid_post",
+            hook_name=hook or (None if layer is None else f"blocks.{layer}.hook_resid_post"),
         )
         self.latents = blockem.Latents(self.ids, self.signs.int().numpy(), self.weights.numpy())
         self.plan = blockem.Plan(self.sae, self.latents, num_threads=1)

@@ -24,9 +24,10 @@ from .._steering import Steering, activation_scale
 from .._torch_cache import base_model_digest
 from ..judges import Grade, Judge
 from ..torch import steered
-from ..torch._target import layer_of
+from .._site import site_of
 from ..torch._modes import evaluating
 from ..torch._peft import as_base, is_peft_model, lost_base, peft_of, trained_base
+from ..torch._spread import of_tokens
 from ..torch._stack import find
 from ._grading import Grading
 from ._prompts import (
@@ -90,8 +91,8 @@ class Study:
     model: a PeftModel of a causal language model, its active adapters those of the misaligned
         fine-tuning.
     tokenizer: the model's, a fast one of transformers.
-    sae: with a decoder, of the output of decoder block `layer` (0-based; None takes what the SAE
-        says).
+    sae: with a decoder. layer, site: where it reads and is steered, as of
+        :func:`blockem.torch.attach`; None takes what the SAE says.
     judge: a :data:`blockem.judges.Judge`. It gets the prompt as given, without the template, and is
         called in another thread, one call at a time.
     judge_name: what grades are kept by. It must change when the judge does. None takes an
@@ -133,6 +134,7 @@ class Study:
         prompts: Sequence[str],
         evaluation_prompts: Sequence[str] = (),
         layer: int | None = None,
+        site: str | None = None,
         judge_name: str | None = None,
         render: Callable[[str], str] | None = None,
         system: str | None = None,
@@ -157,7 +159,11 @@ class Study:
                 raise ValueError(f"{name} is the chat template's: render writes its own")
         check_disjoint(prompts, evaluation_prompts)
         self.model, self.tokenizer, self.sae = _with_adapters(model), tokenizer, sae
-        self.layer = layer_of(sae, layer)
+        where = site_of(sae, layer, site)
+        self.layer, self.site = where.layer, where.kind
+        # What was kept before other sites were known stays found.
+        own_site = [] if where.kind == "block_output" else [where.kind, where.hook]
+        self._named = [where.layer, *own_site]
         self.judge, self.judge_name = judge, judge_name or getattr(judge, "name", None)
         if render is None:
             rendering = chat_template(tokenizer, system, chat_template_kwargs or {})
@@ -174,10 +180,14 @@ class Study:
         self._given_scale, self._progress = scale, progress
         #: digest of what turns tokens into text
         self._decoding = _digest(tokenizer.backend_tokenizer.to_str())
-        self._layers, self._stack = layers, find(model, [self.layer], layers)
+        self._stack = find(model, [where], layers)
+        (place,) = self._stack.places
+        place.expect_width("the SAE", sae.d_in)
+        #: what steering is told
+        self._places = {"layer": layer, "site": site, "layers": layers}
         self._device, self._layer_device = (
             next(module.parameters()).device
-            for module in (self._stack.decoder, self._stack.layers[self.layer])
+            for module in (self._stack.decoder, self._stack.layers[place.block or 0])
         )
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._store = Store(Path(folder) / "study.sqlite", self.judge_name)
@@ -191,7 +201,7 @@ class Study:
         stats = Stats(self.sae, self._layer_device, self.activation, **self._options)
         weights = self._weights()
         name = _digest(
-            "shifts", weights, self.layer, stats.identity, stats.numerics, self._of_prompts()
+            "shifts", weights, *self._named, stats.identity, stats.numerics, self._of_prompts()
         )
         kept = self._store.value(name)
         if kept is None:
@@ -358,7 +368,7 @@ class Study:
                     stack.enter_context(steered(
                         self.model, steering, [c.latent for c, _ in batch],
                         [c.strength for c, _ in batch],
-                        scale=scale, layer=self.layer, layers=self._layers,
+                        scale=scale, **self._places,
                     ))  # fmt: skip
                 answers = self._generate([prompt for _, prompt in batch])
             yield batch, answers
@@ -418,13 +428,14 @@ class Study:
     def _hidden(self, inputs: Mapping[str, torch.Tensor], tuned: bool) -> torch.Tensor:
         """[B, S, d]"""
         with self._running(tuned):
-            return self._stack.run(self._stack.call(inputs))[0].to(self._layer_device)
+            (hidden,) = self._stack.run(self._stack.call(inputs))
+        return of_tokens(hidden, inputs["input_ids"].shape).to(self._layer_device)
 
     def _scale(self, weights: Mapping[str, str]) -> float:
         if self._given_scale is not None:
             return self._given_scale
         # Kept, because another batch size may round it otherwise, and answers are kept by it.
-        name = _digest("activation scale", weights["base_model"], self.layer, self._of_prompts())
+        name = _digest("activation scale", weights["base_model"], *self._named, self._of_prompts())
         if self._store.value(name) is None:
             self._store.put_value(name, repr(float(activation_scale(self._of_base()))).encode())
         return float(self._store.value(name))
@@ -455,7 +466,7 @@ class Study:
         parts = ["answers", weights["base_model"], adapters, settings]
         if condition.latent >= 0:
             direction = self._direction(condition.latent)
-            parts += [direction, self.layer, condition.strength, scale]
+            parts += [direction, *self._named, condition.strength, scale]
         return _digest(*parts)
 
     def _direction(self, latent: int) -> str:
@@ -473,6 +484,7 @@ class Study:
             "blockem": __version__,
             **weights,
             "sae": self.sae.describe(),
+            "site": self.site,
             "layer": self.layer,
             "num_prompts": len(texts),
             "prompts_sha256": _digest(texts),

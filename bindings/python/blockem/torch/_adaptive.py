@@ -27,7 +27,8 @@ log = logging.getLogger("blockem")
 class Swap:
     """One answer to an alarm."""
 
-    layer: int
+    #: 0-based decoder block; None for the embedding
+    layer: int | None
     #: optimizer steps that were done
     step: int
     #: what K grew by, in the order of its new columns
@@ -39,6 +40,8 @@ class Swap:
     reasons: tuple[str, ...]
     #: the step that the weights went back to, or None
     rewound_to: int | None = None
+    #: of ``layer``: see ``Sae.site``
+    site: str = "block_output"
 
 
 class Adaptive:
@@ -106,7 +109,7 @@ class Adaptive:
     ) -> None:
         expect("handle", handle, Handle)
         self._watches = [watches] if isinstance(watches, Watch) else list(watches)
-        self._caches = {cache.layer: cache for cache in caches}
+        self._caches = {(cache.layer, cache.site): cache for cache in caches}
         for watch in self._watches:
             expect("watches", watch, Watch)
             if watch._handle is not handle:
@@ -166,12 +169,14 @@ class Adaptive:
             for swap in state["swaps"]
         ]
         for target in self._handle._targets:
-            if target.layer in self._caches:
-                self._caches[target.layer].use(target.plan)
+            cache = self._caches.get((target.layer, target.site.kind))
+            if cache is not None:
+                cache.use(target.plan)
 
     def _answer(self, watch: Watch, alarm: Alarm) -> None:
-        layer, step = alarm.layer, self._handle.steps
-        last = next((swap.step for swap in reversed(self.swaps) if swap.layer == layer), None)
+        where, step = (alarm.layer, alarm.site), self._handle.steps
+        mine = [swap for swap in self.swaps if (swap.layer, swap.site) == where]
+        last = mine[-1].step if mine else None
         if last is not None and step < last + self._cooldown:
             log.info("blockem: the alarm is not answered within %d steps", self._cooldown)
             return
@@ -185,13 +190,15 @@ class Adaptive:
             log.info("blockem: the alarm found no latent that K has room for")
             return
         self._expect_agreement(union)
-        cache = self._caches.get(layer)
+        cache = self._caches.get(where)
         more = {} if cache is None else {"cache": cache, "batches": self._batches}
         self._expect_past()
-        self._handle.swap(union, layer, packed=self._packed, **more)
+        self._handle.swap(union, watch.layer, site=watch.site, packed=self._packed, **more)
         back = self._go_back() if self.rewind else None
         ids, signs = union.ids[len(old) :].tolist(), union.signs[len(old) :].tolist()
-        swap = Swap(layer, step, tuple(ids), tuple(signs), len(union), alarm.reasons, back)
+        swap = Swap(
+            alarm.layer, step, tuple(ids), tuple(signs), len(union), alarm.reasons, back, alarm.site
+        )
         self.swaps.append(swap)
         log.info("blockem: %s", swap)
         if self._on_swap is not None:

@@ -32,6 +32,7 @@ from ._references import (
 )
 from ._results import Calibration, Check, Term
 from ._target import Target, expect_choice, targets_of
+from .._site import BOUNDARIES
 from ._spread import Held, gathered, group_of, held
 from ._stack import Stack, find
 from .lambdas import DualAscent, ratio_lambda
@@ -50,6 +51,7 @@ def attach(
     plan: Plan | Sequence[Plan],
     *,
     layer: int | Sequence[int] | None = None,
+    site: str | Sequence[str] | None = None,
     reference: str | nn.Module | Provider = "adapters_off",
     base_adapters: Sequence[str] | None = None,
     lam: float | DualAscent | Sequence[float | DualAscent],
@@ -62,7 +64,7 @@ def attach(
     tolerance: float = 0.0,
     diagnostics: bool = True,
 ) -> Handle:
-    """Hooks the penalty onto the output of decoder layers of a causal language model.
+    """Hooks the penalty onto a causal language model, where the SAE reads its hidden states.
 
         handle = blockem.torch.attach(model, plan, layer=19, lam=1e4)
         for batch in loader:
@@ -73,14 +75,29 @@ def attach(
             handle.end_step()
 
     model: a Hugging Face causal language model, also in a PeftModel, DistributedDataParallel or
-        torch.compile. The hook is on the layer itself: always before the final norm.
-    plan: one, or one for each layer.
-    layer: 0-based decoder block whose output is read (``hidden_states[layer + 1]``), one for each
-        plan; None takes ``plan.layer``. One that the SAE contradicts is an error.
+        torch.compile. The hook is on the module itself: the output of the last block is read before
+        the final norm.
+    plan: one, or one for each place that is read, also several of one block.
+    layer: 0-based decoder block in which the SAE's site lies, one for each plan; None takes what
+        the SAE says. One that the SAE contradicts is an error.
+    site: which place of the block is read, one for each plan; None takes what the SAE says
+        (``Sae.site``), and of an SAE that says nothing the block's output. One that the SAE
+        contradicts is an error. [B, T, d] of the SAE's d is read at:
+        "block_output", "block_input": the residual stream after the block, or before it, which is
+            the output of the block before, or the embedding.
+        "embedding": the input of block 0; layer is None.
+        "attention_output", "mlp_output": what the attention or the MLP adds to the residual stream:
+            the output of the module, or of the norm after it, where the model has one (Gemma 2).
+            The first pass of the base model compares the block's output with the sum.
+        "attention_z": the heads' values, concatenated: the input of the attention's output
+            projection.
+        "mlp_input": the input of the MLP, after its norm.
+        the dotted name of a module in Hugging Face's model, like "model.layers.5.mlp.output": its
+            output, or with ".input" its input; for models in which the kinds above cannot be told.
     reference: where z of the base model comes from. The handle's repr and log say which it is.
         "adapters_off": the same model without its adapters (a PeftModel, or one of transformers
             after ``add_adapter``), without gradient and dropout, and stopped right after the last
-            layer that is read. Where other parts of the model compute what the decoder is given
+            place that is read. Where other parts of the model compute what the decoder is given
             (embeddings and images of a multimodal model, an encoder) the pass begins with them,
             their adapters off too.
         "frozen_copy": a copy of the model's layers up to there and of what lies before them, made
@@ -117,16 +134,22 @@ def attach(
         (:meth:`Handle.metrics`): one more read of the hidden states.
 
     Raises Error INVALID_ARGUMENT (also where the reference would not be the base model: the message
-    says why and names what works), SHAPE, DEVICE_MISMATCH.
+    says why and names what works), DEVICE_MISMATCH; SHAPE (the plan's d is not that of its site);
+    UNSUPPORTED (the model does not show the SAE's site).
     """
     expect("model", model, nn.Module)
-    targets = targets_of(plan, layer, lam, reduction)
+    targets = targets_of(plan, layer, site, lam, reduction)
     expect_choice("tokens", tokens, ("labels", "all"))
     expect_choice("gradients", gradients, ("mean", "sum"))
-    stack = find(model, [target.layer for target in targets], layers)
+    stack = find(model, [target.site for target in targets], layers)
+    if tensor_group is None:
+        for target, place in zip(targets, stack.places, strict=True):
+            place.expect_width("the plan", target.plan.d_in)
     source = references_of(reference, model, stack, layers, base_adapters)
     for target in targets:
         source.expect_latents(target.plan)
+        if source.cache is not None:
+            target.expect_cache(source.cache)
     ranks = Ranks(process_group, tensor_group, targets[0].plan.device)
     settings = _Settings(reduction, tokens, gradients, tolerance, diagnostics)
     return Handle(model, stack, targets, source, ranks, settings)
@@ -261,6 +284,7 @@ class Handle:
         latents: Latents | Plan,
         layer: int | None = None,
         *,
+        site: str | None = None,
         cache: Cache | None = None,
         batches: Iterable[Any] = (),
         packed: bool = False,
@@ -279,7 +303,7 @@ class Handle:
 
         latents: the set, of which a plan like the layer's is made; or the plan, of the same SAE,
             layer, activation, device and arithmetic.
-        layer: which of several.
+        layer, site: which of several, as attach knows them.
         cache: what ``reference`` reads, to be filled with z of the new latents first, by a pass of
             the base model over those examples of batches that lack any (:meth:`Cache.extend`, whose
             rules for several ranks hold). The reference must give the new columns afterwards:
@@ -295,17 +319,12 @@ class Handle:
                 _ffi.STATUS_INVALID_ARGUMENT,
                 "latents are swapped between steps: after end_step and before begin_step",
             )
-        target = self._target(layer)
+        target = self._target(layer, site)
         plan = target.plan_for(latents)
         if cache is not self._source.cache:
             self._source.expect_latents(plan)
         if cache is not None:
-            if cache.layer != target.layer:
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"the cache has z of decoder block {cache.layer}; the latents of block "
-                    f"{target.layer} are swapped",
-                )
+            target.expect_cache(cache)
             self._source.of_model.expect()
             with self._as_trained():
                 cache.extend(
@@ -344,7 +363,8 @@ class Handle:
         per_latent: adds latent/<id>: the share of each latent.
         With a :class:`Watch`: what it found since its last report, as watch/<name>
             (:meth:`Watch.metrics`), where it has seen enough.
-        Names have a prefix, blockem/ or blockem/layer<N>/ where there are several.
+        Names have a prefix, blockem/, or where there are several blockem/layer<N>/ for the output
+        of a block, blockem/layer<N>.<site>/ for another site of it, and blockem/embedding/.
 
         The one place that waits for the device. Raises Error INVALID_ARGUMENT where a step had no
         counted token.
@@ -352,14 +372,14 @@ class Handle:
         self._expect_tokens()
         found: dict[str, float] = {}
         for target in self._targets:
-            prefix = self._prefix(target.layer)
+            prefix = self._prefix(target)
             totals = self._ranks.all_reduce(target.totals)
             target_metrics = target.metrics(totals, self._mean_factor(target))
             found |= {prefix + name: value for name, value in target_metrics.items()
                       if per_latent or not name.startswith("latent/")}
             target.totals = torch.zeros_like(target.totals)
         for watch in self._watches:
-            found |= {self._prefix(watch.layer) + name: x for name, x in watch.metrics().items()}
+            found |= {self._prefix(watch._target) + name: x for name, x in watch.metrics().items()}
         return found
 
     def check(self, batch: Mapping[str, Any]) -> Check:
@@ -417,6 +437,7 @@ class Handle:
         count: int = 250,
         *,
         layer: int | None = None,
+        site: str | None = None,
     ) -> Movers:
         """How far the model has moved each latent from its base, on the counted tokens of batches:
         with the adapters of an unblocked run, what the :class:`Watch` of a blocked one takes as
@@ -427,7 +448,7 @@ class Handle:
         batches: as for :meth:`calibrate`, the same on all ranks.
         stats: of the layer's SAE, with the plan's activation; its own sums stay as they are.
         count: up to so many that rose, and up to so many that fell.
-        layer: which of several, if the SAE does not tell.
+        layer, site: which of several, if the SAE does not tell.
 
         Raises Error INVALID_ARGUMENT (no base model but its z alone; no counted token), NON_FINITE.
         """
@@ -438,7 +459,7 @@ class Handle:
                 "the reference gives z of K alone, and movers are of the whole dictionary: attach with "
                 'reference="adapters_off" or a model',
             )
-        target = self._target_of(stats, layer)
+        target = self._target_of(stats, layer, site)
         target.expect_dictionary(stats)
         sums, at = stats.fresh(), self._targets.index(target)
         with evaluating(self._model), torch.no_grad():
@@ -503,25 +524,33 @@ class Handle:
     def __repr__(self) -> str:
         return f"Handle({'; '.join(map(self._place, self._targets))}; {self._source.name})"
 
-    def _prefix(self, layer: int) -> str:
-        return "blockem/" if len(self._targets) == 1 else f"blockem/layer{layer}/"
+    def _prefix(self, target: Target) -> str:
+        return "blockem/" if len(self._targets) == 1 else f"blockem/{target.site.label}/"
 
-    def _target(self, layer: int | None) -> Target:
-        """The one of this layer; None is the only one."""
-        layers = [target.layer for target in self._targets]
-        if layer is None and len(layers) == 1:
-            return self._targets[0]
-        if layers.count(layer) != 1:
+    def _target(self, layer: int | None, site: str | None = None) -> Target:
+        """The one of this layer and site; None fits any."""
+        found = [
+            target
+            for target in self._targets
+            if layer in (None, target.layer) and site in (None, target.site.kind, target.site.hook)
+        ]
+        if len(found) != 1:
+            own = ", ".join(target.site.label for target in self._targets)
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"layer is {layer}; expected one of {', '.join(map(str, layers))}, attached once",
+                f"layer is {layer}{'' if site is None else f', site {site!r}'}; expected one of {own}, "
+                "attached once",
             )
-        return self._targets[layers.index(layer)]
+        return found[0]
 
-    def _target_of(self, stats: Stats, layer: int | None) -> Target:
-        """The one of this layer; where there are several, of that of the statistics' SAE."""
-        several = layer is None and len(self._targets) > 1
-        return self._target(stats.layer if several else layer)
+    def _target_of(self, stats: Stats, layer: int | None, site: str | None) -> Target:
+        """The one of this layer and site; where there are several, of those of the statistics'
+        SAE."""
+        if layer is None and site is None and len(self._targets) > 1:
+            says = stats._sae.describe()
+            kind = None if says["site"] == "unknown" else says["site"]
+            return self._target(says["layer"], kind)
+        return self._target(layer, site)
 
     def _as_trained(self) -> contextlib.AbstractContextManager:
         """Autocast as in the last training forward."""
@@ -535,10 +564,10 @@ class Handle:
         self.last_check = None
 
     def _place(self, target: Target) -> str:
-        return (
-            f"{target.plan.num_latents} latents on the output of decoder block {target.layer} "
-            f"(0-based), hidden_states[{target.layer + 1}], {self._stack.name}.{target.layer}"
-        )
+        place = self._stack.places[self._targets.index(target)]
+        module = f"{self._stack.name.rpartition('.')[0]}.{place.path}".lstrip(".")
+        end = "input" if place.of_input else "output"
+        return f"{target.plan.num_latents} latents on {target.site} (0-based), the {end} of {module}"
 
     def _mask(self, batch: Any) -> torch.Tensor:
         if isinstance(batch, torch.Tensor):
@@ -554,7 +583,7 @@ class Handle:
                     _ffi.STATUS_INVALID_ARGUMENT,
                     'the batch has no labels; give a mask, or attach with tokens="all"',
                 )
-            return batch["labels"] != -100
+            return self._of_tokens("labels", batch) != -100
         if batch.get("attention_mask") is not None:
             if batch["attention_mask"].ndim != 2:
                 fail(
@@ -562,8 +591,20 @@ class Handle:
                     f"attention_mask has {batch['attention_mask'].ndim} dimensions and tells no "
                     "tokens; give a mask",
                 )
-            return batch["attention_mask"] != 0
+            return self._of_tokens("attention_mask", batch) != 0
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+    def _of_tokens(self, name: str, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Of a batch, what has a number for each of the decoder's tokens."""
+        values, ids = batch[name], batch.get("input_ids")
+        config = getattr(without_parallel(self._model), "config", None)
+        of_encoder = getattr(config, "is_encoder_decoder", False)
+        if ids is not None and values.shape != ids.shape and not of_encoder:
+            fail(
+                _ffi.STATUS_SHAPE,
+                f"{name} has the shape {list(values.shape)}; expected {list(ids.shape)}, as input_ids",
+            )
+        return values
 
     def _held(self, hidden: Sequence[torch.Tensor], mask: torch.Tensor) -> list[Held]:
         for h in hidden:
@@ -663,9 +704,8 @@ class Handle:
         if not hidden.requires_grad:
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"the output of decoder block {target.layer} needs no gradient, so the penalty "
-                "trains nothing: no trained parameter lies at or below it, or reentrant gradient "
-                "checkpointing needs model.enable_input_require_grads()",
+                f"{target.site} needs no gradient, so the penalty trains nothing: no trained "
+                f"parameter lies at or below it, or {_REENTRANT[target.site.kind in BOUNDARIES]}",
             )
 
 
@@ -682,6 +722,13 @@ def _share(mask: torch.Tensor) -> torch.Tensor:
     """What each token counts, float64."""
     return mask.double() if mask.is_floating_point() else (mask != 0).double()
 
+
+#: What gradient checkpointing must be told, by whether a boundary of blocks is read.
+_REENTRANT = {
+    True: "reentrant gradient checkpointing needs model.enable_input_require_grads()",
+    False: "gradient checkpointing must not be reentrant: what is inside of a block has no gradient "
+    'then (gradient_checkpointing_kwargs={"use_reentrant": False})',
+}
 
 _NO_TOKENS = (
     "no token of a whole step counts: every label is -100 or every token is hidden; look at the "

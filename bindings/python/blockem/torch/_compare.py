@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import _ffi
+from .._library import fail
 from ._ops import encode
 from ._results import Check
 from ._target import Target
@@ -25,8 +27,15 @@ def compare(
     for target, one, reference in zip(targets, held, references, strict=True):
         mask = mask.to(one.values.device)
         kept = one.own(mask) != 0
-        z = encode(one.plan, one.values.detach())[kept]
-        distance = (z - one.own(reference)[kept]).abs().flatten()
+        z, base = encode(one.plan, one.values.detach()), one.own(reference)
+        if base.shape != z.shape:
+            fail(
+                _ffi.STATUS_SHAPE,
+                f"the reference has the shape {list(base.shape)}; expected {list(z.shape)}, z of the "
+                "batch's tokens",
+            )
+        z, base = z[kept], base[kept]
+        distance = (z - base).abs().flatten()
         distance = torch.where(distance.isnan(), math.inf, distance)
         worst = max(worst, one.greatest(torch.cat([distance, distance.new_zeros(1)]).max()))
         active += (z != 0).sum().item() / max(z.numel(), 1) / len(targets)

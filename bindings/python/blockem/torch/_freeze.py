@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _ffi
 from .._library import fail
+from .._site import block_output
 from ._stack import find
 
 __all__ = ["Frozen", "freeze_above"]
@@ -57,7 +58,7 @@ def freeze_above(model: nn.Module, layer: int, *, layers: str | None = None) -> 
 
     Raises Error INVALID_ARGUMENT: nothing above is trained, or nothing would be left to train.
     """
-    stack = find(model, [layer], layers)
+    stack = find(model, [block_output(layer)], layers)
     above = [p for block in stack.layers[layer + 1 :] for p in block.parameters()]
     above = {id(p) for p in above if p.requires_grad}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

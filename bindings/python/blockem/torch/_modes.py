@@ -21,13 +21,13 @@ def restored_modes(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Training mode off for a while, dropout with it, but for quantised layers: those of
-    bitsandbytes have other kernels in evaluation mode (and repack their weights for it, with coarser
-    scales), so that the pass would not be that of training.
+    """Training mode off for a while, dropout with it, but for modules that compute something else in
+    evaluation mode (and rewrite their weights for it), so that the pass would not be that of training:
+    quantised layers of bitsandbytes have other kernels, RWKV's model scales hidden states down.
 
     The flags are set without `train()`, whose overrides merge weights and the like.
     """
-    changed = [m for m in modules_of(module) if m.training is not _is_quantised(m)]
+    changed = [m for m in modules_of(module) if m.training is not _stays_training(m)]
     try:
         for m in changed:
             _set_training(m, not m.training)
@@ -37,8 +37,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             _set_training(m, not m.training)
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    return any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
+def _stays_training(module: nn.Module) -> bool:
+    quantised = any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
+    return quantised or hasattr(module, "layers_are_rescaled")
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:

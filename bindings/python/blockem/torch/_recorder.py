@@ -1,4 +1,4 @@
-"""What the hooked layers put out in a training forward."""
+"""The hidden states at the hooked places in a training forward."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _ffi
 from .._library import fail
-from ._stack import Call, Stack, hidden_of
+from ._place import Place
+from ._stack import Call, Stack
 
 
 @dataclass
 class Forward:
-    """A training forward: how the decoder was called, and what its layers put out."""
+    """A training forward: how the decoder was called, and the hidden states at its places."""
 
     call: Call
     hidden: list[torch.Tensor]
@@ -29,7 +30,7 @@ class Pause:
 
 
 class Recorder:
-    """Hooks that keep what the layers put out in a training forward, until it is taken.
+    """Hooks that keep the hidden states of a training forward, until they are taken.
 
     Their bodies are plain enough for torch.compile, which traces hooks. Between the end of a
     forward and the next they are closed: gradient checkpointing runs layers again in the backward
@@ -45,7 +46,7 @@ class Recorder:
         self.call: Call | None = None
         #: of the modules around the decoder that run now, by their level
         self.around: dict[int, tuple[tuple, dict]] = {}
-        self.outputs: dict[int, list[tuple[torch.Tensor, int | None]]] | None = None
+        self.outputs: dict[Place, list[tuple[torch.Tensor, int | None]]] | None = None
         decoder = stack.decoder
         self.hooks = [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -54,8 +55,12 @@ class Recorder:
         for level, module in enumerate(stack.around, 1):
             self.hooks += self._watch_around(level, module)
         for index in sorted(set(stack.indices)):
-            hook = self._layer_hook(index)
-            self.hooks.append(stack.layers[index].register_forward_hook(hook, with_kwargs=True))
+            layer = stack.layers[index]
+            self.hooks.append(layer.register_forward_pre_hook(self._in_layer, with_kwargs=True))
+        for place in dict.fromkeys(stack.places):
+            # The model may go on in place inside of a block.
+            apart = not place.is_boundary
+            self.hooks.append(place.read(decoder, self._keeper(place), apart=apart))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.pause.on:
@@ -74,7 +79,7 @@ class Recorder:
         level = max(self.around, default=0)
         args, kwargs = self.around.get(level, (args, kwargs))
         self.call, self.finished = Call(args, kwargs, autocast, level=level), False
-        self.outputs = {index: [] for index in self.stack.indices}
+        self.outputs = {place: [] for place in self.stack.places}
 
     def _watch_around(self, level: int, module: nn.Module) -> list[RemovableHandle]:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -90,13 +95,15 @@ class Recorder:
             module.register_forward_hook(leave, always_call=True),
         ]
 
-    def _layer_hook(self, index: int) -> Callable:
-        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _in_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.open and not self.pause.on:
+            self.cached = kwargs.get("past_key_values") is not None
+
+    def _keeper(self, place: Place) -> Callable[[torch.Tensor], None]:
+        def keep(hidden: torch.Tensor) -> None:
             if self.open and not self.pause.on:
-                self.cached = kwargs.get("past_key_values") is not None
-                hidden = hidden_of(output)
                 version = None if torch.compiler.is_compiling() else hidden._version
-                self.outputs[index].append((hidden, version))
+                self.outputs[place].append((hidden, version))
 
         return keep
 
@@ -114,18 +121,18 @@ class Recorder:
                 "before each penalty",
             )
         hidden = []
-        for index in self.stack.indices:
-            fired = outputs[index]
+        for place in self.stack.places:
+            fired = outputs[place]
             if len(fired) != 1:
                 fail(
                     _ffi.STATUS_INVALID_ARGUMENT,
-                    f"decoder block {index} ran {len(fired)} times in one forward; expected once",
+                    f"the model computed {place} {len(fired)} times in one forward; expected once",
                 )
             tensor, version = fired[0]
             if version is not None and version != tensor._version:
                 fail(
                     _ffi.STATUS_INVALID_ARGUMENT,
-                    f"the output of decoder block {index} was changed in place after the block",
+                    f"{place} was changed in place after it was read",
                 )
             hidden.append(tensor)
         return Forward(replace(call, cached=cached), hidden)

@@ -65,7 +65,7 @@ def references_of(
     if reference == "frozen_copy":
         return FrozenCopy(base, _frozen_copy(base), f"a frozen copy of {base}")
     if isinstance(reference, nn.Module):
-        given = find(reference, stack.indices, layers)
+        given = find(reference, stack.sites, layers)
         _expect_other_weights(given, stack)
         name = getattr(getattr(reference, "config", None), "name_or_path", "")
         name = f" {name!r}" if name else ""
@@ -344,6 +344,6 @@ def _frozen_copy(base: Base) -> Stack:
     with contextlib.nullcontext() if peft is None else base.alone():
         copied = copy.deepcopy(outermost, memo).requires_grad_(False)
     if outermost is not stack.decoder:
-        return find(copied, stack.indices, stack.name)
+        return find(copied, stack.sites, stack.name)
     layers = copied.get_submodule(stack.name.rpartition(".")[2])
-    return Stack(copied, stack.name, layers, stack.indices)
+    return Stack(copied, stack.name, layers, stack.sites)

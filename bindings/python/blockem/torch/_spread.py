@@ -3,6 +3,7 @@ some tokens each (sequence parallelism)."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -95,11 +96,11 @@ def held(plan: Plan, hidden: torch.Tensor, lead: Sequence[int], group: Any) -> H
     lead: the shape of the batch's tokens. group: the ranks that have them together, or None.
     """
     if is_dtensor(hidden):
-        return _of_dtensor(plan, hidden)
+        return _of_dtensor(plan, hidden, lead)
     if group is None or torch.distributed.get_world_size(group) == 1:
-        return Held(plan, hidden)
+        return Held(plan, of_tokens(hidden, lead))
     if hidden.shape[-1] != plan.d_in:
-        gate, dots = over_columns(plan, hidden, group)
+        gate, dots = over_columns(plan, of_tokens(hidden, lead), group)
         return Held(gate, dots, group)
     found = list(hidden.shape[:-1])
     if found == list(lead):
@@ -113,6 +114,24 @@ def held(plan: Plan, hidden: torch.Tensor, lead: Sequence[int], group: Any) -> H
         _ffi.STATUS_SHAPE,
         f"hidden has the shape {list(hidden.shape)}, the batch's tokens {list(lead)}: neither all "
         f"of them nor one of {torch.distributed.get_world_size(group)} equal parts of a dimension",
+    )
+
+
+def of_tokens(hidden: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
+    """[*lead, d]: hidden states of a batch's tokens, of which some modules make one row each."""
+    found, lead = list(hidden.shape[:-1]), list(lead)
+    if found == lead:
+        return hidden
+    if found == [math.prod(lead)]:
+        return hidden.view(*lead, hidden.shape[-1])
+    several = (
+        f": {found[0]} residual streams, of which no one is the SAE's"
+        if found[1:] == lead
+        else ": labels, masks and attention_mask are of the model's own tokens"
+    )
+    fail(
+        _ffi.STATUS_SHAPE,
+        f"hidden has the shape {list(hidden.shape)}, the batch's tokens {lead}{several}",
     )
 
 
@@ -132,7 +151,8 @@ def gathered(
         # held has refused what is no Shard.
         at, group = placement.dim % hidden.ndim, hidden.device_mesh.get_group(dim)
     else:
-        local = hidden
+        # Some modules make one row of each token.
+        hidden = local = of_tokens(hidden, lead) if hidden.ndim == len(lead) else hidden
         shape = [*lead, width]
         parts = [i for i, (n, whole) in enumerate(zip(hidden.shape, shape)) if n != whole]
         if group is None or not parts:
@@ -161,12 +181,12 @@ def group_of(hidden: torch.Tensor) -> Any:
     return None if dim is None else hidden.device_mesh.get_group(dim)
 
 
-def _of_dtensor(plan: Plan, hidden: Any) -> Held:
+def _of_dtensor(plan: Plan, hidden: Any, lead: Sequence[int]) -> Held:
     dim = _mesh_dim(hidden)
     local = hidden.to_local()
     placement = None if dim is None else hidden.placements[dim]
     if placement is None or placement.is_replicate():
-        return Held(plan, local)
+        return Held(plan, of_tokens(local, lead))
     if type(placement) is not sys.modules["torch.distributed.tensor"].Shard:
         fail(
             _ffi.STATUS_UNSUPPORTED,
@@ -175,7 +195,7 @@ def _of_dtensor(plan: Plan, hidden: Any) -> Held:
         )
     group, last = hidden.device_mesh.get_group(dim), hidden.ndim - 1
     if placement.dim in (last, -1):
-        gate, dots = over_columns(plan, local, group)
+        gate, dots = over_columns(plan, of_tokens(local, lead), group)
         return Held(gate, dots, group)
     at = placement.dim % hidden.ndim
     begin, end = chunk(hidden.shape[at], group)

@@ -1,4 +1,4 @@
-"""The decoder layers of a model: where they are, and a pass that stops after one of them."""
+"""The decoder layers of a model: where they are, and a pass that stops after what is read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import nn
 
 from .. import _ffi
 from .._library import fail
+from .._site import Site
 from ._modes import evaluating
 from ._peft import base_of, without_parallel
+from ._place import Place, SumCheck, block_of, place_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Call:
 
 
 class Stack:
-    """A decoder, which owns the list of its layers, and the indices of some of them (0-based).
+    """A decoder, which owns the list of its layers, and the places where some sites are in it.
 
     around: the modules around the decoder, from its parent outwards, where other parts of them than
         the output head have weights: those compute what the decoder is given (embeddings of a
@@ -53,18 +55,21 @@ class Stack:
         decoder: nn.Module,
         name: str,
         layers: nn.ModuleList,
-        indices: Sequence[int],
+        sites: Sequence[Site],
         around: Sequence[nn.Module] = (),
     ) -> None:
         self.decoder, self.name, self.layers = decoder, name, layers
-        self.indices, self.around = tuple(indices), tuple(around)
-        for index in self.indices:
-            if not 0 <= index < len(layers):
-                fail(
-                    _ffi.STATUS_INVALID_ARGUMENT,
-                    f"layer {index} does not exist: {name} has the blocks 0 to {len(layers) - 1} "
-                    "(0-based; the output of block N is hidden_states[N + 1])",
-                )
+        self.sites, self.around = tuple(sites), tuple(around)
+        self.places = tuple(place_of(site, decoder, name, layers) for site in self.sites)
+        #: what is not yet known to be what it is said to be
+        self.unchecked = {p.path: SumCheck(p, decoder, layers[p.block])
+                          for p in self.places if p.added}  # fmt: skip
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Of each place, the block (0-based) up to which a pass must go."""
+        last = len(self.layers) - 1
+        return tuple(last if place.block is None else place.block for place in self.places)
 
     @property
     def outermost(self) -> nn.Module:
@@ -76,20 +81,28 @@ class Stack:
         return Call((), inputs, autocast=None, level=len(self.around))
 
     def run(self, call: Call, *, training: bool = False) -> list[torch.Tensor]:
-        """The outputs of the layers for a call that is given up right after the last of them.
+        """The hidden states at the places for a call that is given up right after the last of them.
 
         training: keeps training mode and gradients; else dropout is off and nothing is recorded.
         """
         called = self._called(call.level)
-        outputs: dict[int, torch.Tensor] = {}
-        last = max(self.indices)
         # FSDP's root ends its pass in a hook of its own: it must come to its end.
         to_the_end = call.level > 0 and _is_sharded(called)
+        outputs: dict[Place, torch.Tensor] = {}
+        checks = [] if training else list(self.unchecked.values())
+        # FSDP ends the pass of a block in a hook of its own: a block that was begun must end.
+        ends = {block_of(p) for p in self.places if self._is_sharded_inside(p)}
+        left: set[Place | SumCheck] = {*self.places, *ends, *checks}
 
-        def keep(index: int, output: Any) -> None:
-            outputs[index] = hidden_of(output)
-            if index == last and not to_the_end:
+        def reached(what: Place | SumCheck) -> None:
+            left.discard(what)
+            if not left and not to_the_end:
                 raise _Stop
+
+        def keep(place: Place, hidden: torch.Tensor) -> None:
+            # What is inside of a block may be changed in place there.
+            outputs[place] = hidden if place.is_boundary else hidden.clone()
+            reached(place)
 
         def as_called(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if "use_cache" in kwargs or _accepts(self.decoder, "use_cache"):
@@ -97,13 +110,16 @@ class Stack:
             return args, kwargs
 
         with contextlib.ExitStack() as stack:
-            for index in set(self.indices):
-                hook = self.layers[index].register_forward_hook(
-                    lambda module, args, output, index=index: keep(index, output)
-                )
+            for place in set(self.places):
+                hook = place.read(self.decoder, lambda h, place=place: keep(place, h))
                 stack.callback(hook.remove)
             hook = self.decoder.register_forward_pre_hook(as_called, with_kwargs=True)
             stack.callback(hook.remove)
+            for end in ends:
+                hook = end.read(self.decoder, lambda h, end=end: reached(end))
+                stack.callback(hook.remove)
+            for check in checks:
+                stack.enter_context(check.hooked(lambda check=check: reached(check)))
             stack.enter_context(_eager())
             stack.enter_context(torch.set_grad_enabled(training))
             if not training:
@@ -115,12 +131,15 @@ class Stack:
                 called(*call.args, **call.kwargs)
             except _Stop:
                 pass
-        if len(outputs) == len(set(self.indices)):
-            return [outputs[index] for index in self.indices]
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"{self.name}.{last} was not reached by a forward of {type(called).__name__}",
-        )
+        if left:
+            missed = [str(place) for place in self.places if place not in outputs]
+            fail(
+                _ffi.STATUS_INVALID_ARGUMENT,
+                f"a forward of {type(called).__name__} did not reach {', '.join(missed)}",
+            )
+        for check in checks:
+            del self.unchecked[check.place.path]
+        return [outputs[place] for place in self.places]
 
     def _called(self, level: int) -> nn.Module:
         if level > len(self.around):
@@ -131,33 +150,36 @@ class Stack:
             )
         return self.decoder if level == 0 else self.around[level - 1]
 
+    def _is_sharded_inside(self, place: Place) -> bool:
+        inside = place.block is not None and (not place.is_boundary or place.of_input)
+        return inside and _is_sharded(self.layers[place.block])
+
 
 class _Stop(BaseException):
     """Ends a pass. Not an Exception: code between the layer and the caller must not handle it."""
 
 
-def find(model: nn.Module, indices: Sequence[int], layers: str | None = None) -> Stack:
+def find(model: nn.Module, sites: Sequence[Site], layers: str | None = None) -> Stack:
     """The decoder stack of a model, by its structure.
 
     layers: the dotted name of the layer list, where it cannot be found.
     """
     model = base_of(model)
     if layers is not None:
-        return _named(model, layers, indices)
+        return _named(model, layers, sites)
     count = _num_layers(model)
-    lists = [
-        (name, module)
+    lists = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
+    }
     if count is not None:
-        lists = [(name, module) for name, module in lists if len(module) == count]
-        # Experts, norms or adapters of a layer may be as many as the layers: these lie deeper.
-        depth = min((name.count(".") for name, _ in lists), default=0)
-        lists = [(name, module) for name, module in lists if name.count(".") == depth]
-    if len(lists) == 1:
-        return _named(model, lists[0][0], indices)
-    found = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+        lists = {name: module for name, module in lists.items() if len(module) == count}
+    # Experts, norms or adapters of a layer may be as many as the layers.
+    outer = [name for name in lists if not any(name.startswith(f"{one}.") for one in lists)]
+    if len(outer) == 1:
+        return _named(model, outer[0], sites)
+    found = ", ".join(f"{name} ({len(lists[name])})" for name in outer) or "none"
     fail(
         _ffi.STATUS_INVALID_ARGUMENT,
         f"the decoder layers of {type(model).__name__} cannot be told: candidates are {found}; "
@@ -184,19 +206,7 @@ def rows_of(x: Any, rows: Sequence[int], count: int) -> Any:
     return torch.stack([x[row] for row in rows])
 
 
-def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in a layer's output: itself, or the first of a tuple."""
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(hidden, torch.Tensor):
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"a decoder layer put out a {type(output).__name__}; expected a tensor or a tuple that "
-            "begins with one",
-        )
-    return hidden
-
-
-def _named(model: nn.Module, name: str, indices: Sequence[int]) -> Stack:
+def _named(model: nn.Module, name: str, sites: Sequence[Site]) -> Stack:
     try:
         layers = model.get_submodule(name)
     except AttributeError:
@@ -210,7 +220,7 @@ def _named(model: nn.Module, name: str, indices: Sequence[int]) -> Stack:
     path = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     decoder, around = path[-1], path[-2::-1]
     around = around if _computes_inputs(model, decoder) else ()
-    return Stack(decoder, name, layers, indices, around)
+    return Stack(decoder, name, layers, sites, around)
 
 
 def _computes_inputs(model: nn.Module, decoder: nn.Module) -> bool:

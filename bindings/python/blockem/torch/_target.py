@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from .. import _ffi
+from .._cache import Cache
 from .._core import Latents, Plan, expect
 from .._library import fail
 from .._stats import Stats
 from ._ops import Parts, encode, penalty
+from .._site import Site, expect_same, site_of
 from ._spread import Held
 from .lambdas import DualAscent, Fixed, as_lambda
 
@@ -20,11 +22,15 @@ from .lambdas import DualAscent, Fixed, as_lambda
 class Target:
     """A plan at a place of the model, its lambda and its sums."""
 
-    def __init__(self, plan: Plan, layer: int, lam: Fixed | DualAscent) -> None:
-        self.layer, self.lam = layer, lam
+    def __init__(self, plan: Plan, site: Site, lam: Fixed | DualAscent) -> None:
+        self.site, self.lam = site, lam
         #: how often the latents were swapped
         self.version = 0
         self._take(plan)
+
+    @property
+    def layer(self) -> int | None:
+        return self.site.layer
 
     def swap(self, plan: Plan) -> None:
         """Takes another plan; the sums begin anew."""
@@ -49,11 +55,7 @@ class Target:
         plan, mine = latents, self.plan
         if plan.d_in != mine.d_in:
             fail(_ffi.STATUS_SHAPE, f"the plan has d {plan.d_in}, the one before {mine.d_in}")
-        if plan.layer is not None and plan.layer != self.layer:
-            fail(
-                _ffi.STATUS_INVALID_ARGUMENT,
-                f"the plan's SAE reads decoder block {plan.layer}, the one before {self.layer}",
-            )
+        expect_same("the plan", plan, self.site)
         for name in ("device", "activation", "numerics", "d_sae"):
             if getattr(plan, name) != getattr(mine, name):
                 fail(
@@ -69,7 +71,7 @@ class Target:
         return plan
 
     def expect_dictionary(self, stats: Stats) -> None:
-        """That these statistics are of the layer's SAE, with the plan's activation."""
+        """That these statistics are of the plan's SAE, with its activation."""
         for name in ("d_in", "d_sae", "activation"):
             theirs, mine = getattr(stats, name), getattr(self.plan, name)
             if theirs != mine:
@@ -78,10 +80,15 @@ class Target:
                     f"the statistics' {name} is {theirs}, the plan's {mine}: make blockem.Stats of "
                     "the plan's SAE with its activation",
                 )
-        if stats.layer is not None and stats.layer != self.layer:
+        expect_same("the statistics", stats, self.site)
+
+    def expect_cache(self, cache: Cache) -> None:
+        """That a cache holds z of the same place."""
+        theirs, mine = cache._site, self.site
+        if theirs.key != mine.key:
             fail(
                 _ffi.STATUS_INVALID_ARGUMENT,
-                f"the statistics are of decoder block {stats.layer}, the plan of {self.layer}",
+                f"{cache.path}: the cache has z of {theirs}, the penalty is on {mine}",
             )
 
     def parts(self, held: Held, reference: torch.Tensor, mask: torch.Tensor | None) -> Parts:
@@ -144,6 +151,7 @@ class Target:
         latents = plan.latents
         return {
             "layer": self.layer,
+            "site": self.site.kind,
             "plan": plan.identity,
             "activation": plan.activation,
             "ids": latents.ids.tolist(),
@@ -161,12 +169,14 @@ class Target:
         mine = self.identity(plan)
         if state.get("latents_version", 0) and any(state[name] != mine[name] for name in columns):
             plan = plan.with_latents(Latents(*(state[name] for name in columns)))
+        # States of versions that knew no other site lack it.
+        state = {"site": "block_output"} | dict(state)
         for name, mine in self.identity(plan).items():
             if state.get(name) != mine:
                 fail(
                     _ffi.STATUS_INVALID_ARGUMENT,
-                    f"the state's {name} at decoder block {self.layer} is {state.get(name)}, the "
-                    f"handle's {mine}: resume with the SAE and latents of the run",
+                    f"the state's {name} at {self.site} is {state.get(name)}, the handle's {mine}: "
+                    "resume with the SAE and latents of the run",
                 )
         return plan
 
@@ -174,6 +184,7 @@ class Target:
 def targets_of(
     plan: Plan | Sequence[Plan],
     layer: int | Sequence[int] | None,
+    site: str | Sequence[str] | None,
     lam: float | DualAscent | Sequence[float | DualAscent],
     reduction: str,
 ) -> list[Target]:
@@ -182,6 +193,7 @@ def targets_of(
     for one in plans:
         expect("plan", one, Plan)
     layers = [layer] * len(plans) if layer is None or isinstance(layer, int) else list(layer)
+    sites = [site] * len(plans) if site is None or isinstance(site, str) else list(site)
     single = isinstance(lam, (int, float, DualAscent))
     if isinstance(lam, DualAscent) and len(plans) > 1:
         fail(
@@ -189,30 +201,16 @@ def targets_of(
             "several layers need a DualAscent each: give a list as lam",
         )
     lams = [lam] * len(plans) if single else list(lam)
-    if not plans or not len(plans) == len(layers) == len(lams):
+    if not plans or not len(plans) == len(layers) == len(sites) == len(lams):
         fail(
             _ffi.STATUS_INVALID_ARGUMENT,
-            f"{len(plans)} plans, {len(layers)} layers and {len(lams)} lambdas; expected one each",
+            f"{len(plans)} plans, {len(layers)} layers, {len(sites)} sites and {len(lams)} lambdas; "
+            "expected one each",
         )
     return [
-        Target(one, layer_of(one, at), as_lambda(value))
-        for one, at, value in zip(plans, layers, lams)
+        Target(one, site_of(one, at, place), as_lambda(value))
+        for one, at, place, value in zip(plans, layers, sites, lams)
     ]
-
-
-def layer_of(plan: Plan, layer: int | None) -> int:
-    if layer is None and plan.layer is None:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            "the SAE does not say which layer it reads: give layer, the 0-based decoder block",
-        )
-    if layer is not None and plan.layer is not None and layer != plan.layer:
-        fail(
-            _ffi.STATUS_INVALID_ARGUMENT,
-            f"layer is {layer}, but the SAE reads the output of decoder block {plan.layer} "
-            f"(0-based; hidden_states[{plan.layer + 1}]): leave layer out",
-        )
-    return plan.layer if layer is None else layer
 
 
 def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

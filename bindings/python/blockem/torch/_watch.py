@@ -18,6 +18,7 @@ from .._library import fail
 from .._stats import Movers, Stats
 from ._attach import Handle
 from ._references import Provided
+from .._site import Site
 from ._target import Target
 
 __all__ = ["Alarm", "AlarmRule", "Drift", "Watch"]
@@ -125,8 +126,8 @@ class Drift:
     Masses are in units of the penalty, loss_sum / count.
     """
 
-    #: 0-based decoder block
-    layer: int
+    #: 0-based decoder block; None for the embedding
+    layer: int | None
     #: optimizer steps that were done
     step: int
     #: how many tokens weigh in (earlier reports by memory), float
@@ -183,13 +184,16 @@ class Drift:
 class Alarm:
     """Rerouting is likely: why, and the report that was the last reason."""
 
-    layer: int
+    layer: int | None
     step: int
     reasons: tuple[str, ...]
     drift: Drift = field(repr=False)
+    #: of ``layer``: see ``Sae.site``
+    site: str = "block_output"
 
     def __str__(self) -> str:
-        return f"decoder block {self.layer}, step {self.step}: {'; '.join(self.reasons)}"
+        where = Site(self.site, self.layer)
+        return f"{where}, step {self.step}: {'; '.join(self.reasons)}"
 
 
 class Watch:
@@ -209,7 +213,7 @@ class Watch:
     handle: of :func:`attach`. One watch for each layer.
     stats: gives the dictionary, of the layer's SAE with the plan's activation, on any device (the
         whole encoder is kept there); its own sums stay as they are.
-    layer: which of the handle's, if it has several and the SAE does not tell.
+    layer, site: which of the handle's, if it has several and the SAE does not tell.
     share: of the sequences (rows of a batch), on average. Draws depend on seed, step, micro-batch
         and row alone: all ranks watch in the same steps (so the others are not slowed), and those
         that compute rows together the same rows. A packed row is one sequence.
@@ -231,8 +235,8 @@ class Watch:
         mapping that ``penalty`` was given, cut to them), where neither adapters can be turned off
         nor a copy exists.
 
-    Tokens are those that the penalty counts. Attributes: ``layer``, ``stats`` (sums of this rank
-    since the last report), ``last`` (:class:`Drift` or None), ``alarm`` (the last :class:`Alarm` or
+    Tokens are those that the penalty counts. Attributes: ``layer``, ``site``, ``stats`` (sums of this
+    rank since the last report), ``last`` (:class:`Drift` or None), ``alarm`` (the last :class:`Alarm` or
     None), ``reports``.
 
     Raises Error INVALID_ARGUMENT, SHAPE.
@@ -244,6 +248,7 @@ class Watch:
         stats: Stats,
         *,
         layer: int | None = None,
+        site: str | None = None,
         share: float = 0.01,
         together: int = 4,
         seed: int = 0,
@@ -269,17 +274,18 @@ class Watch:
         ):
             if not right:
                 fail(_ffi.STATUS_INVALID_ARGUMENT, f"{name} is {value}; expected {expected}")
-        self._handle, self._target = handle, handle._target_of(stats, layer)
+        self._handle, self._target = handle, handle._target_of(stats, layer, site)
         self._target.expect_dictionary(stats)
         if any(watch._target is self._target for watch in handle._watches):
-            at = self._target.layer
-            fail(_ffi.STATUS_INVALID_ARGUMENT, f"decoder block {at} has a watch already")
+            at = self._target.site
+            fail(_ffi.STATUS_INVALID_ARGUMENT, f"{at} has a watch already")
         if base is None and isinstance(handle._source, Provided):
             # A cache has z of K alone: the base model runs for the sampled rows.
             _expect_base(handle._source)
         if known is not None:
             _expect_ids(known, stats.d_sae)
-        self.layer, self.stats, self.base = self._target.layer, stats.fresh(), base
+        self.stats, self.base = stats.fresh(), base
+        self.layer, self.site = self._target.layer, self._target.site.kind
         self.share, self.together, self.seed, self.known = share, together, seed, known
         self.top, self.memory, self.min_tokens, self.rule = top, memory, min_tokens, rule
         self._listeners = [on_alarm] if on_alarm is not None else []
@@ -316,7 +322,7 @@ class Watch:
         self.last = drift = replace(drift, reasons=self.rule.reasons(drift, self._baseline))
         self._streak = self._streak + 1 if drift.reasons else 0
         if self._streak and self._streak % self.rule.patience == 0:
-            self.alarm = Alarm(self.layer, drift.step, drift.reasons, drift)
+            self.alarm = Alarm(self.layer, drift.step, drift.reasons, drift, self.site)
             log.warning("blockem: alarm: %s", self.alarm)
             for listener in self._listeners:
                 listener(self.alarm)
@@ -371,6 +377,8 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues a run with the same dictionary, layer and draws. ``last`` and ``alarm`` begin
         anew."""
+        # States of versions that knew no other site lack it.
+        state = {"site": "block_output"} | dict(state)
         for name, mine in self._settings().items():
             if state.get(name) != mine:
                 fail(
@@ -388,6 +396,7 @@ class Watch:
         return {
             "version": 1,
             "layer": self.layer,
+            "site": self.site,
             "identity": self.stats.identity,
             "numerics": self.stats.numerics,
             "share": self.share,
@@ -397,7 +406,7 @@ class Watch:
 
     def __repr__(self) -> str:
         return (
-            f"Watch({self.stats.d_sae} latents at decoder block {self.layer}, "
+            f"Watch({self.stats.d_sae} latents at {self._target.site}, "
             f"{100 * self.share:g} % of the sequences, {self.reports} reports)"
         )
 
@@ -487,7 +496,7 @@ class Watch:
         if len(wrong):
             fail(
                 _ffi.STATUS_NON_FINITE,
-                f"latent {wrong[0]} at decoder block {self.layer} was not finite in a watched "
+                f"latent {wrong[0]} at {self._target.site} was not finite in a watched "
                 f"sequence ({len(wrong)} latents were not)",
             )
         outside = outside_of(latents, len(delta))
