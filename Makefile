@@ -114,7 +114,7 @@ test-kernels: $(VENV)/requirements ## every kernel for every device, without reg
 # processor, and 4 times its bytes and 64 MiB of memory, which the targets count themselves; what never
 # ends is stopped after a minute. There is little unsafe code in the readers, and test-sanitizers has it.
 FUZZ_SECONDS ?= 900
-FUZZERS := weights pickle folder latents
+FUZZERS := weights pickle folder latents index tokenizer
 FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build --sanitizer none
 FUZZ_CORPUS := $(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
   --target-dir target/fuzz-build --example corpus

@@ -22,6 +22,7 @@ use crate::error::{Result, bail};
 
 use super::TokenNorm;
 use super::config::Config;
+use super::site::{Site, Stated};
 
 const KWARGS: &str = "model_from_pretrained_kwargs";
 const CENTERED: &str = "center_writing_weights";
@@ -41,39 +42,6 @@ const RMS_FAMILIES: [&str; 12] = [
 ];
 /// Families with LayerNorm for which SAEs were published before SAELens 3.
 const LAYER_NORM_FAMILIES: [&str; 5] = ["gpt2", "pythia", "gpt-neo", "gelu", "tiny-stories"];
-
-/// What a hook reads, as far as a model's processing matters.
-#[derive(Clone, Copy, PartialEq)]
-enum Reads {
-    /// The residual stream, or what is added to it.
-    Residual,
-    /// Queries, keys, values, or what attention makes of values.
-    Heads,
-    /// The output of a norm.
-    Normed,
-    /// What no processing changes.
-    Inner,
-    Unknown,
-}
-
-impl Reads {
-    fn of(hook: &str) -> Reads {
-        let names: Vec<&str> = hook.split('.').collect();
-        match names[..] {
-            [.., "attn", "hook_q" | "hook_k" | "hook_v" | "hook_z"] => Reads::Heads,
-            [.., "ln1" | "ln2" | "ln_final", _] | [.., "mlp" | "attn", "hook_in"] => Reads::Normed,
-            [.., "mlp", "hook_pre" | "hook_post" | "hook_pre_linear"] => Reads::Inner,
-            [.., "attn", "hook_pattern" | "hook_attn_scores"] => Reads::Inner,
-            [
-                ..,
-                "hook_embed" | "hook_pos_embed" | "hook_resid_pre" | "hook_resid_mid"
-                | "hook_resid_post" | "hook_attn_out" | "hook_mlp_out" | "hook_attn_in"
-                | "hook_mlp_in" | "hook_in" | "hook_out" | "hook_result",
-            ] => Reads::Residual,
-            _ => Reads::Unknown,
-        }
-    }
-}
 
 /// Whether the SAE reads hidden states less their mean over d.
 pub(super) fn center_input(
@@ -99,19 +67,15 @@ pub(super) fn center_input(
 
 /// By the file, and by SAELens' index.
 fn is_centered(config: &Config, folder: Option<&Path>) -> Result<bool> {
-    let hook = match config.text("hook_name")? {
-        Some(name) => Some(name),
-        None => config.text("hook_point")?,
-    };
-    let reads = hook.map_or(Reads::Unknown, Reads::of);
+    let site = Stated::read(&config.file_alone())?.resolve(config)?.1.site;
     let model = config.text("model_name")?.unwrap_or_default().to_lowercase();
     let is_of = |families: &[&str]| families.iter().any(|family| model.contains(family));
     let Some(kwargs) = config.find(KWARGS) else {
         if folder.is_some_and(is_centered_repository) {
-            return Ok(reads == Reads::Residual);
+            return Ok(is_written(site));
         }
         let early = config.find("hook_point").is_some();
-        if early && reads == Reads::Residual && is_of(&LAYER_NORM_FAMILIES) {
+        if early && is_written(site) && is_of(&LAYER_NORM_FAMILIES) {
             return config.missing(
                 "center_input",
                 "the SAE was trained by a SAELens before version 3, which centred the hidden states \
@@ -140,62 +104,46 @@ fn is_centered(config: &Config, folder: Option<&Path>) -> Result<bool> {
     };
     // These take parameters of the model out of what the SAE reads.
     for (key, changed) in [
-        ("fold_value_biases", Reads::Heads),
-        ("refactor_factored_attn_matrices", Reads::Heads),
-        ("fold_ln", Reads::Normed),
+        ("fold_value_biases", &[Site::AttentionZ, Site::Values][..]),
+        ("refactor_factored_attn_matrices", &[Site::AttentionZ, Site::Values, Site::Keys]),
+        ("fold_ln", &[Site::MlpInput, Site::AttentionInput]),
     ] {
-        if is_true(key)? && reads == changed {
+        if is_true(key)? && changed.contains(&site) {
             bail!(
                 Unsupported,
                 "{}: the key {KWARGS}.{key} is true, so the SAE reads at {} what TransformerLens makes \
                  of the model's weights, and a plain model has something else there; if it changes \
                  nothing in this model, state \"{KWARGS}\": {{\"{key}\": false}} in the options' recipe",
                 config.origin(),
-                hook.unwrap_or_default()
+                site.name()
             );
         }
     }
     if !is_true(CENTERED)? || is_of(&RMS_FAMILIES) {
         return Ok(false);
     }
-    match reads {
-        Reads::Residual => Ok(true),
-        Reads::Heads | Reads::Normed | Reads::Inner => Ok(false),
-        Reads::Unknown => config.missing(
+    match site {
+        Site::Unknown | Site::ModuleOutput => config.missing(
             "center_input",
             "the key model_from_pretrained_kwargs.center_writing_weights is true, and the hook does \
              not tell whether it reads the residual stream or what is added to it: state true if so, \
              else false",
         ),
+        site => Ok(is_written(site)),
     }
+}
+
+/// The residual stream, and what is added to it: what loses its mean.
+fn is_written(site: Site) -> bool {
+    use Site::*;
+    matches!(site, BlockInput | BlockOutput | BlockMiddle | AttentionOutput | MlpOutput | Embedding)
 }
 
 /// In the Hugging Face cache (`models--OWNER--NAME`), or in a folder of the repository's name.
 fn is_centered_repository(folder: &Path) -> bool {
+    let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf());
     folder.iter().filter_map(|part| part.to_str()).any(|part| {
         let name = part.rsplit("--").next().unwrap_or(part);
         CENTERED_REPOSITORIES.contains(&name)
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Reads;
-
-    #[test]
-    fn hooks_tell_what_they_read() {
-        for (hook, reads) in [
-            ("blocks.3.hook_resid_pre", Reads::Residual),
-            ("blocks.3.hook_mlp_out", Reads::Residual),
-            ("blocks.3.attn.hook_out", Reads::Residual),
-            ("blocks.3.attn.hook_z", Reads::Heads),
-            ("blocks.3.mlp.hook_in", Reads::Normed),
-            ("blocks.3.ln2.hook_normalized", Reads::Normed),
-            ("blocks.3.mlp.hook_post", Reads::Inner),
-            ("model.layers.3", Reads::Unknown),
-            ("", Reads::Unknown),
-        ] {
-            assert!(Reads::of(hook) == reads, "{hook}");
-        }
-    }
 }

@@ -9,7 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use blockem_fuzz::archive::{Member, unzip, zip};
-use blockem_fuzz::targets::{LAYOUTS, TARGETS, config_of, data};
+use blockem_fuzz::targets::{LAYOUTS, SHARDS, TARGETS, config_of, data};
+use serde_json::{Map, Value, json};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -75,6 +76,17 @@ fn unpack(out: &Path) {
             write("folder", &format!("given-{l}-{v}"), &given);
         }
     }
+    let names = fs::read(data().join(SHARDS[0].1).join("sae_weights.safetensors"));
+    let weights = names.expect("cannot read a fixture");
+    for (i, prefix) in ["_orig_mod.", "module.", "model._orig_mod."].into_iter().enumerate() {
+        write("weights", &format!("prefixed-{i}"), &prefixed(&weights, prefix));
+    }
+    for (i, text) in indexes().iter().enumerate() {
+        write("index", &format!("seed-{i}"), text.as_bytes());
+    }
+    for (i, text) in TOKENIZERS.iter().enumerate() {
+        write("tokenizer", &format!("seed-{i}"), text.as_bytes());
+    }
     for (i, text) in LATENTS.iter().enumerate() {
         write("latents", &format!("seed-{i}"), text.as_bytes());
     }
@@ -86,6 +98,49 @@ const LATENTS: [&str; 4] = [
     r#"{"K_pos": [3], "K_neg": [], "blockem": {"d_in": 4, "d_sae": 9, "identity": "0a",
         "activation": "native", "layer": 19, "sae_sha256": "ff"}}"#,
     r#"{"K_pos": [3, 3], "K_neg": [-1], "weights": {"3": null}, "blockem": {}}"#,
+];
+
+/// A safetensors file with every name below another.
+fn prefixed(weights: &[u8], prefix: &str) -> Vec<u8> {
+    let (length, rest) = weights.split_first_chunk::<8>().expect("a fixture is too short");
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header: Map<String, Value> = serde_json::from_slice(header).expect("a fixture is damaged");
+    let named = header.into_iter().map(|(name, info)| match &name[..] {
+        "__metadata__" => (name, info),
+        _ => (format!("{prefix}{name}"), info),
+    });
+    let text = Value::Object(named.collect()).to_string();
+    [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), data].concat()
+}
+
+/// Indexes of the shards, sound and not.
+fn indexes() -> Vec<String> {
+    let of = |map: Value| json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string();
+    let mut map = Map::new();
+    for (file, _, tensors) in SHARDS {
+        map.extend(tensors.iter().map(|name| (name.to_string(), json!(file))));
+    }
+    let one = json!({"W_enc": SHARDS[0].0});
+    let both = json!({"W_enc": SHARDS[0].0, "W_E": SHARDS[1].0});
+    let outside = json!({"W_enc": "../outside"});
+    [Value::Object(map), one, both, outside, json!({}), json!([])].map(of).to_vec()
+}
+
+/// One of each kind of model.
+const TOKENIZERS: [&str; 4] = [
+    r#"{"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "?": 2}, "unk_token": "?"},
+        "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}"#,
+    r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\p{L}{1,3}"},
+        "behavior": "Isolated", "invert": false}, "normalizer": {"type": "NFC"},
+        "added_tokens": [{"id": 3, "content": "<|x|>", "single_word": false, "lstrip": true,
+        "rstrip": true, "normalized": false, "special": true}]}"#,
+    r#"{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.5]]},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "_"}}"#,
+    r###"{"model": {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 9, "vocab": {"?": 0, "a": 1}}, "post_processor":
+        {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [], "special_tokens": {}}}"###,
 ];
 
 /// Every file below a folder, in order.

@@ -60,8 +60,8 @@ pub fn folder(bytes: &[u8], seed: u32) -> Option<Vec<u8>> {
     Some([&head[..], &config, &rest].concat())
 }
 
-/// A K0.json.
-pub fn latents(bytes: &[u8], seed: u32) -> Option<Vec<u8>> {
+/// A K0.json, an index of weights, a tokenizer.json.
+pub fn json(bytes: &[u8], seed: u32) -> Option<Vec<u8>> {
     let mut random = Random::new(seed);
     if random.one_in(4) { None } else { change_json(bytes, &mut random) }
 }

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use blockem::latents::Latents;
+use blockem::mask::{Border, MaskOptions, Turns};
 use blockem::sae::{Sae, SaeOptions};
+use blockem::tokenizer::{TokenOptions, Tokenizer};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -13,8 +15,14 @@ use crate::bounds::bounded;
 
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 4] =
-    [("weights", weights), ("pickle", pickle), ("folder", folder), ("latents", latents)];
+pub const TARGETS: [Target; 6] = [
+    ("weights", weights),
+    ("pickle", pickle),
+    ("folder", folder),
+    ("latents", latents),
+    ("index", index),
+    ("tokenizer", tokenizer),
+];
 
 /// Any bytes as a file of weights: safetensors, npz, PyTorch's zip.
 pub fn weights(bytes: &[u8]) {
@@ -80,6 +88,43 @@ pub fn latents(bytes: &[u8]) {
         let again = again.expect("what was written is not read");
         assert_eq!((again.ids(), again.signs()), (set.ids(), set.signs()));
         assert_eq!((again.weights(), again.provenance()), (set.weights(), set.provenance()));
+    });
+}
+
+/// The files that an index is put beside, and the tensors of each.
+pub const SHARDS: [(&str, &str, &[&str]); 2] = [
+    ("model-00001-of-00002.safetensors", "sae/standard", &["W_enc", "b_enc", "W_dec", "b_dec"]),
+    ("model-00002-of-00002.safetensors", "formats/openmoss_relu", &["W_E", "b_E", "W_D", "b_D"]),
+];
+
+/// Any bytes as the index of two files of weights.
+pub fn index(bytes: &[u8]) {
+    let place = Place::new();
+    let mut input = bytes.len();
+    for (name, folder, _) in SHARDS {
+        let path = data().join(folder).join("sae_weights.safetensors");
+        let shard = fs::read(path).expect("a fixture is missing");
+        input += shard.len();
+        place.put(name, &shard);
+    }
+    let config = fs::read(data().join("sae/standard/cfg.json")).expect("a fixture is missing");
+    place.put("cfg.json", &config);
+    let path = place.put("model.safetensors.index.json", bytes);
+    let recipe = json!({"architecture": "standard", "layout": "input_major"});
+    let options = SaeOptions { recipe: recipe.as_object().cloned(), input_scale: None };
+    read(&path, &options, input);
+    read(place.0.path(), &SaeOptions::default(), input);
+}
+
+/// Any bytes as tokenizer.json, which then takes a text. Builds without tokenizers refuse all.
+pub fn tokenizer(bytes: &[u8]) {
+    // A tokenizer may take thirty times its file, and its regular expressions what they like: small
+    // files alone are bounded.
+    bounded(64 * bytes.len(), || {
+        let Ok(tokenizer) = Tokenizer::from_json(bytes) else { return };
+        let turns = Turns::Spans(vec![2..5]);
+        let options = MaskOptions { turns, border: Border::default(), allow_empty: true };
+        drop(tokenizer.mask("a b\u{e9}\u{301} <|x|> 12", &options, TokenOptions::default()));
     });
 }
 
