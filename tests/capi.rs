@@ -243,7 +243,9 @@ fn only_the_headers_functions_leave_the_library() {
         text.lines().filter_map(|line| line.split_whitespace().next()).collect();
     let header = public_header();
     let declared: BTreeSet<&str> = header.functions.iter().map(|f| f.name.as_str()).collect();
-    let foreign: Vec<_> = exported.difference(&declared).collect();
+    let testing = cfg!(feature = "test-isa").then_some("blockem_test_use_isa");
+    let foreign: Vec<_> =
+        exported.difference(&declared).filter(|name| Some(**name) != testing).collect();
     let missing: Vec<_> = declared.difference(&exported).collect();
     assert!(foreign.is_empty(), "{} exports what the header lacks: {foreign:?}", library.display());
     assert!(missing.is_empty(), "{} lacks functions of the header: {missing:?}", library.display());

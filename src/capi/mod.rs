@@ -22,6 +22,8 @@ pub mod stats;
 pub mod status;
 pub mod steer;
 pub mod tensor;
+#[cfg(feature = "test-isa")]
+pub mod test_isa;
 pub mod tokenizer;
 pub mod version;
 pub mod xla;

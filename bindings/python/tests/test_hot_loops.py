@@ -7,18 +7,23 @@ disassembled, and whatever its hot functions refer to must be on a short list.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 import blockem
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() != "x86_64", reason="reads ELF files of x86-64"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        platform.system() != "Linux" or platform.machine() != "x86_64", reason="reads ELF files of x86-64"
+    ),
+    pytest.mark.skipif("BLOCKEM_TEST_ISA" in os.environ, reason="tests/isa.py's library is optimised less"),
+]
 
 # `Lanes::enter` of each set ends in a function of that set's instructions, into which the work is inlined.
 HOT = re.compile(r"lanes::x86::(Avx2|Avx512) as .*::(enter(?:_bf16)?)::root$")
@@ -88,3 +93,8 @@ def test_hot_loops_call_nothing() -> None:
         # They hold all of the arithmetic.
         assert called.pop("instructions") > 2000, isa
         assert not called, f"{isa}: left out of line, so without its instructions: {called}"
+
+
+def test_the_library_has_no_setter_for_tests() -> None:
+    assert not hasattr(blockem._library.library, "blockem_test_use_isa")
+    assert b"BLOCKEM_TEST_ISA" not in Path(blockem.build_info()["path"]).read_bytes()

@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::lanes::{Bf16Dot, Element, F32, LANES, Lanes, Line, Work};
+use super::lanes::{Bf16Dot, Element, F32, LANES, Lanes, Line, Work, methods};
 use super::pack::{PANEL, Panels};
 
 /// Steps of a chunk: six rows and a tile's weights share the 32 KiB cache.
@@ -22,24 +22,28 @@ const GROUP: usize = 32;
 /// Bytes of weights that stay in the second-level cache during a pass.
 const GROUP_BYTES: usize = 512 << 10;
 
-/// How hidden states are multiplied: one step takes `INPUTS` elements of a row into a register.
+/// How hidden states are multiplied: one step takes `INPUTS` elements of a row, a part of them in each
+/// pass.
 pub(super) trait Product: Copy {
     type L: Lanes;
+    type Sum: Copy;
     type Hidden: Copy;
     type Weight: Copy;
     const INPUTS: usize;
     /// Lines of weights in one step.
     const TERMS: usize;
+    /// Passes over a chunk, each with a part of the lanes: the tile's sums fit the registers.
+    const PASSES: usize;
 
     unsafe fn enter<W: Work>(work: W) -> W::Out;
-    /// One line of hidden states.
-    unsafe fn hidden(line: *const u8) -> Self::Hidden;
-    unsafe fn weight(lines: *const Line) -> Self::Weight;
-    unsafe fn accumulate(
-        sum: <Self::L as Lanes>::V,
-        h: Self::Hidden,
-        w: Self::Weight,
-    ) -> <Self::L as Lanes>::V;
+    unsafe fn zero() -> Self::Sum;
+    /// A pass' part of a line of sums.
+    unsafe fn load(line: *const f32, pass: usize) -> Self::Sum;
+    unsafe fn store(line: *mut f32, pass: usize, sum: Self::Sum);
+    /// A pass' part of one line of hidden states.
+    unsafe fn hidden(line: *const u8, pass: usize) -> Self::Hidden;
+    unsafe fn weight(lines: *const Line, pass: usize) -> Self::Weight;
+    unsafe fn accumulate(sum: Self::Sum, h: Self::Hidden, w: Self::Weight) -> Self::Sum;
 }
 
 /// f32 times f32.
@@ -48,32 +52,25 @@ pub(super) struct Canonical<L>(PhantomData<L>);
 
 impl<L: Lanes> Product for Canonical<L> {
     type L = L;
-    type Hidden = L::V;
-    type Weight = L::V;
+    type Sum = L::Part;
+    type Hidden = L::Part;
+    type Weight = L::Part;
     const INPUTS: usize = LANES;
     const TERMS: usize = 1;
+    const PASSES: usize = L::PARTS;
 
     unsafe fn enter<W: Work>(work: W) -> W::Out {
         // SAFETY: the caller's promise to `Lanes`.
         unsafe { L::enter(work) }
     }
 
-    #[inline(always)]
-    unsafe fn hidden(line: *const u8) -> L::V {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::load(line.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn weight(line: *const Line) -> L::V {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::load(line.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn accumulate(sum: L::V, h: L::V, w: L::V) -> L::V {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::fma(h, w, sum) }
+    methods! {
+        fn zero() -> L::Part { L::zero_part() }
+        fn load(line: *const f32, pass: usize) -> L::Part { L::load_part(line, pass) }
+        fn store(line: *mut f32, pass: usize, sum: L::Part) { L::store_part(line, pass, sum) }
+        fn hidden(line: *const u8, pass: usize) -> L::Part { L::load_part(line.cast(), pass) }
+        fn weight(line: *const Line, pass: usize) -> L::Part { L::load_part(line.cast(), pass) }
+        fn accumulate(sum: L::Part, h: L::Part, w: L::Part) -> L::Part { L::fma_part(h, w, sum) }
     }
 }
 
@@ -83,32 +80,30 @@ pub(super) struct Split<L>(PhantomData<L>);
 
 impl<L: Bf16Dot> Product for Split<L> {
     type L = L;
+    type Sum = L::V;
     type Hidden = L::Pairs;
     type Weight = [L::Pairs; 2];
     const INPUTS: usize = 2 * LANES;
     const TERMS: usize = 2;
+    const PASSES: usize = 1;
 
     unsafe fn enter<W: Work>(work: W) -> W::Out {
         // SAFETY: the caller's promise to `Lanes`.
         unsafe { L::enter_bf16(work) }
     }
 
-    #[inline(always)]
-    unsafe fn hidden(line: *const u8) -> L::Pairs {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::load_pairs(line) }
-    }
-
-    #[inline(always)]
-    unsafe fn weight(line: *const Line) -> [L::Pairs; 2] {
-        // SAFETY: the caller's promise to `Lanes`; the low term follows the high one.
-        unsafe { [L::load_pairs(line.cast()), L::load_pairs(line.add(1).cast())] }
-    }
-
-    #[inline(always)]
-    unsafe fn accumulate(sum: L::V, h: L::Pairs, w: [L::Pairs; 2]) -> L::V {
-        // SAFETY: the caller's promise to `Lanes`.
-        unsafe { L::dot(L::dot(sum, h, w[0]), h, w[1]) }
+    methods! {
+        fn zero() -> L::V { L::zero() }
+        fn load(line: *const f32, _pass: usize) -> L::V { L::load(line) }
+        fn store(line: *mut f32, _pass: usize, sum: L::V) { L::store(line, sum) }
+        fn hidden(line: *const u8, _pass: usize) -> L::Pairs { L::load_pairs(line) }
+        /// The low term follows the high one.
+        fn weight(line: *const Line, _pass: usize) -> [L::Pairs; 2] {
+            [L::load_pairs(line.cast()), L::load_pairs(line.add(1).cast())]
+        }
+        fn accumulate(sum: L::V, h: L::Pairs, w: [L::Pairs; 2]) -> L::V {
+            L::dot(L::dot(sum, h, w[0]), h, w[1])
+        }
     }
 }
 
@@ -139,7 +134,7 @@ impl<L: Lanes, E: Element> Source for Converted<L, E> {
     type P = Canonical<L>;
     type E = E;
     const BYTES: usize = E::BYTES;
-    const CONVERT: bool = E::BYTES != F32::BYTES;
+    const CONVERT: bool = E::BYTES != F32::BYTES || L::PARTS > 1;
 }
 
 /// Writes weight[k] · hidden[t] for k < `count` to out[t][k].
@@ -174,7 +169,7 @@ pub(super) unsafe fn dots<S: Source>(
 
 /// Latents of a pass: whole panels, about equally many in each, within the caches' room.
 fn group_size(panels: &Panels<'_>, count: usize) -> usize {
-    let panel_bytes = panels.panel() * size_of::<Line>();
+    let panel_bytes = panels.steps * panels.step() * size_of::<Line>();
     let most = (GROUP_BYTES / panel_bytes * PANEL).clamp(PANEL, GROUP);
     count.div_ceil(count.div_ceil(most)).next_multiple_of(PANEL)
 }
@@ -261,7 +256,7 @@ impl<S: Source> Work for Convert<'_, S> {
                 }
                 if rest > 0 {
                     let row = row.add(whole * LANES * S::BYTES);
-                    let h = S::E::load_part::<<S::P as Product>::L>(row, rest);
+                    let h = S::E::load_end::<<S::P as Product>::L>(row, rest);
                     <S::P as Product>::L::store(line.add(whole).cast(), h);
                 }
             }
@@ -309,67 +304,74 @@ impl<P: Product, const M: usize, const N: usize> Work for Kernel<'_, P, M, N> {
     #[inline(always)]
     unsafe fn run(self) {
         let t = self.0;
+        let whole = t.inputs / P::INPUTS;
+        // Zeros follow the end of a row.
+        let mut ends = [Line([0.0; LANES]); M];
+        let has_end = whole * P::INPUTS < t.inputs;
         // SAFETY: the caller's promise: M rows of `inputs` elements, N packed rows, room for M × N
         // sums, M outputs of k + N.
         unsafe {
-            let mut sums = [[P::L::zero(); N]; M];
-            if !t.first {
-                for (m, sums) in sums.iter_mut().enumerate() {
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        *sum = P::L::load(t.sums.add(n * TOKENS + m).cast());
-                    }
-                }
-            }
             let mut rows = [std::ptr::null(); M];
             rows.copy_from_slice(&t.hidden[..M]);
-            let whole = t.inputs / P::INPUTS;
-            for s in 0..whole {
-                step::<P, M, N>(
-                    &mut sums,
-                    &rows,
-                    s * size_of::<Line>(),
-                    t.weights.add(s * PANEL * P::TERMS),
-                );
-            }
-            if whole * P::INPUTS < t.inputs {
-                // Zeros follow the end of a row.
-                let mut ends = [Line([0.0; LANES]); M];
+            let mut end_rows = rows;
+            if has_end {
                 let bytes = (t.inputs - whole * P::INPUTS) * (size_of::<Line>() / P::INPUTS);
-                for (end, row) in ends.iter_mut().zip(&mut rows) {
+                for (end, row) in ends.iter_mut().zip(&mut end_rows) {
                     let from = row.add(whole * size_of::<Line>());
                     *row = (&raw const *end).cast();
                     from.copy_to_nonoverlapping((&raw mut *end).cast(), bytes);
                 }
-                step::<P, M, N>(&mut sums, &rows, 0, t.weights.add(whole * PANEL * P::TERMS));
             }
-            for (m, sums) in sums.iter().enumerate() {
-                for (n, sum) in sums.iter().enumerate() {
-                    match t.out {
-                        Some((out, k)) => *out.get_unchecked(m).add(k + n) = P::L::sum(*sum),
-                        None => P::L::store(t.sums.add(n * TOKENS + m).cast(), *sum),
+            for pass in 0..P::PASSES {
+                let mut sums = [[P::zero(); N]; M];
+                if !t.first {
+                    for (m, sums) in sums.iter_mut().enumerate() {
+                        for (n, sum) in sums.iter_mut().enumerate() {
+                            *sum = P::load(t.sums.add(n * TOKENS + m).cast(), pass);
+                        }
                     }
+                }
+                for s in 0..whole {
+                    let weights = t.weights.add(s * PANEL * P::TERMS);
+                    step::<P, M, N>(&mut sums, &rows, s * size_of::<Line>(), weights, pass);
+                }
+                if has_end {
+                    let weights = t.weights.add(whole * PANEL * P::TERMS);
+                    step::<P, M, N>(&mut sums, &end_rows, 0, weights, pass);
+                }
+                for (m, sums) in sums.iter().enumerate() {
+                    for (n, sum) in sums.iter().enumerate() {
+                        P::store(t.sums.add(n * TOKENS + m).cast(), pass, *sum);
+                    }
+                }
+            }
+            let Some((out, k)) = t.out else { return };
+            for (m, out) in out[..M].iter().enumerate() {
+                for n in 0..N {
+                    *out.add(k + n) = P::L::sum(P::L::load(t.sums.add(n * TOKENS + m).cast()));
                 }
             }
         }
     }
 }
 
-/// One line of every row.
+/// One line of every row, or a pass' part of it.
 #[inline(always)]
 unsafe fn step<P: Product, const M: usize, const N: usize>(
-    sums: &mut [[<P::L as Lanes>::V; N]; M],
+    sums: &mut [[P::Sum; N]; M],
     rows: &[*const u8; M],
     at: usize,
     weights: *const Line,
+    pass: usize,
 ) {
     // SAFETY: the caller's promise: a line of each row at this byte, and of N packed rows.
     unsafe {
-        let mut w = [P::weight(weights); N];
+        let mut w = [P::weight(weights, pass); N];
         for (n, w) in w.iter_mut().enumerate() {
-            *w = P::weight(weights.add(n * P::TERMS));
+            *w = P::weight(weights.add(n * P::TERMS), pass);
         }
         for (sums, row) in sums.iter_mut().zip(rows) {
-            let h = P::hidden(row.add(at));
+            let h = P::hidden(row.add(at), pass);
             for (sum, w) in sums.iter_mut().zip(w) {
                 *sum = P::accumulate(*sum, h, w);
             }

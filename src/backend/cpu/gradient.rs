@@ -13,12 +13,12 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
-use super::lanes::{Element, LANES, Lanes, Line, Work, with_element};
+use super::lanes::{Element, LANES, Lanes, Line, Work, prefetch, with_element};
 use super::pack::{PANEL, Panels};
 use crate::tensor::DType;
 
-/// Latents whose strip stays in the first-level cache while the slab passes over it.
-const BLOCK: usize = 6 * PANEL;
+/// Bytes of a strip of latents that stay in the first-level cache while the slab passes over them.
+const BLOCK_BYTES: usize = 24 << 10;
 /// The widest strip, in lines.
 const WIDTH: usize = 16;
 /// Tokens of a slab.
@@ -79,7 +79,7 @@ impl Normed {
         // SAFETY: the caller's promise: so many inputs lie within the row.
         unsafe {
             let hidden = with_element!(self.dtype, H => {
-                H::load_part::<L>(self.hidden.add(start * H::BYTES), inputs)
+                H::load_end::<L>(self.hidden.add(start * H::BYTES), inputs)
             });
             L::add(hidden, L::splat(-self.mean))
         }
@@ -140,14 +140,24 @@ impl Gradient<'_> {
     ) {
         let mut sums = [const { MaybeUninit::<Line>::uninit() }; SLAB * WIDTH];
         let (mut step, whole) = (0, self.d_in / LANES);
+        // A bit of `active` for each latent.
+        let block = (BLOCK_BYTES / (L::WIDTH * size_of::<Line>())).min(u64::BITS as usize);
         while step < self.panels.steps {
             // The line in which a row ends is a strip of its own.
             let width = match whole - step {
                 0 => 1,
                 left => (1 << left.ilog2()).min(L::WIDTH),
             };
-            for k in (0..self.count).step_by(BLOCK) {
+            for k in (0..self.count).step_by(block) {
+                let (next_k, next_step) =
+                    if k + block < self.count { (k + block, step) } else { (0, step + width) };
+                let next = (next_step < self.panels.steps).then(|| Next {
+                    weights: self.panels.row(next_k, next_step),
+                    panels: block.min(self.count - next_k).div_ceil(PANEL),
+                    lines: width.min(self.panels.steps - next_step) * PANEL,
+                });
                 let strip = Strip {
+                    next,
                     coef,
                     normed,
                     out,
@@ -156,12 +166,12 @@ impl Gradient<'_> {
                     weights: self.panels.row(k, step),
                     panel: self.panels.panel(),
                     k,
-                    latents: BLOCK.min(self.count - k),
+                    latents: block.min(self.count - k),
                     start: step * LANES,
                     inputs: (self.d_in - step * LANES).min(width * LANES),
                     sums: sums.as_mut_ptr().cast(),
                     first: k == 0,
-                    last: k + BLOCK >= self.count,
+                    last: k + block >= self.count,
                 };
                 // SAFETY: the caller's promise; the strip's weights are inside the panels.
                 unsafe {
@@ -179,8 +189,29 @@ impl Gradient<'_> {
     }
 }
 
+/// The weights of the block that comes next. Between panels they are far apart, so that no machine
+/// foresees them.
+struct Next {
+    weights: *const Line,
+    panels: usize,
+    /// Of each panel.
+    lines: usize,
+}
+
+impl Next {
+    /// Asks for part `i` of `parts`.
+    #[inline(always)]
+    fn prefetch(&self, i: usize, parts: usize, panel: usize) {
+        let all = self.panels * self.lines;
+        for line in i * all / parts..(i + 1) * all / parts {
+            prefetch(self.weights.wrapping_add(line / self.lines * panel + line % self.lines));
+        }
+    }
+}
+
 /// A strip of inputs × a block of latents, for all tokens.
 struct Strip<'a> {
+    next: Option<Next>,
     coef: &'a [*const f32],
     normed: &'a [Normed],
     out: &'a [*mut u8],
@@ -212,12 +243,15 @@ impl<L: Lanes, E: Element, const W: usize> Work for Kernel<'_, L, E, W> {
         // of each latent, room for W sums of each token, `inputs` elements of each output row.
         unsafe {
             for (t, (coef, out)) in s.coef.iter().zip(s.out).enumerate() {
+                if let Some(next) = &s.next {
+                    next.prefetch(t, s.coef.len(), s.panel);
+                }
                 let normed = s.normed.get(t);
                 let factor = L::splat(s.factor * normed.map_or(1.0, |normed| normed.scale));
                 let coef = coef.add(s.k);
-                let mut active = L::nonzero(coef, s.latents.min(LANES));
-                if s.latents > LANES {
-                    active |= L::nonzero(coef.add(LANES), s.latents - LANES) << LANES;
+                let mut active = 0;
+                for k in (0..s.latents).step_by(LANES) {
+                    active |= (L::nonzero(coef.add(k), LANES.min(s.latents - k)) as u64) << k;
                 }
                 if active == 0 && !s.first && !s.last {
                     continue;

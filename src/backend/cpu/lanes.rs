@@ -24,8 +24,17 @@ pub(super) enum Isa {
 }
 
 impl Isa {
-    /// The fastest one of this machine.
+    /// The one that kernels use: the machine's newest, unless a test chose another.
     pub fn detect() -> Isa {
+        #[cfg(feature = "test-isa")]
+        if let Some(isa) = chosen::get() {
+            return isa;
+        }
+        Isa::newest()
+    }
+
+    /// The fastest one of this machine.
+    fn newest() -> Isa {
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2")
@@ -64,14 +73,14 @@ impl Isa {
     }
 
     /// All that this machine has.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-isa"))]
     pub fn available() -> Vec<Isa> {
         let mut all = vec![Isa::Portable];
         #[cfg(target_arch = "x86_64")]
         {
             let order = [Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
-            let best = order.iter().position(|isa| *isa == Isa::detect());
-            all.extend(best.map_or(&order[..0], |best| &order[..=best]));
+            let newest = order.iter().position(|isa| *isa == Isa::newest());
+            all.extend(newest.map_or(&order[..0], |newest| &order[..=newest]));
         }
         all
     }
@@ -85,6 +94,42 @@ impl Isa {
             Isa::Avx512Bf16 => true,
             _ => false,
         }
+    }
+}
+
+/// The choice of tests and benchmarks: `blockem_test_use_isa`, or BLOCKEM_TEST_ISA from the start, so
+/// that the processes which a test starts compute as it does.
+#[cfg(feature = "test-isa")]
+pub(super) mod chosen {
+    use std::sync::{OnceLock, RwLock};
+
+    use super::Isa;
+
+    fn choice() -> &'static RwLock<Option<Isa>> {
+        static CHOICE: OnceLock<RwLock<Option<Isa>>> = OnceLock::new();
+        CHOICE.get_or_init(|| {
+            let name = std::env::var("BLOCKEM_TEST_ISA").ok();
+            RwLock::new(name.map(|name| {
+                named(&name).unwrap_or_else(|| panic!("no BLOCKEM_TEST_ISA={name} on this machine"))
+            }))
+        })
+    }
+
+    fn named(name: &str) -> Option<Isa> {
+        Isa::available().into_iter().find(|isa| isa.name() == name)
+    }
+
+    pub fn get() -> Option<Isa> {
+        *choice().read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Whether the machine has it. Plans keep the one that they were made with.
+    pub fn set(name: &str) -> bool {
+        let isa = named(name);
+        if isa.is_some() {
+            *choice().write().unwrap_or_else(|poisoned| poisoned.into_inner()) = isa;
+        }
+        isa.is_some()
     }
 }
 
@@ -138,7 +183,10 @@ pub(super) trait Work {
 /// and the name of the method say; `stream_*` need alignment to the bytes that they write.
 pub(super) trait Lanes: Copy {
     type V: Copy;
-    /// Tokens and latents of the tile of dot products that fits the register file.
+    /// One of the registers that V is made of, where a tile of dot products takes one after the other.
+    type Part: Copy;
+    const PARTS: usize;
+    /// Tokens and latents of the tile of dot products whose parts fit the register file.
     const TOKENS: usize;
     const LATENTS: usize;
     /// Registers of dH that are summed at once.
@@ -167,6 +215,12 @@ pub(super) trait Lanes: Copy {
     unsafe fn stream(p: *mut f32, v: Self::V);
     unsafe fn stream_bf16(p: *mut u16, v: Self::V);
     unsafe fn stream_f16(p: *mut u16, v: Self::V);
+
+    unsafe fn zero_part() -> Self::Part;
+    /// Part `i` of the sixteen f32 at `p`.
+    unsafe fn load_part(p: *const f32, i: usize) -> Self::Part;
+    unsafe fn store_part(p: *mut f32, i: usize, part: Self::Part);
+    unsafe fn fma_part(a: Self::Part, b: Self::Part, c: Self::Part) -> Self::Part;
 }
 
 /// Lanes that also multiply pairs of bf16 into f32.
@@ -190,7 +244,7 @@ pub(super) trait Element: Copy {
 
     /// The first `n` < 16 of a register; zeros follow.
     #[inline(always)]
-    unsafe fn load_part<L: Lanes>(p: *const u8, n: usize) -> L::V {
+    unsafe fn load_end<L: Lanes>(p: *const u8, n: usize) -> L::V {
         let mut line = Line([0.0; LANES]);
         let line = (&raw mut line).cast::<u8>();
         // SAFETY: the caller's promise: n elements, which are no wider than the line's.
@@ -254,6 +308,19 @@ macro_rules! with_element {
 }
 pub(super) use with_element;
 
+/// Asks for a line that will be read soon, into the second-level cache.
+#[inline(always)]
+pub(super) fn prefetch(line: *const Line) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a hint reads nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(line.cast())
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
 /// Makes streamed stores visible to other threads.
 pub(super) fn fence() {
     #[cfg(target_arch = "x86_64")]
@@ -277,12 +344,16 @@ macro_rules! methods {
     )* };
 }
 
+pub(super) use methods;
+
 /// Plain Rust: what the compiler makes of it, e.g. NEON.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
 impl Lanes for Portable {
     type V = [f32; LANES];
+    type Part = Self::V;
+    const PARTS: usize = 1;
     const TOKENS: usize = 3;
     const LATENTS: usize = 2;
     const WIDTH: usize = 4;
@@ -322,6 +393,10 @@ impl Lanes for Portable {
         fn stream(p: *mut f32, v: Self::V) { Self::store(p, v) }
         fn stream_bf16(p: *mut u16, v: Self::V) { Self::store_bf16(p, v) }
         fn stream_f16(p: *mut u16, v: Self::V) { Self::store_f16(p, v) }
+        fn zero_part() -> Self::V { Self::zero() }
+        fn load_part(p: *const f32, _i: usize) -> Self::V { Self::load(p) }
+        fn store_part(p: *mut f32, _i: usize, v: Self::V) { Self::store(p, v) }
+        fn fma_part(a: Self::V, b: Self::V, c: Self::V) -> Self::V { Self::fma(a, b, c) }
     }
 
     unsafe fn enter<W: Work>(work: W) -> W::Out {
@@ -367,7 +442,11 @@ mod x86 {
 
     impl Lanes for Avx2 {
         type V = [__m256; 2];
-        const TOKENS: usize = 3;
+        // Of both registers at once, only 3 × 2 sums would fit, and would read a weight for every three
+        // products.
+        type Part = __m256;
+        const PARTS: usize = 2;
+        const TOKENS: usize = 6;
         const LATENTS: usize = 2;
         const WIDTH: usize = 4;
 
@@ -421,6 +500,12 @@ mod x86 {
                 _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]));
                 _mm_stream_si128(p.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]))
             }
+            fn zero_part() -> __m256 { _mm256_setzero_ps() }
+            fn load_part(p: *const f32, i: usize) -> __m256 { _mm256_loadu_ps(p.add(8 * i)) }
+            fn store_part(p: *mut f32, i: usize, part: __m256) {
+                _mm256_storeu_ps(p.add(8 * i), part)
+            }
+            fn fma_part(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
         }
 
         unsafe fn enter<W: Work>(work: W) -> W::Out {
@@ -440,6 +525,8 @@ mod x86 {
 
     impl Lanes for Avx512 {
         type V = __m512;
+        type Part = __m512;
+        const PARTS: usize = 1;
         const TOKENS: usize = 6;
         const LATENTS: usize = 4;
         const WIDTH: usize = 16;
@@ -479,6 +566,10 @@ mod x86 {
             fn stream_f16(p: *mut u16, v: __m512) {
                 _mm256_stream_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
             }
+            fn zero_part() -> __m512 { Self::zero() }
+            fn load_part(p: *const f32, _i: usize) -> __m512 { Self::load(p) }
+            fn store_part(p: *mut f32, _i: usize, v: __m512) { Self::store(p, v) }
+            fn fma_part(a: __m512, b: __m512, c: __m512) -> __m512 { Self::fma(a, b, c) }
         }
 
         unsafe fn enter<W: Work>(work: W) -> W::Out {

@@ -38,6 +38,12 @@ pub(crate) fn isa_name() -> &'static str {
     Isa::detect().name()
 }
 
+/// Makes kernels use an instruction set by its name; false where the machine lacks it.
+#[cfg(feature = "test-isa")]
+pub(crate) fn use_isa(name: &str) -> bool {
+    lanes::chosen::set(name)
+}
+
 /// A plan's rows, packed, and its threads.
 pub(crate) struct Cpu {
     isa: Isa,

@@ -97,7 +97,7 @@ impl<L: Lanes, E: Element> Work for Squares<L, E> {
                 add(&line.0, self.mean, &mut sums, &mut squares);
             }
             if rest > 0 {
-                let end = E::load_part::<L>(self.hidden.add(whole * LANES * E::BYTES), rest);
+                let end = E::load_end::<L>(self.hidden.add(whole * LANES * E::BYTES), rest);
                 L::store(line.0.as_mut_ptr(), end);
                 add(&line.0[..rest], self.mean, &mut sums, &mut squares);
             }

@@ -9,7 +9,8 @@ use crate::backend::Rows;
 /// Rows of a panel.
 pub(super) const PANEL: usize = 4;
 
-/// Packed rows: [panel][step][PANEL rows][`terms` lines], zero where there is no row or column.
+/// Packed rows: [panel][step][PANEL rows][`terms` lines], zero where there is no row or column. A long
+/// panel ends in padding, see [`panel_lines`].
 #[derive(Clone, Copy)]
 pub(super) struct Panels<'a> {
     lines: &'a [Line],
@@ -27,7 +28,7 @@ impl<'a> Panels<'a> {
 
     /// Lines from one panel to the next.
     pub fn panel(&self) -> usize {
-        self.steps * self.step()
+        panel_lines(self.steps, self.terms)
     }
 
     /// Row `k` from step `step` on.
@@ -53,14 +54,23 @@ impl<'a> Panels<'a> {
     }
 }
 
+/// Lines from one panel to the next. Where d_in is a power of two, the same columns of all panels would
+/// fall on the same sets of a cache (64 lines apart at the first level): a long panel is followed by the
+/// next 16 sets on.
+fn panel_lines(steps: usize, terms: usize) -> usize {
+    const SETS: usize = 64;
+    let lines = steps * PANEL * terms;
+    if lines < 4 * SETS { lines } else { (lines - SETS / 4).next_multiple_of(SETS) + SETS / 4 }
+}
+
 /// Lines that [`pack_f32`] fills.
 pub(super) fn f32_lines(count: usize, d_in: usize) -> usize {
-    count.next_multiple_of(PANEL) * d_in.div_ceil(LANES)
+    count.div_ceil(PANEL) * panel_lines(d_in.div_ceil(LANES), 1)
 }
 
 /// Lines that [`pack_bf16`] fills.
 pub(super) fn bf16_lines(count: usize, d_in: usize) -> usize {
-    count.next_multiple_of(PANEL) * d_in.div_ceil(2 * LANES) * 2
+    count.div_ceil(PANEL) * panel_lines(d_in.div_ceil(2 * LANES), 2)
 }
 
 pub(super) fn pack_f32(rows: &Rows<'_>, lines: &mut [Line]) {
@@ -83,10 +93,10 @@ pub(super) fn pack_bf16(rows: &Rows<'_>, lines: &mut [Line]) {
 fn pack(rows: &Rows<'_>, lines: &mut [Line], terms: usize, put: impl Fn(&[f32], &mut [Line])) {
     lines.fill(Line([0.0; LANES]));
     let inputs = terms * LANES;
-    let steps = rows.d_in.div_ceil(inputs);
+    let panel = panel_lines(rows.d_in.div_ceil(inputs), terms);
     for k in 0..rows.products() {
         for (s, inputs) in rows.row(k).chunks(inputs).enumerate() {
-            let at = ((k / PANEL * steps + s) * PANEL + k % PANEL) * terms;
+            let at = k / PANEL * panel + (s * PANEL + k % PANEL) * terms;
             put(inputs, &mut lines[at..at + terms]);
         }
     }
