@@ -4,14 +4,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::sae::TokenNorm;
 
-/// xorshift64*; every run starts elsewhere and failures print where.
+/// xorshift64*; every run starts elsewhere.
 #[derive(Clone, Copy, Debug)]
 pub struct Random(pub u64);
 
 impl Random {
+    /// Seeded by the clock, or by BLOCKEM_TEST_SEED; says which, so that a failure shows it.
     pub fn fresh() -> Random {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-        Random((now.as_nanos() as u64) | 1)
+        let clock = || {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+            now.as_nanos() as u64
+        };
+        let given = std::env::var("BLOCKEM_TEST_SEED").ok();
+        let seed = given.map_or_else(clock, |seed| seed.parse().expect("a number")) | 1;
+        println!("BLOCKEM_TEST_SEED={seed}");
+        Random(seed)
     }
 
     pub fn bits(&mut self) -> u64 {
