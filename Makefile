@@ -1,5 +1,5 @@
 # make demo   all set-up, then the main job: pretrain, train an SAE, fine-tune plain and blocked
-# make test   all set-up, then every test
+# make test   all set-up, then every test; the numeric ones with every instruction set of this machine
 # make help   the other targets
 
 SHELL := /bin/bash
@@ -14,8 +14,8 @@ LIB := target/release/libblockem.so
 RUST := $(wildcard Cargo.toml Cargo.lock build.rs) $(shell find src -name '*.rs') $(wildcard kernels/*)
 PACKAGE := $(shell find bindings/python -name '*.py' -o -name '*.toml' 2>/dev/null)
 
-.PHONY: help build demo lab lab-full test test-rust test-python test-jax-oldest test-deepspeed test-sanitizers \
-        test-install test-languages test-wheel test-kernels packagers lint header gpu-check fuzz \
+.PHONY: help build demo lab lab-full set-up test test-rust test-python test-numbers test-isa test-isa-rust \
+        test-isa-python test-jax-oldest test-deepspeed test-sanitizers test-install test-languages test-wheel test-kernels packagers lint header gpu-check fuzz \
         fuzz-corpus fuzz-seeds bench install wheel clean
 
 help: ## list the targets
@@ -43,17 +43,53 @@ lab-full: $(VENV)/package ## ten seeds, each of the six domains; many hours, res
 	$(PY) -m examples.lab --seeds 31 32 33 34 35 41 42 43 44 45 \
 	  --domains finance health legal education career automotive --steps 1x 10x
 
-test: $(VENV)/requirements lint test-rust test-python test-sanitizers test-install test-languages \
-      test-wheel test-kernels ## every test
-	@echo "make test: all passed"
+# Each part runs, whatever becomes of the others. While pip downloads, clippy computes: it needs no nvcc.
+test: ## every test; a table at the end says what failed and what took how long
+	@MAKE='$(MAKE)' tests/parts.sh set-up,lint test-rust test-python test-numbers test-sanitizers test-install \
+	  test-languages test-wheel test-kernels
 
-test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools ## Rust, C and C++ tests
-	$(CARGO) test --locked --workspace
+set-up: $(VENV)/requirements
+
+# Tests are built with the feature test-isa, in a target folder of their own: they run the same library with
+# each instruction set of this machine. target/release, which the Python package and C programs get, lacks it.
+ISA := target/isa
+CARGO_TEST := $(CARGO) test --locked --features blockem/test-isa --target-dir $(ISA)
+EACH_ISA := $(PY) tests/isa.py
+NUMERIC_RUST := --test penalty --test stats --test steer --test vectors --test verify
+NUMERIC_PYTHON := $(addprefix bindings/python/tests/test_,penalty.py bits.py vectors.py stats.py steering.py \
+  torch.py attach.py)
+
+test-rust: $(VENV)/requirements $(LIB) $(VENV)/tools | $(ISA)/kernels ## Rust, C and C++ tests
+	$(CARGO_TEST) --workspace
 
 test-python: $(VENV)/package $(VENV)/browser ## Python tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal \
-	  bindings/python/tests examples/demo examples/lab
+	$(PYTEST_ALL)
 	$(PY) tests/gpu/check.py --device cpu --repeats 20
+
+PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
+PYTEST_ALL = OMP_NUM_THREADS=1 $(PYTEST) bindings/python/tests examples/demo examples/lab
+
+# The units of the backend itself run with every set in test-rust.
+test-numbers: $(VENV)/package | $(ISA)/kernels ## the numeric tests with the older instruction sets of this machine
+	$(CARGO_TEST) --no-run $(NUMERIC_RUST)
+	$(EACH_ISA) --others $(CARGO_TEST) --quiet $(NUMERIC_RUST)
+	OMP_NUM_THREADS=1 $(EACH_ISA) --others $(PYTEST) $(NUMERIC_PYTHON)
+
+test-isa: ## every test of the library and the package with every instruction set of this machine
+	@MAKE='$(MAKE)' tests/parts.sh set-up test-isa-rust test-isa-python
+
+test-isa-rust: $(VENV)/requirements $(LIB) $(VENV)/tools | $(ISA)/kernels
+	$(CARGO_TEST) --no-run --workspace
+	$(EACH_ISA) $(CARGO_TEST) --quiet --workspace
+
+test-isa-python: $(VENV)/package $(VENV)/browser | $(ISA)/kernels
+	$(CARGO_TEST) --no-run $(NUMERIC_RUST)
+	OMP_NUM_THREADS=1 $(EACH_ISA) $(PYTEST) bindings/python/tests examples/demo examples/lab
+	$(EACH_ISA) $(PY) tests/gpu/check.py --device cpu --repeats 20
+
+# What nvcc made for the release serves these, too.
+$(ISA)/kernels: $(LIB)
+	@mkdir -p $(ISA) target/blockem-kernels && cp -a target/blockem-kernels $(ISA)/ && touch $@
 
 test-jax-oldest: $(VENV)/package ## blockem.jax with the oldest JAX that it supports
 	PYTHONPATH=$(VENV)/jax-oldest $(PY) -m pytest -q bindings/python/tests/test_jax.py
@@ -107,8 +143,8 @@ $(CARGO_C):
 	@pkg-config --exists openssl || { apt-get update -qq && apt-get install -y -qq libssl-dev; }
 	$(CARGO) install --quiet --locked --root target/tools --version 0.10.19+cargo-0.93.0 cargo-c
 
-test-kernels: $(VENV)/requirements ## every kernel for every device, without register spills
-	tests/compile_kernels.sh
+test-kernels: $(LIB) ## every kernel for every device, without register spills
+	tests/compile_kernels.sh --built
 
 # Coverage-guided, from the committed corpus and the fixtures on. An input may take a second of the
 # processor, and 4 times its bytes and 64 MiB of memory, which the targets count themselves; what never

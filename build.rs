@@ -143,11 +143,14 @@ fn compile(nvcc: &Path, kernels: &[PathBuf]) -> Result<Images> {
     let real = std::fs::canonicalize(nvcc).unwrap_or_else(|_| nvcc.to_path_buf());
     let home = real.ancestors().nth(2).unwrap_or(Path::new("")).to_path_buf();
     let mut images = Images { toolkit, home, files: Vec::new() };
+    let mut reports = Vec::new();
     for kernel in kernels {
         let name = kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let image = out_dir().join(format!("{name}.fatbin"));
         let mut command = Command::new(nvcc);
         command.args(["-std=c++17", "-O3", "-Ikernels", "-fatbin", "--threads", "0"]);
+        // Registers and spills of each, for tests/compile_kernels.sh.
+        command.args(["-Xptxas", "-v"]);
         // Drivers that load what this toolkit makes can unpack it; older ones cannot.
         if toolkit >= 13000 {
             command.arg("--compress-mode=size");
@@ -168,15 +171,20 @@ fn compile(nvcc: &Path, kernels: &[PathBuf]) -> Result<Images> {
         command.arg(kernel);
         // Profiles have a folder each; what nvcc made for one serves them all.
         let made = shared_dir()?.join(format!("{name}-{}.fatbin", key(&command, toolkit)));
+        let report = made.with_extension("txt");
         if !made.is_file() {
-            run(command.arg("-o").arg(&image))?;
+            let said = run(command.arg("-o").arg(&image))?;
+            std::fs::write(&report, said).map_err(|e| e.to_string())?;
             let whole = made.with_extension(std::process::id().to_string());
             std::fs::copy(&image, &whole).map_err(|e| e.to_string())?;
             std::fs::rename(&whole, &made).map_err(|e| e.to_string())?;
         }
         std::fs::copy(&made, &image).map_err(|e| e.to_string())?;
         images.files.push((name, image));
+        reports.push(report);
     }
+    let lines: String = reports.iter().map(|path| format!("{}\n", path.display())).collect();
+    std::fs::write(shared_dir()?.join("reports"), lines).map_err(|e| e.to_string())?;
     Ok(images)
 }
 

@@ -4,17 +4,12 @@
 # Prints registers and shared memory of each kernel: the compiler's report, for want of a GPU.
 #
 #   tests/compile_kernels.sh [architecture...]      such as 90a; all by default
+#   tests/compile_kernels.sh --built                reads what the compiler said when target/release was built
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-nvcc=${BLOCKEM_NVCC:-}
-for found in .venv/cuda/nvidia/*/bin/nvcc .venv/lib/python3*/site-packages/nvidia/*/bin/nvcc "$(command -v nvcc || true)"; do
-  if [ -z "$nvcc" ] && [ -x "$found" ]; then nvcc=$found; fi
-done
-if [ -z "$nvcc" ]; then
-  echo "compile_kernels.sh: no nvcc; \`make test\` installs it, or set BLOCKEM_NVCC" >&2
-  exit 1
-fi
+built=
+if [ "${1:-}" = --built ]; then built=target/blockem-kernels/reports; shift; fi
 
 architectures=("$@")
 [ $# -gt 0 ] || architectures=(80 86 89 90a 100 120)
@@ -26,6 +21,23 @@ is_for() { # source architecture
   if [[ $1 == *_sm90.cu ]]; then [ "$2" = 90a ]; else [ "$2" != 90a ] || [ ! -e "${1%.cu}_sm90.cu" ]; fi
 }
 
+compile_all() {
+  nvcc=${BLOCKEM_NVCC:-}
+  for found in .venv/cuda/nvidia/*/bin/nvcc .venv/lib/python3*/site-packages/nvidia/*/bin/nvcc "$(command -v nvcc || true)"; do
+    if [ -z "$nvcc" ] && [ -x "$found" ]; then nvcc=$found; fi
+  done
+  if [ -z "$nvcc" ]; then
+    echo "compile_kernels.sh: no nvcc; \`make test\` installs it, or set BLOCKEM_NVCC" >&2
+    exit 1
+  fi
+  export nvcc folder
+  for source in kernels/*.cu; do
+    for architecture in "${architectures[@]}"; do
+      ! is_for "$source" "$architecture" || echo "$source" "$architecture"
+    done
+  done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$0" "$1"'
+}
+
 compile() { # source architecture: the report of ptxas goes to a file of its own
   local name
   name=$(basename "$1" .cu)
@@ -34,13 +46,32 @@ compile() { # source architecture: the report of ptxas goes to a file of its own
     || { echo "$1 does not compile for sm_$2:" >&2; cat "$folder/$name.$2.txt" >&2; return 1; }
 }
 export -f compile
-export nvcc folder
 
-for source in kernels/*.cu; do
-  for architecture in "${architectures[@]}"; do
-    ! is_for "$source" "$architecture" || echo "$source" "$architecture"
+# A report of one source holds each device's kernels in turn.
+split_reports() {
+  local report name
+  while read -r report; do
+    name=$(basename "$report" .txt)
+    awk -v out="$folder/${name%-*}." '
+      /Compiling entry function/ { split($0, quoted, "\x27"); file = out substr(quoted[4], 4) ".txt"; open++ }
+      file != "" { print > file }
+      /Used [0-9]+ registers/ { open-- }
+      open < 0 || open > 1 { print FILENAME ": reports of two kernels are mixed" > "/dev/stderr"; exit 1 }
+    ' "$report"
+  done < "$built"
+}
+
+if [ -n "$built" ]; then
+  for source in kernels/*; do
+    if [ ! -e "$built" ] || [ "$source" -nt "$built" ]; then
+      echo "compile_kernels.sh: $built is older than $source: \`make build\` with nvcc first" >&2
+      exit 1
+    fi
   done
-done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$0" "$1"'
+  split_reports
+else
+  compile_all
+fi
 
 awk '
   FNR == 1 {
@@ -93,7 +124,8 @@ if [[ " ${architectures[*]} " == *" 90a "* ]] && command -v cargo > /dev/null; t
   echo "fused calls, T=8192 d=4096, sm_90a: occupancy from the compiler's registers, bytes and bf16 operations from the launch"
   printf "%-9s %5s %-28s %7s %8s %9s %10s %10s %12s %9s\n" \
     dtype K kernel blocks 'cluster' 'per SM' 'warps/SM' 'MiB moved' 'MiB of W, L2' 'TFLOP'
-  cargo test --locked --quiet --lib cuda::launch::tests::footprints -- --nocapture \
+  # Built for `make test-rust` already.
+  cargo test --locked --quiet --features test-isa --target-dir target/isa --lib cuda::launch::tests::footprints -- --nocapture \
     | grep '^launch ' > "$folder/launches"
   awk '
     FNR == NR {
