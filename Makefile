@@ -150,7 +150,7 @@ test-kernels: $(LIB) ## every kernel for every device, without register spills
 # processor, and 4 times its bytes and 64 MiB of memory, which the targets count themselves; what never
 # ends is stopped after a minute. There is little unsafe code in the readers, and test-sanitizers has it.
 FUZZ_SECONDS ?= 900
-FUZZERS := weights pickle folder latents index tokenizer
+FUZZERS := weights pickle folder latents index tokenizer cache
 FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz-build --sanitizer none
 FUZZ_CORPUS := $(CARGO) run --quiet --release --locked --manifest-path tests/fuzz/Cargo.toml \
   --target-dir target/fuzz-build --example corpus

@@ -8,6 +8,9 @@
 mod archive;
 #[path = "fuzz/src/bounds.rs"]
 mod bounds;
+#[path = "fuzz/src/caches.rs"]
+#[allow(dead_code)]
+mod caches;
 #[path = "fuzz/src/targets.rs"]
 #[allow(dead_code)]
 mod targets;

@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use blockem_fuzz::archive::{Member, unzip, zip};
+use blockem_fuzz::caches;
 use blockem_fuzz::targets::{LAYOUTS, SHARDS, TARGETS, config_of, data};
 use serde_json::{Map, Value, json};
 
@@ -83,6 +84,9 @@ fn unpack(out: &Path) {
     }
     for (i, text) in indexes().iter().enumerate() {
         write("index", &format!("seed-{i}"), text.as_bytes());
+    }
+    for (i, seed) in caches::seeds().iter().enumerate() {
+        write("cache", &format!("seed-{i}"), seed);
     }
     for (i, text) in TOKENIZERS.iter().enumerate() {
         write("tokenizer", &format!("seed-{i}"), text.as_bytes());

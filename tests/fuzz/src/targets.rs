@@ -12,16 +12,18 @@ use tempfile::TempDir;
 
 use crate::archive::{Member, zip};
 use crate::bounds::bounded;
+use crate::caches;
 
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("weights", weights),
     ("pickle", pickle),
     ("folder", folder),
     ("latents", latents),
     ("index", index),
     ("tokenizer", tokenizer),
+    ("cache", caches::cache),
 ];
 
 /// Any bytes as a file of weights: safetensors, npz, PyTorch's zip.
@@ -252,16 +254,20 @@ fn read(path: &Path, options: &SaeOptions, input: usize) {
 }
 
 /// A folder for one input, in memory where the system has a place for that.
-struct Place(TempDir);
+pub struct Place(TempDir);
 
 impl Place {
-    fn new() -> Place {
+    pub fn new() -> Place {
         let memory = Path::new("/dev/shm");
         let made = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() };
         Place(made.expect("cannot make a folder"))
     }
 
-    fn put(&self, name: &str, bytes: &[u8]) -> PathBuf {
+    pub fn folder(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub fn put(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.0.path().join(name);
         let folder = path.parent().unwrap_or(self.0.path());
         fs::create_dir_all(folder).expect("cannot make a folder");
