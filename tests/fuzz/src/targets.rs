@@ -124,7 +124,7 @@ pub fn tokenizer(bytes: &[u8]) {
     // files alone are bounded.
     bounded(64 * bytes.len(), || {
         let Ok(tokenizer) = Tokenizer::from_json(bytes) else { return };
-        let turns = Turns::Spans(vec![2..5]);
+        let turns = Turns::Spans(vec![2..5, 7..9]);
         let options = MaskOptions { turns, border: Border::default(), allow_empty: true };
         drop(tokenizer.mask("a b\u{e9}\u{301} <|x|> 12", &options, TokenOptions::default()));
     });
