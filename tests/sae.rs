@@ -1104,7 +1104,7 @@ mod wrapped {
             (second, "/etc/passwd", Status::Format, ["beside the index", "/etc/passwd"]),
             (second, "a\\\\b", Status::Format, ["beside the index", "a\\\\b"]),
             (second, "gone.safetensors", Status::Io, ["gone.safetensors", "missing"]),
-            (second, first, Status::TensorMissing, ["b_enc is not in", first]),
+            (second, first, Status::TensorMissing, ["is not in", first]),
             ("weight_map", "weights", Status::Format, ["weight_map", "index.json"]),
             ("{\"total_size\":1}", "NaN", Status::Format, ["index.json", "the key metadata"]),
         ] {
