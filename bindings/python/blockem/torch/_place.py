@@ -223,7 +223,7 @@ def _within(site: Site, block: nn.Module, decoder: nn.Module) -> tuple[str, bool
 def _contribution(block: nn.Module, name: str) -> str:
     """Of attention or an MLP, the module whose output is added to the residual stream."""
     norms = MLP_NORMS
-    if name in ATTENTION:
+    if name != _mlp_of(block):
         # Where the MLP has no norm of its output, the last of these is the norm of its input.
         norms = ATTENTION_NORMS if _one_of(block, MLP_NORMS[:1]) else ATTENTION_NORMS[:1]
     norm = _one_of(block, norms)
