@@ -45,7 +45,7 @@ lab-full: $(VENV)/package ## ten seeds, each of the six domains; many hours, res
 
 # Each part runs, whatever becomes of the others. While pip downloads, clippy computes: it needs no nvcc.
 test: ## every test; a table at the end says what failed and what took how long
-	@MAKE='$(MAKE)' tests/parts.sh set-up,lint test-rust test-python test-numbers test-sanitizers test-install \
+	@MAKE='$(MAKE)' tests/parts.sh set-up,lint build test-rust test-python test-numbers test-sanitizers test-install \
 	  test-languages test-wheel test-kernels
 
 set-up: $(VENV)/requirements
@@ -86,6 +86,12 @@ test-isa-python: $(VENV)/package $(VENV)/browser | $(ISA)/kernels
 	$(CARGO_TEST) --no-run $(NUMERIC_RUST)
 	OMP_NUM_THREADS=1 $(EACH_ISA) $(PYTEST) bindings/python/tests examples/demo examples/lab
 	$(EACH_ISA) $(PY) tests/gpu/check.py --device cpu --repeats 20
+
+# For benchmarks: the release, with the feature. It begins with what is built.
+$(ISA)/release/libblockem.so: $(RUST) | $(LIB)
+	@mkdir -p $(ISA) && { [ -e $(ISA)/release ] || cp -a target/release $(ISA)/; }
+	BLOCKEM_NVCC=none $(CARGO) build --release --lib --features test-isa --target-dir $(ISA)
+	@touch $@
 
 # What nvcc made for the release serves these, too.
 $(ISA)/kernels: $(LIB)
@@ -183,9 +189,10 @@ lint: ## formatting, clippy (which also checks the MSRV)
 header: ## regenerate include/blockem.h
 	BLOCKEM_WRITE_HEADER=1 $(CARGO) test --test header
 
-bench: $(VENV)/package ## criterion groups, then side by side with torch and sae-lens
+bench: $(VENV)/package $(ISA)/release/libblockem.so ## criterion groups, then side by side with torch and sae-lens
 	$(CARGO) bench
 	$(PY) benches/compare_torch.py
+	$(PY) benches/compare_torch.py --every-isa
 	$(PY) benches/topk.py
 	$(PY) benches/stats.py
 	$(PY) benches/watch.py

@@ -5,7 +5,7 @@
 --others leaves out the newest, which a command uses by itself. The library has the cargo feature test-isa
 (`make target/isa/...`; FILE is another than that of the Rust tests): BLOCKEM_TEST_ISA tells it which set to
 use, in every process that the command starts. Python gets the package with that library by PYTHONPATH, and
-torch the same set by ATEN_CPU_CAPABILITY. Every set runs, whatever becomes of the others; the exit status is
+torch the same set by the variables of ATen, oneDNN and MKL. Every set runs, whatever becomes of the others; the exit status is
 1 if one failed.
 """
 
@@ -22,8 +22,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "target" / "isa" / "debug" / "deps" / "libblockem.so"
-# As blockem_build_info.cpu_isa names them, from the oldest on, with what torch calls the like.
-SETS = {"portable": "default", "neon": "default", "avx2": "avx2", "avx512": "avx512", "avx512-bf16": "avx512"}
+# As blockem_build_info.cpu_isa names them, from the oldest on, with what torch's libraries call the like.
+TORCH = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+SETS = {
+    "portable": ("default", "SSE41", "SSE4_2"),
+    "neon": ("default", "DEFAULT", "DEFAULT"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512-bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+}
 
 
 def main() -> int:
@@ -64,7 +71,7 @@ def package(library: Path, folder: Path) -> None:
 
 def environment(isa: str, packages: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
-    return {"BLOCKEM_TEST_ISA": isa, "PYTHONPATH": path, "ATEN_CPU_CAPABILITY": SETS[isa]}
+    return {"BLOCKEM_TEST_ISA": isa, "PYTHONPATH": path} | dict(zip(TORCH, SETS[isa], strict=True))
 
 
 if __name__ == "__main__":
