@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def pytest_report_header() -> str:
+def pytest_configure() -> None:
     """Under tests/isa.py no test may run with another instruction set than it says."""
     import blockem
 
@@ -23,7 +23,6 @@ def pytest_report_header() -> str:
     wanted = os.environ.get("BLOCKEM_TEST_ISA", info["cpu_isa"])
     if info["cpu_isa"] != wanted:
         pytest.exit(f"{info['path']} uses {info['cpu_isa']}, not {wanted}: run this by tests/isa.py", 1)
-    return f"blockem: {info['path']}, {info['cpu_isa']}"
 
 
 @pytest.fixture
