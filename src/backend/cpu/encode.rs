@@ -114,6 +114,9 @@ pub(super) trait Source {
     const BYTES: usize;
     /// Whether chunks of E are converted to f32 first.
     const CONVERT: bool;
+    /// Whether f32 is copied all the same where latents take more than one pass: six of the caller's rows
+    /// may fall on the same sets of the first-level cache, and a narrow tile reads them often.
+    const COPY: bool;
     type E: Element;
 }
 
@@ -125,6 +128,7 @@ impl<P: Product> Source for Direct<P> {
     type E = F32;
     const BYTES: usize = size_of::<Line>() / P::INPUTS;
     const CONVERT: bool = false;
+    const COPY: bool = false;
 }
 
 /// In rows of f32 that the caller's are converted to, which is exact.
@@ -134,7 +138,8 @@ impl<L: Lanes, E: Element> Source for Converted<L, E> {
     type P = Canonical<L>;
     type E = E;
     const BYTES: usize = E::BYTES;
-    const CONVERT: bool = E::BYTES != F32::BYTES || L::PARTS > 1;
+    const CONVERT: bool = E::BYTES != F32::BYTES;
+    const COPY: bool = L::PARTS > 1;
 }
 
 /// Writes weight[k] · hidden[t] for k < `count` to out[t][k].
@@ -160,6 +165,7 @@ pub(super) unsafe fn dots<S: Source>(
                 latents: k..count.min(k + group),
                 hidden: &hidden[tokens.clone()],
                 out: &out[tokens],
+                converts: S::CONVERT || (S::COPY && count > group),
             };
             // SAFETY: the caller's promise.
             unsafe { pass.run::<S>() }
@@ -181,6 +187,8 @@ struct Pass<'a> {
     latents: Range<usize>,
     hidden: &'a [*const u8],
     out: &'a [*mut f32],
+    /// Whether tiles read copies of the rows in f32.
+    converts: bool,
 }
 
 impl Pass<'_> {
@@ -200,12 +208,12 @@ impl Pass<'_> {
             };
             let mut rows = [std::ptr::null(); TOKENS];
             for (m, (row, hidden)) in rows.iter_mut().zip(self.hidden).enumerate() {
-                *row = match S::CONVERT {
+                *row = match self.converts {
                     true => converted.wrapping_add(m * CONVERTED).cast(),
                     false => hidden.wrapping_add(chunk.at),
                 };
             }
-            if S::CONVERT {
+            if self.converts {
                 let work = Convert::<S>(chunk, converted, PhantomData);
                 // SAFETY: the caller's promise; there is room for TOKENS × CHUNK lines.
                 unsafe { <S::P>::enter(work) }

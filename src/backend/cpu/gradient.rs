@@ -19,6 +19,8 @@ use crate::tensor::DType;
 
 /// Bytes of a strip of latents that stay in the first-level cache while the slab passes over them.
 const BLOCK_BYTES: usize = 24 << 10;
+/// Weights of this many bytes and more are far away when the next slab needs them.
+const LARGE_BYTES: usize = 512 << 10;
 /// The widest strip, in lines.
 const WIDTH: usize = 16;
 /// Tokens of a slab.
@@ -140,6 +142,8 @@ impl Gradient<'_> {
     ) {
         let mut sums = [const { MaybeUninit::<Line>::uninit() }; SLAB * WIDTH];
         let (mut step, whole) = (0, self.d_in / LANES);
+        // What stays in the second-level cache from slab to slab need not be asked for.
+        let large = self.count * self.d_in * size_of::<f32>() > LARGE_BYTES;
         // A bit of `active` for each latent.
         let block = (BLOCK_BYTES / (L::WIDTH * size_of::<Line>())).min(u64::BITS as usize);
         while step < self.panels.steps {
@@ -151,7 +155,7 @@ impl Gradient<'_> {
             for k in (0..self.count).step_by(block) {
                 let (next_k, next_step) =
                     if k + block < self.count { (k + block, step) } else { (0, step + width) };
-                let next = (next_step < self.panels.steps).then(|| Next {
+                let next = (large && next_step < self.panels.steps).then(|| Next {
                     weights: self.panels.row(next_k, next_step),
                     panels: block.min(self.count - next_k).div_ceil(PANEL),
                     lines: width.min(self.panels.steps - next_step) * PANEL,
